@@ -1,0 +1,32 @@
+"""The Ray cluster that a job runs on: the one it was submitted to, or a private one on this machine."""
+
+import logging
+import os
+
+import ray
+
+logger = logging.getLogger(__name__)
+
+# A laptop's object store: stages stream blocks of a few MiB, so a share of memory (Ray's default 30 %) is not needed.
+LOCAL_OBJECT_STORE_BYTES = 512 * 1024 * 1024
+
+
+def connect() -> None:
+    """Joins the cluster named by RAY_ADDRESS (`ray job submit` sets it), else starts one on loopback for this process.
+
+    The private cluster asks for a token that only this process and its children know (made when `rayseg` is imported),
+    runs no dashboard and ends with the process. It has at least two logical CPUs, so that two training workers fit on any machine.
+    """
+    if ray.is_initialized():
+        return
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(logging_level=logging.WARNING)
+        return
+    ray.init(
+        address="local",
+        num_cpus=max(2, os.cpu_count() or 2),
+        object_store_memory=LOCAL_OBJECT_STORE_BYTES,
+        include_dashboard=False,
+        logging_level=logging.WARNING,
+    )
+    logger.info("started a Ray cluster on this machine with %s CPUs", ray.cluster_resources().get("CPU"))

@@ -1,0 +1,140 @@
+"""Typed configuration: frozen dataclasses read from one section of a YAML recipe.
+
+A recipe is a YAML file with one section a job (`catalog:`, `prepare:`, `train:`, ...). A job reads its own section into
+its dataclass; `--set a.b=c` changes single values, parsed as YAML. Every error is one line that names the key.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+ConfigT = TypeVar("ConfigT")
+
+SECTIONS = frozenset({"catalog", "prepare", "train", "evaluate", "promote", "segment", "serve", "demo"})
+
+
+def load(
+    config_class: type[ConfigT], section: str | None, path: str | Path | None = None, overrides: Sequence[str] = ()
+) -> ConfigT:
+    """Reads section `section` of the YAML recipe at `path` into `config_class`, a frozen dataclass.
+
+    Args:
+        config_class: the dataclass; nested dataclasses, tuples, literals and optional values are understood.
+        section: the recipe's section (one that the recipe lacks gives the defaults), or None for the whole recipe.
+        path: the recipe, or None for defaults plus `overrides`.
+        overrides: `dotted.key=value` strings, relative to what is read; values are YAML.
+
+    Raises:
+        ValueError: missing or unreadable file, unknown section or key, wrong type, missing value: one line, key named.
+    """
+    values = _section(path, section) if path is not None else {}
+    for override in overrides:
+        _override(values, override)
+    return build(config_class, values)
+
+
+def build(config_class: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
+    """Makes `config_class` from plain values (as `plain` gives them); raises ValueError naming the offending key."""
+    _refuse_unknown(config_class, values, "")
+    try:
+        # JSON mode is strict about types (no "3" for 3) yet takes a list for a tuple, which YAML needs.
+        return TypeAdapter(config_class).validate_json(json.dumps(values), strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in first["loc"]) or "(top level)"
+        given = "" if first["type"] == "missing" else f", got {first['input']!r}"
+        raise ValueError(f"config key {key}: {first['msg'].removeprefix('Value error, ')}{given}") from None
+    except TypeError as error:
+        raise ValueError(f"config: a value is not plain YAML data: {error}") from None
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """The dataclass as JSON-able plain values: what goes to workers, MLflow and bundles; `build` is the inverse."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def flat(config: Any) -> dict[str, Any]:
+    """The dataclass as one level of dotted keys, as `--set` spells them and as MLflow shows them."""
+    leaves: dict[str, Any] = {}
+
+    def walk(prefix: str, value: Any) -> None:
+        if isinstance(value, dict) and value:
+            for key, item in value.items():
+                walk(f"{prefix}.{key}" if prefix else key, item)
+        else:
+            leaves[prefix] = value
+
+    walk("", plain(config))
+    return leaves
+
+
+def digest(values: Any) -> str:
+    """SHA-256 (hex, 64 characters) of a dataclass or plain value in canonical JSON: equal content, equal digest."""
+    content = plain(values) if dataclasses.is_dataclass(values) else values
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _section(path: str | Path, section: str | None) -> dict[str, Any]:
+    try:
+        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except FileNotFoundError:
+        raise ValueError(f"config file {path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"config file {path}: cannot be read ({type(error).__name__})") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"config file {path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(recipe, dict):
+        raise ValueError(f"config file {path}: expected sections ({', '.join(sorted(SECTIONS))}), got {recipe!r:.60}")
+    for key in recipe:
+        if key not in SECTIONS:
+            raise ValueError(f"config key {key}: unknown section in {path}; sections: {', '.join(sorted(SECTIONS))}")
+    if section is None:
+        return recipe
+    values = recipe.get(section) or {}
+    if not isinstance(values, dict):
+        raise ValueError(f"config key {section}: expected a mapping, got {values!r:.60}")
+    return values
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ValueError(f"--set {override}: expected key=value, as in --set train.epochs=3")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ValueError(f"config key {key}: {text!r} is not a YAML value") from None
+    *parents, leaf = key.strip().split(".")
+    for depth, parent in enumerate(parents):
+        inner = values.get(parent)
+        if inner is None:
+            inner = {}
+        if not isinstance(inner, dict):
+            raise ValueError(f"config key {'.'.join(parents[: depth + 1])}: not a group of keys, cannot set {key}")
+        values[parent] = dict(inner)
+        values = values[parent]
+    values[leaf] = value
+
+
+def _refuse_unknown(config_class: Any, values: Any, prefix: str) -> None:
+    """Walks nested dataclasses and refuses keys that they lack, with the near ones named."""
+    if not (dataclasses.is_dataclass(config_class) and isinstance(values, Mapping)):
+        return
+    hints = {field.name: field.type for field in dataclasses.fields(config_class)}
+    for key, value in values.items():
+        if key not in hints:
+            raise ValueError(f"config key {prefix}{key}: unknown; keys here: {', '.join(sorted(hints))}")
+        for candidate in _dataclasses_of(hints[key]):
+            _refuse_unknown(candidate, value, f"{prefix}{key}.")
+
+
+def _dataclasses_of(hint: Any) -> list[Any]:
+    if dataclasses.is_dataclass(hint):
+        return [hint]
+    return [found for argument in getattr(hint, "__args__", ()) for found in _dataclasses_of(argument)]

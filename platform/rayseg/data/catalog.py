@@ -1,0 +1,177 @@
+"""Catalog: every object of a source becomes one row of a manifest, from its header alone, whatever happens."""
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import ray.data
+from tqdm import tqdm
+
+from rayseg import storage
+from rayseg.data import manifest
+from rayseg.data.layouts import Layout, pair, read_groups
+from rayseg.dicom.pseudonyms import Pseudonyms, from_environment
+from rayseg.records import MANIFEST, Reason, Reject
+
+logger = logging.getLogger(__name__)
+
+HEADER_BYTES = 64 * 1024  # what is read of an object first: nearly every header ends before
+_ROWS_PER_TASK = (64, 1024)
+
+_PLAN = pa.schema(
+    [
+        ("index", pa.int64()),
+        ("uri", pa.string()),
+        ("path", pa.string()),  # below the layout's image folder
+        ("bytes", pa.int64()),
+        ("mask_uri", pa.string()),
+        ("group", pa.string()),  # of the layout's CSV
+    ]
+)
+_FOUND = MANIFEST.insert(0, pa.field("index", pa.int64()))
+
+
+@dataclass(frozen=True)
+class CatalogConfig:
+    """What to catalog and where to write the manifest."""
+
+    source: str  # URI of the folder or prefix that `layout` describes
+    output: str  # URI of the manifest, a Parquet file
+    layout: Layout = field(default_factory=Layout)
+    max_reject_fraction: float = 0.2
+    concurrency: int = 4  # tasks at a time
+
+
+@dataclass(frozen=True)
+class CatalogResult:
+    """What was found; `patients` and `series` count those with an accepted object."""
+
+    manifest: str
+    objects: int
+    accepted: int
+    rejected: int
+    reasons: dict[str, int]
+    patients: int
+    series: int
+    seconds: float
+
+
+def catalog(config: CatalogConfig) -> CatalogResult:
+    """Reads the header of every object below the source and writes the manifest, one row an object.
+
+    The rows of a series stand together in the order of its slices, series in the order of their first URI. All objects
+    of a series that cannot be used as one are rejected with the series' reason.
+
+    Raises:
+        ValueError: nothing at the source, a layout that does not fit it, no pseudonym key, or, after the manifest is
+            written, more rejects than `max_reject_fraction`.
+    """
+    began = time.monotonic()
+    source, output = storage.absolute(config.source), storage.absolute(config.output)
+    pseudonyms = from_environment()
+    plan = _plan(source, config.layout)
+    rows = manifest.in_series(_headers(plan, config, pseudonyms))
+    storage.write_table(output, pa.Table.from_pylist(rows, schema=MANIFEST))
+    accepted = [row for row in rows if row["verdict"] == "ok"]
+    reasons = dict(sorted(Counter(row["reason"] for row in rows if row["verdict"] != "ok").items()))
+    rejected = len(rows) - len(accepted)
+    logger.info("catalog: %d objects, %d accepted, rejected: %s", len(rows), len(accepted), reasons or "none")
+    if rejected > config.max_reject_fraction * len(rows):
+        raise ValueError(
+            f"catalog: {rejected} of {len(rows)} objects rejected, over max_reject_fraction "
+            f"{config.max_reject_fraction}: {_counted(reasons)}; the manifest {output} names each"
+        )
+    return CatalogResult(
+        manifest=output,
+        objects=len(rows),
+        accepted=len(accepted),
+        rejected=rejected,
+        reasons=reasons,
+        patients=len({row["patient_key"] for row in accepted}),
+        series=len({row["series_key"] for row in accepted}),
+        seconds=time.monotonic() - began,
+    )
+
+
+def _counted(reasons: Mapping[str, int]) -> str:
+    return ", ".join(f"{reason} {count}" for reason, count in reasons.items())
+
+
+def _plan(source: str, layout: Layout) -> pa.Table:
+    """The objects to read, by the listing, with the mask and the group of each; schema `_PLAN`."""
+    images_uri = storage.join(source, layout.images)
+    masks_uri = None if layout.masks is None else storage.join(source, layout.masks)
+    groups_uri = None if layout.groups is None else storage.join(source, layout.groups)
+    groups: Mapping[str, str] = {}
+    try:
+        mask_paths = [] if masks_uri is None else [_below(masks_uri, info) for info in storage.list_files(masks_uri)]
+        groups = {} if groups_uri is None else read_groups(storage.read(groups_uri))
+        images = [
+            info
+            for info in tqdm(storage.list_files(images_uri), desc="catalog: list", unit=" objects", disable=None)
+            # Masks and groups may lie within the folder of the images, as where that is the source itself.
+            if info.uri != groups_uri and (masks_uri is None or not info.uri.startswith(masks_uri + "/"))
+        ]
+    except FileNotFoundError:
+        raise ValueError(f"catalog.source: {source} lacks what the layout names ({layout})") from None
+    if not images:
+        raise ValueError(f"catalog.source: there are no objects below {images_uri}")
+    paths = [_below(images_uri, info) for info in images]
+    masks: Mapping[str, str] = {} if masks_uri is None else pair(paths, mask_paths)
+    mask_uris = [storage.join(masks_uri, masks[path]) if masks_uri and path in masks else None for path in paths]
+    columns = {
+        "index": range(len(images)),
+        "uri": [info.uri for info in images],
+        "path": paths,
+        "bytes": [info.size for info in images],
+        "mask_uri": mask_uris,
+        "group": [groups.get(path) for path in paths],
+    }
+    return pa.table({name: pa.array(values, _PLAN.field(name).type) for name, values in columns.items()})
+
+
+def _below(folder_uri: str, info: storage.FileInfo) -> str:
+    return info.uri[len(folder_uri.rstrip("/")) + 1 :]
+
+
+def _headers(plan: pa.Table, config: CatalogConfig, pseudonyms: Pseudonyms) -> list[dict[str, Any]]:
+    """The manifest rows of the plan, in its order, without series verdicts, from tasks of some hundred objects each."""
+    least, most = _ROWS_PER_TASK
+    rows_per_task = min(max(-(-len(plan) // (4 * config.concurrency)), least), most)
+    blocks = [plan.slice(start, rows_per_task) for start in range(0, len(plan), rows_per_task)]
+    dataset = ray.data.from_arrow(blocks).map_batches(
+        _read_headers,
+        batch_size=None,
+        batch_format="pyarrow",
+        fn_kwargs={"layout": config.layout, "pseudonyms": pseudonyms},
+        compute=ray.data.TaskPoolStrategy(size=config.concurrency),
+    )
+    rows: list[dict[str, Any]] = []
+    with tqdm(total=len(plan), desc="catalog: headers", unit=" objects", disable=None) as progress:
+        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+            rows.extend(batch.to_pylist())
+            progress.update(len(batch))
+    assert len(rows) == len(plan), "every object is one row"
+    rows.sort(key=lambda row: row.pop("index"))
+    return rows
+
+
+def _read_headers(plan: pa.Table, layout: Layout, pseudonyms: Pseudonyms) -> pa.Table:
+    """A task: rows of the plan to rows of the manifest."""
+    indexes = plan["index"].to_pylist()
+    items = [manifest.Item(**values) for values in plan.drop_columns("index").to_pylist()]
+    beginnings = storage.read_each((item.uri for item in items), HEADER_BYTES)
+    needs_mask = layout.masks is not None and layout.missing_mask == "reject"
+    rows = []
+    for index, item, beginning in zip(indexes, items, beginnings, strict=True):
+        row = manifest.row(item, beginning, pseudonyms)
+        if row["verdict"] == "ok" and layout.groups is not None and item.group is None:
+            row = manifest.refused(row, Reject(Reason.MISSING_ATTRIBUTE, "not in the layout's CSV of groups"))
+        elif row["verdict"] == "ok" and needs_mask and item.mask_uri is None:
+            row = manifest.refused(row, Reject(Reason.NO_MASK))
+        rows.append({"index": index, **row})
+    return pa.Table.from_pylist(rows, schema=_FOUND)

@@ -1,0 +1,177 @@
+"""The rows of a manifest: what the beginning of an object says, under pseudonyms, and what its series makes of it."""
+
+import io
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from rayseg import storage
+from rayseg.dicom import image_files, series
+from rayseg.dicom.pseudonyms import Pseudonyms
+from rayseg.dicom.reading import Geometry, Header, read_header
+from rayseg.records import Reason, Reject
+
+MAX_OBJECT_BYTES = 2**31  # larger objects are refused unread
+
+
+@dataclass(frozen=True)
+class Item:
+    """An object of a source as the listing and the layout give it."""
+
+    uri: str
+    path: str  # below the layout's image folder
+    bytes: int
+    mask_uri: str | None
+    group: str | None  # what the layout's CSV says
+
+
+def row(item: Item, beginning: bytes | OSError, pseudonyms: Pseudonyms) -> dict[str, Any]:
+    """The manifest row of one object, without a series verdict; never raises.
+
+    Args:
+        item: the object.
+        beginning: its first bytes, or all of them; the object is read whole where they do not suffice.
+        pseudonyms: for the identities.
+    """
+    base = {"uri": item.uri, "bytes": item.bytes, "mask_uri": item.mask_uri}
+    try:
+        found = _describe(item, beginning, pseudonyms)
+    except OSError as error:
+        found = read_failure(error)
+    except Exception as error:  # a defect of ours must cost this row only
+        found = Reject(Reason.INTERNAL, type(error).__name__)
+    return refused(base, found) if isinstance(found, Reject) else {**base, "verdict": "ok", **found}
+
+
+def refused(values: dict[str, Any], reject: Reject) -> dict[str, Any]:
+    """The row with a reject's verdict."""
+    return {**values, "verdict": "rejected", "reason": reject.reason.value, "detail": reject.detail}
+
+
+def read_failure(error: OSError, what: str = "object") -> Reject:
+    """The reject of an object that could not be read."""
+    reason = Reason.NOT_FOUND if isinstance(error, FileNotFoundError) else Reason.READ_FAILED
+    return Reject(reason, f"{what}: {type(error).__name__}")
+
+
+def in_series(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with the verdict of their series, which stands together in the order of its slices.
+
+    A series stands where its first row stood. Rows of a rejected series, and those that a salvaged one leaves out, are
+    rejected with the series' reason.
+    """
+    members: dict[str, list[dict[str, Any]]] = {}
+    for values in rows:
+        if values["verdict"] == "ok" and values["kind"] == "dicom":
+            members.setdefault(values["series_key"], []).append(values)
+    ordered: list[dict[str, Any]] = []
+    for values in rows:
+        if values["verdict"] != "ok" or values["kind"] != "dicom":
+            ordered.append(values)
+        elif values["series_key"] in members:
+            ordered.extend(_judged(members.pop(values["series_key"])))
+        # else: its series stands already
+    assert len(ordered) == len(rows)
+    return ordered
+
+
+def _judged(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    verdict = series.verdict([_header(values) for values in rows])
+    told = {"series_verdict": verdict.verdict, "series_detail": verdict.detail}
+    kept = [] if verdict.verdict == "rejected" else verdict.order
+    left_out = sorted(set(range(len(rows))) - set(kept))
+    assert verdict.reason is not None or not left_out
+    return [
+        *(rows[index] | told for index in kept),
+        *(refused(rows[index] | told, Reject(verdict.reason, verdict.detail)) for index in left_out),
+    ]
+
+
+def _describe(item: Item, beginning: bytes | OSError, pseudonyms: Pseudonyms) -> dict[str, Any] | Reject:
+    if item.bytes > MAX_OBJECT_BYTES:
+        return Reject(Reason.TOO_LARGE, "bytes of the object")
+    if isinstance(beginning, OSError):
+        return read_failure(beginning)
+    complete = len(beginning) >= item.bytes
+    if image_files.is_image(beginning):
+        size = _image_size(beginning)
+        if size is None and not complete:
+            size = _image_size(storage.read(item.uri))
+        return Reject(Reason.NOT_AN_IMAGE) if size is None else _of_image(item, size, pseudonyms)
+    header = read_header(beginning, item.bytes)
+    if isinstance(header, Reject) and header.reason != Reason.NOT_DICOM and not complete:
+        header = read_header(storage.read(item.uri), item.bytes)
+    return header if isinstance(header, Reject) else _of_dicom(item, header, pseudonyms)
+
+
+def _image_size(data: bytes) -> tuple[int, int] | None:
+    """Rows and columns of an image file, from its header."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return image.height, image.width
+    except Exception:  # Pillow raises a dozen types on bad bytes
+        return None
+
+
+def _of_image(item: Item, size: tuple[int, int], pseudonyms: Pseudonyms) -> dict[str, Any]:
+    """Image files carry no identity: the CSV's group stands for patient and series, else the folders do."""
+    folder, _, _ = item.path.rpartition("/")
+    return {
+        "kind": "image",
+        "patient_key": pseudonyms.key("patient", item.group or folder.partition("/")[0]),
+        "series_key": pseudonyms.key("series", item.group or folder),
+        "instance_key": pseudonyms.key("instance", item.path),
+        "rows": size[0],
+        "columns": size[1],
+        "series_verdict": "ok",
+    }
+
+
+def _of_dicom(item: Item, header: Header, pseudonyms: Pseudonyms) -> dict[str, Any]:
+    geometry = header.geometry
+    # Without a PatientID the study is the narrowest thing that surely is of one patient.
+    patient = item.group or header.patient_id or header.study_instance_uid
+    return {
+        "kind": "dicom",
+        "patient_key": pseudonyms.key("patient", patient),
+        "study_key": pseudonyms.key("study", header.study_instance_uid),
+        "series_key": pseudonyms.key("series", header.series_instance_uid),
+        "instance_key": pseudonyms.key("instance", header.sop_instance_uid),
+        "modality": header.modality,
+        "transfer_syntax_uid": header.transfer_syntax_uid,
+        "rows": geometry.rows,
+        "columns": geometry.columns,
+        "instance_number": header.instance_number,
+        "pixel_spacing_mm": geometry.pixel_spacing_mm,
+        "slice_thickness_mm": geometry.slice_thickness_mm,
+        "image_position_mm": geometry.image_position_mm,
+        "image_orientation": geometry.image_orientation,
+    }
+
+
+def _header(values: dict[str, Any]) -> Header:
+    """The header of a row again, with pseudonyms in the place of identities: enough to judge a series."""
+
+    def numbers(name: str) -> Any:
+        return None if values[name] is None else tuple(values[name])
+
+    return Header(
+        sop_class_uid="",
+        sop_instance_uid=values["instance_key"],
+        series_instance_uid=values["series_key"],
+        study_instance_uid=values["study_key"],
+        patient_id=values["patient_key"],
+        frame_of_reference_uid=None,
+        modality=values["modality"],
+        transfer_syntax_uid=values["transfer_syntax_uid"],
+        instance_number=values["instance_number"],
+        geometry=Geometry(
+            rows=values["rows"],
+            columns=values["columns"],
+            pixel_spacing_mm=numbers("pixel_spacing_mm"),
+            slice_thickness_mm=values["slice_thickness_mm"],
+            image_position_mm=numbers("image_position_mm"),
+            image_orientation=numbers("image_orientation"),
+        ),
+    )

@@ -1,0 +1,164 @@
+"""Preprocess: from a slice to the network's input and from the network's output back onto the slice's own grid.
+
+One frozen object holds every choice; it is saved in the bundle, and training, bulk and online all use that object.
+Geometry: the slice is scaled by one factor so that it fits `size`, and centred with padding of the darkest value. Pixel
+centres lie at half-integers in both grids, so nothing shifts, neither there nor back.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from PIL import Image
+
+from rayseg.dicom.reading import Slice
+
+
+@dataclass(frozen=True)
+class Window:
+    """A display window in units of the rescaled values (HU for CT), as WindowCenter and WindowWidth of PS3.3 C.11.2."""
+
+    center: float
+    width: float
+
+    def __post_init__(self) -> None:
+        if not self.width >= 1:
+            raise ValueError(f"window.width: at least 1 expected (PS3.3 C.11.2.1.2), got {self.width}")
+
+    def map(self, values: np.ndarray) -> np.ndarray:
+        """The linear window function of PS3.3 C.11.2.1.2.1 onto 0..255, rounded to uint8; any shape."""
+        center, width = self.center - 0.5, self.width - 1
+        if width == 0:
+            return np.where(values <= center, 0, 255).astype(np.uint8)
+        return _to_uint8((values - center) / width + 0.5)
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """How a slice becomes the network's input, with the exact inverse of the geometry for its output.
+
+    Exactly one of `window` (fixed values: CT) and `percentiles` (of each slice's own values: MR, photographs) is set.
+    """
+
+    size: tuple[int, int] = (256, 256)  # height, width of the network's input
+    window: Window | None = None
+    percentiles: tuple[float, float] | None = (0.5, 99.5)  # mapped to 0 and 255
+
+    def __post_init__(self) -> None:
+        if (self.window is None) == (self.percentiles is None):
+            raise ValueError("preprocess: set exactly one of window and percentiles, and the other to null")
+        if min(self.size) < 1:
+            raise ValueError(f"preprocess.size: two positive numbers expected, got {self.size}")
+        if self.percentiles is not None and not 0 <= self.percentiles[0] < self.percentiles[1] <= 100:
+            raise ValueError(f"preprocess.percentiles: 0 <= low < high <= 100 expected, got {self.percentiles}")
+
+    @property
+    def channels(self) -> int:
+        """Channels of what `apply` gives."""
+        return 1
+
+    def apply(self, slice: Slice) -> np.ndarray:
+        """The slice as uint8 (height, width, channels): intensities to 0..255, scaled with anti-aliasing, padded."""
+        grey = self._intensities(slice)
+        height, width = self._fitted(*grey.shape)
+        if grey.shape != (height, width):
+            # Pillow's filters widen with the scale when shrinking, which is the anti-aliasing.
+            grey = np.asarray(Image.fromarray(grey).resize((width, height), Image.Resampling.BILINEAR))
+        return self._pad(grey)[..., np.newaxis]
+
+    def apply_mask(self, mask: np.ndarray) -> np.ndarray:
+        """A uint8 label map (rows, columns) on the grid of `apply`: uint8 (height, width), nearest neighbour.
+
+        A foreground rectangle survives where each side is at least as long as the shrinking factor; less may be lost.
+        """
+        assert mask.dtype == np.uint8
+        height, width = self._fitted(*mask.shape)
+        return self._pad(np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST)))
+
+    def restore(self, plane_HW: np.ndarray, rows: int, columns: int) -> np.ndarray:
+        """A float32 plane (height, width) of the network back on the slice's grid (rows, columns), bilinear."""
+        assert plane_HW.shape == self.size
+        assert plane_HW.dtype == np.float32
+        height, width = self._fitted(rows, columns)
+        top, left = self._margins(height, width)
+        content = np.ascontiguousarray(plane_HW[top : top + height, left : left + width])
+        if (height, width) == (rows, columns):
+            return content
+        return np.array(Image.fromarray(content).resize((columns, rows), Image.Resampling.BILINEAR))
+
+    def _fitted(self, rows: int, columns: int) -> tuple[int, int]:
+        """Height and width that a slice takes within `size`: one factor for both axes, rounded to whole pixels."""
+        factor = min(self.size[0] / rows, self.size[1] / columns)
+        return max(1, round(rows * factor)), max(1, round(columns * factor))
+
+    def _margins(self, height: int, width: int) -> tuple[int, int]:
+        return (self.size[0] - height) // 2, (self.size[1] - width) // 2
+
+    def _pad(self, content: np.ndarray) -> np.ndarray:
+        top, left = self._margins(*content.shape)
+        padded = np.zeros(self.size, np.uint8)
+        padded[top : top + content.shape[0], left : left + content.shape[1]] = content
+        return padded
+
+    def _intensities(self, slice: Slice) -> np.ndarray:
+        """uint8 (rows, columns) in 0..255; through a table of all stored values where they have 16 bits or fewer."""
+        stored, slope, intercept = slice.stored, slice.rescale_slope, slice.rescale_intercept
+        if stored.dtype.itemsize > 2:
+            values = stored.astype(np.float64) * slope + intercept
+            if self.window is not None:
+                return self.window.map(values)
+            assert self.percentiles is not None
+            low, high = np.percentile(values, self.percentiles)
+            return _stretch(values, low, high)
+        # Signed values index the table through their two's complement, as `_all_values` lists them.
+        index: np.ndarray = np.ascontiguousarray(stored).view(np.uint8 if stored.dtype.itemsize == 1 else np.uint16)
+        if self.window is not None:
+            return np.take(_window_table(self.window, stored.dtype.name, slope, intercept), index)
+        assert self.percentiles is not None
+        low, high = _percentiles(index, stored.dtype, self.percentiles if slope >= 0 else _mirrored(self.percentiles))
+        low, high = sorted((low * slope + intercept, high * slope + intercept))
+        return np.take(_stretch(_all_values(stored.dtype.name) * slope + intercept, low, high), index)
+
+
+@lru_cache(maxsize=4)
+def _all_values(dtype: str) -> np.ndarray:
+    """Every value of an integer type as float64, at the place its bits give when read as an unsigned number."""
+    bits = np.dtype(dtype).itemsize * 8
+    return np.arange(2**bits, dtype=f"uint{bits}").view(dtype).astype(np.float64)
+
+
+@lru_cache(maxsize=32)
+def _window_table(window: Window, dtype: str, slope: float, intercept: float) -> np.ndarray:
+    table = window.map(_all_values(dtype) * slope + intercept)
+    table.setflags(write=False)
+    return table
+
+
+def _percentiles(index: np.ndarray, dtype: np.dtype, percentiles: tuple[float, float]) -> tuple[float, float]:
+    """Percentiles of the stored values by counting, as `numpy.percentile` defines them (linear interpolation)."""
+    size = 2 ** (dtype.itemsize * 8)
+    counts = np.bincount(index.ravel(), minlength=size)
+    least = 0
+    if dtype.kind == "i":  # the upper half of the table is the negative values
+        counts, least = np.roll(counts, size // 2), -size // 2
+    cumulative = np.cumsum(counts)
+    found = []
+    for percentile in percentiles:
+        rank = percentile / 100 * (index.size - 1)
+        below, above = np.searchsorted(cumulative, [np.floor(rank), np.ceil(rank)], side="right") + least
+        found.append(float(below + (above - below) * (rank - np.floor(rank))))
+    return found[0], found[1]
+
+
+def _mirrored(percentiles: tuple[float, float]) -> tuple[float, float]:
+    """The percentiles of -x that are those of x: a negative slope turns the order round."""
+    return 100 - percentiles[1], 100 - percentiles[0]
+
+
+def _stretch(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    """`low` to 0, `high` to 255, clipped; all 0 where the two are equal (a slice of one value)."""
+    return _to_uint8((values - low) / (high - low)) if high > low else np.zeros(values.shape, np.uint8)
+
+
+def _to_uint8(fractions: np.ndarray) -> np.ndarray:
+    return (np.clip(fractions, 0, 1) * 255 + 0.5).astype(np.uint8)

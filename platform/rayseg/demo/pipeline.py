@@ -1,0 +1,178 @@
+"""The whole way of a slice in one run: store, catalog, prepare, train, evaluate, promote, segment, serve, report."""
+
+import contextlib
+import dataclasses
+import logging
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow.compute as pc
+
+from rayseg import cluster, storage
+from rayseg.config import plain
+from rayseg.data import synthetic
+from rayseg.data.catalog import CatalogConfig, CatalogResult, catalog
+from rayseg.data.layouts import Layout
+from rayseg.data.prepare import PrepareConfig, prepare
+from rayseg.demo import online
+from rayseg.demo.store import object_store
+from rayseg.evaluation.evaluate import EvaluateConfig, evaluate
+from rayseg.evaluation.promote import PromoteConfig, promote
+from rayseg.inference.archive import SegmentConfig, segment
+from rayseg.training.trainer import TrainConfig, fit
+
+logger = logging.getLogger(__name__)
+
+MARKER = ".rayseg-demo"
+# Phantoms and published research data have no identity to guard, and a known key makes two demos split alike.
+PSEUDONYM_KEY = "rayseg demo: not a secret"
+STAGES = ("store", "catalog", "prepare", "train", "evaluate", "promote", "segment", "serve", "report")
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What the demo runs on. `data` and `archive` are local folders; without them phantom head-CT studies are made."""
+
+    directory: str = "demo"  # everything that the demo writes; an older demo there is replaced
+    bucket: str = "rayseg"
+    data: str | None = None  # holds the folders that the recipe's catalog.layout names
+    archive: str | None = None  # DICOM files to segment
+    patients: int = 24
+    slices: int = 10
+    size: int = 256
+    archive_patients: int = 3
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """A whole recipe. Its URIs lie in the demo's own bucket and folder."""
+
+    catalog: CatalogConfig
+    prepare: PrepareConfig
+    train: TrainConfig
+    evaluate: EvaluateConfig
+    promote: PromoteConfig
+    segment: SegmentConfig
+    serve: dict[str, Any]  # the configuration of jobs.serve, which runs as a process of its own
+    demo: Demo = field(default_factory=Demo)
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What `make demo` prints as its last line."""
+
+    seconds: float
+    stages: dict[str, float]
+    data: str
+    train_workers: int
+    train_rows: int
+    epochs: int
+    untrained_val_dice: float
+    val_dice: float
+    test_dice: float
+    test_dice_per_case: float | None
+    background_dice: float
+    model_uri: str
+    promoted: bool
+    segmented_series: int
+    rejected: int
+    seg_paths: list[str]
+    http_status: int
+    online_equals_bulk: bool
+    slices_compared: int
+    report: str
+
+
+def demo(config: DemoConfig) -> DemoResult:
+    """Runs every stage on real components: S3, Ray, MLflow, Ray Serve; leaves the models, the SEGs and a report.
+
+    Raises:
+        ValueError: `demo.directory` is a folder that no demo made, or `data` and `archive` are not both or neither given.
+    """
+    options = config.demo
+    if (options.data is None) != (options.archive is None):
+        raise ValueError("demo: give both demo.data (to train on) and demo.archive (to segment), or neither")
+    for key, folder in (("demo.data", options.data), ("demo.archive", options.archive)):
+        if folder is not None and not Path(folder).is_dir():
+            raise ValueError(f"{key}: there is no folder {folder}")
+    directory = _fresh(Path(options.directory).absolute())
+    bucket = f"s3://{options.bucket}"
+    seconds: dict[str, float] = {}
+    began = time.monotonic()
+    with contextlib.ExitStack() as running:
+        with _stage("store", seconds):
+            os.environ.update(running.enter_context(object_store(directory / "store", options.bucket)))
+            os.environ.setdefault("RAYSEG_PSEUDONYM_KEY", PSEUDONYM_KEY)
+            archive_layout, told = _fill_store(options, config.catalog.source, f"{bucket}/archive")
+            cluster.connect()  # after the environment is set: Ray's workers inherit it
+        with _stage("catalog", seconds):
+            cataloged = _catalog(config, f"{bucket}/archive", archive_layout)
+        with _stage("prepare", seconds):
+            prepared = prepare(config.prepare)
+        with _stage("train", seconds):
+            trained = fit(config.train)
+        with _stage("evaluate", seconds):
+            evaluated = evaluate(dataclasses.replace(config.evaluate, model_uri=trained.model_uri))
+        with _stage("promote", seconds):
+            promoted = promote(dataclasses.replace(config.promote, model_uri=trained.model_uri))
+        with _stage("segment", seconds):
+            segmented = segment(config.segment)
+            storage.download(config.segment.output, directory / "segmentations")
+        with _stage("serve", seconds), online.service(config.serve, directory / "serve.log") as url:
+            answers = online.ask(url, *_largest(config.segment, segmented.ledger))
+        with _stage("report", seconds):
+            page = directory / "report.html"
+
+
+@contextlib.contextmanager
+def _stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
+    print(f"[{STAGES.index(name) + 1}/{len(STAGES)}] {name}", file=sys.stderr, flush=True)
+    began = time.monotonic()
+    yield
+    seconds[name] = round(time.monotonic() - began, 1)
+    print(f"      {name}: {seconds[name]} s", file=sys.stderr, flush=True)
+
+
+def _fresh(directory: Path) -> Path:
+    """An empty folder for the demo, where an older demo may have been."""
+    if directory.exists() and any(directory.iterdir()):
+        if not (directory / MARKER).exists():
+            raise ValueError(f"demo.directory: {directory} holds something else; name another folder")
+        shutil.rmtree(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / MARKER).touch()
+    return directory
+
+
+def _fill_store(options: Demo, studies_uri: str, archive_uri: str) -> tuple[str, str]:
+    """Puts the studies and the archive into the store; returns in words what they are."""
+    if options.data is not None and options.archive is not None:
+        storage.upload(options.data, studies_uri)
+        storage.upload(options.archive, archive_uri)
+        return Path(options.data).name, Path(options.archive).name
+    studies = synthetic.write_studies(studies_uri, options.patients, options.slices, options.size)
+    synthetic.write_studies(
+        archive_uri, options.archive_patients, options.slices, options.size, seed=1, masks=False, spoiled=True
+    )
+    return (
+        f"{studies.patients} phantom head CTs, {studies.slices} slices, {studies.positive_slices} with a lesion",
+        f"{options.archive_patients} other phantom head CTs and 3 broken objects",
+    )
+
+
+def _largest(config: SegmentConfig, ledger_uri: str) -> tuple[list[str], str]:
+    """The slices' URIs and the SEG's URI of the series in which most was found."""
+    rows = [row for row in ledger.read(ledger_uri).to_pylist() if row["verdict"] == "segmented"]
+    if not rows:
+        raise ValueError("demo.archive: no series of it could be segmented; the ledger says why")
+    largest = max(rows, key=lambda row: row["foreground_pixels"])
+    manifest = storage.read_table(config.manifest, ["uri", "verdict", "series_key"]).to_pylist()
+    return [
+        row["uri"] for row in manifest if row["verdict"] == "ok" and row["series_key"] == largest["series_key"]
+    ], largest["output_uri"]

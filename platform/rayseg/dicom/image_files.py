@@ -1,0 +1,52 @@
+"""Grey PNG, JPEG and TIFF images: bytes to stored values, or a reason why not."""
+
+import warnings
+from io import BytesIO
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from rayseg.records import Reason, Reject
+
+_MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"II*\0", b"MM\0*")
+_INTEGER_MODES = {"I;16": np.uint16, "I;16L": np.uint16, "I;16B": np.uint16, "I": np.int32}
+
+
+def is_image(data: bytes) -> bool:
+    """Whether the bytes begin as a PNG, JPEG or TIFF file and are no DICOM object (whose preamble may be a TIFF's)."""
+    return data.startswith(_MAGIC) and data[128:132] != b"DICM"
+
+
+def decode(data: bytes, max_pixels: int) -> np.ndarray | Reject:
+    """Decodes one grey image, or a colour one whose three channels are equal; transparency is ignored.
+
+    Returns:
+        (rows, columns) uint8, uint16 or int32.
+    """
+    try:
+        with Image.open(BytesIO(data), formats=("PNG", "JPEG", "TIFF")) as image:
+            channels = len(image.getbands())
+            if image.width * image.height * channels > max_pixels:
+                return Reject(Reason.TOO_LARGE, "the image's width and height")
+            if getattr(image, "n_frames", 1) > 1:
+                return Reject(Reason.UNSUPPORTED_MULTIFRAME, "more than one page")
+            return _grey(image)
+    except Image.DecompressionBombError:
+        return Reject(Reason.TOO_LARGE, "the image's width and height")
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, MemoryError) as error:
+        return Reject(Reason.NOT_AN_IMAGE, type(error).__name__)
+
+
+def _grey(image: Image.Image) -> np.ndarray | Reject:
+    if image.mode in _INTEGER_MODES:
+        return np.asarray(image).astype(_INTEGER_MODES[image.mode], copy=False)
+    if image.mode in ("L", "LA"):
+        return np.asarray(image.getchannel("L"))
+    if image.mode == "1":
+        return np.asarray(image.convert("L"))
+    if image.mode not in ("RGB", "RGBA", "P", "RGBX"):
+        return Reject(Reason.UNSUPPORTED_PIXELS, f"an image of mode {image.mode}")
+    red_HW, green_HW, blue_HW = (np.asarray(channel) for channel in image.convert("RGB").split())
+    if not (np.array_equal(red_HW, green_HW) and np.array_equal(red_HW, blue_HW)):
+        return Reject(Reason.UNSUPPORTED_PIXELS, "a colour image")
+    return red_HW

@@ -1,0 +1,96 @@
+"""Overlap scores of binary masks, as sums of counts that are divided once. numpy only.
+
+Two averages, which differ and are never mixed:
+
+- pooled: the pixels of all cases are counted together; large lesions weigh most, empty cases add only false positives;
+- per case: each case is scored by itself and the scores are averaged; every patient weighs the same.
+
+Cases with nothing in them, by definition here: an empty prediction for an empty truth has no Dice (0/0) and is left out
+of the per-case mean; it is counted as a true negative case. Any prediction for an empty truth scores 0 and stays in, as
+does an empty prediction where there is a truth.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Pixels by prediction and truth; counts of several slices, cases or workers add up."""
+
+    tp: int = 0
+    fp: int = 0
+    fn: int = 0
+    tn: int = 0
+
+    def __add__(self, other: "Counts") -> "Counts":
+        return Counts(self.tp + other.tp, self.fp + other.fp, self.fn + other.fn, self.tn + other.tn)
+
+    @property
+    def dice(self) -> float | None:
+        """2 TP / (2 TP + FP + FN), which is also F1; None where both prediction and truth are empty."""
+        return _ratio(2 * self.tp, 2 * self.tp + self.fp + self.fn)
+
+    @property
+    def iou(self) -> float | None:
+        """TP / (TP + FP + FN), the Jaccard index; None where both prediction and truth are empty."""
+        return _ratio(self.tp, self.tp + self.fp + self.fn)
+
+    @property
+    def precision(self) -> float | None:
+        """TP / (TP + FP); None where nothing is predicted."""
+        return _ratio(self.tp, self.tp + self.fp)
+
+    @property
+    def recall(self) -> float | None:
+        """TP / (TP + FN), the sensitivity; None where there is nothing to find."""
+        return _ratio(self.tp, self.tp + self.fn)
+
+    @property
+    def background(self) -> "Counts":
+        """The counts that the prediction "everything is background" would have for the same truth: the baseline."""
+        return Counts(fn=self.tp + self.fn, tn=self.tn + self.fp)
+
+
+@dataclass(frozen=True)
+class PerCase:
+    """Cases by kind, and the mean of their Dice. `scored + true_negative` is the number of cases."""
+
+    dice: float | None  # mean over the scored cases; None without any
+    scored: int  # cases with a truth, a prediction or both
+    missed: int  # of them: a truth and an empty prediction, Dice 0
+    false_alarms: int  # of them: a prediction and an empty truth, Dice 0
+    true_negative: int  # neither truth nor prediction: not in the mean
+
+
+def counts(prediction: np.ndarray, truth: np.ndarray) -> Counts:
+    """Counts of two masks of one shape; whatever is not 0 is foreground.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if prediction.shape != truth.shape:
+        raise ValueError(f"scores: prediction is {prediction.shape} and truth {truth.shape}; compare on one grid")
+    predicted, true = prediction != 0, truth != 0
+    tp = int(np.count_nonzero(predicted & true))
+    fp, fn = int(np.count_nonzero(predicted)) - tp, int(np.count_nonzero(true)) - tp
+    return Counts(tp, fp, fn, truth.size - tp - fp - fn)
+
+
+def per_case(cases: Iterable[Counts]) -> PerCase:
+    """Sums up cases, one Counts each (a patient's slices added)."""
+    found = list(cases)
+    dice = [case.dice for case in found if case.dice is not None]
+    return PerCase(
+        dice=float(np.mean(dice)) if dice else None,
+        scored=len(dice),
+        missed=sum(case.tp + case.fp == 0 and case.fn > 0 for case in found),
+        false_alarms=sum(case.tp + case.fn == 0 and case.fp > 0 for case in found),
+        true_negative=len(found) - len(dice),
+    )
+
+
+def _ratio(part: int, whole: int) -> float | None:
+    return part / whole if whole else None

@@ -1,0 +1,1 @@
+"""From a registered model to masks: one slice, or an archive."""

@@ -1,0 +1,111 @@
+"""The Predictor: slices or bytes in, masks out. Bulk, online and MLflow all run this one.
+
+`python -m rayseg.inference.predictor BUNDLE_DIR` segments a bundle's example and prints what came out as JSON: how a
+bundle is verified in a clean process.
+"""
+
+import base64
+import io
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+from rayseg.dicom.reading import Slice, read_slice
+from rayseg.records import Reject
+from rayseg.tracking.bundle import Bundle, load, mask_sha256
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """A slice with its mask: uint8 label map (rows, columns) on the slice's own grid."""
+
+    slice: Slice
+    mask: np.ndarray
+
+
+class Predictor:
+    """A loaded and warmed-up model.
+
+    A slice's mask is byte-identical whatever else is in the call, whatever the call's size and however many threads
+    TensorFlow has (see `tracking.bundle.Bundle.compile`), on one kind of processor and build of TensorFlow. Safe to call from
+    several threads. How many threads TensorFlow uses is the process's own affair: see `limit_threads`.
+    """
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.bundle = bundle
+        self._mask = bundle.compile()
+
+    @classmethod
+    def load(cls, bundle_dir: str | Path) -> "Predictor":
+        """The Predictor of the bundle in `bundle_dir`; raises ValueError where there is no sound bundle."""
+        return cls(load(bundle_dir))
+
+    def predict(self, slices: Sequence[Slice]) -> list[np.ndarray]:
+        """One uint8 label map (rows, columns) a slice, on the slice's own grid."""
+        return [self._mask(slice) for slice in slices]
+
+    def segment(self, blobs: Sequence[bytes]) -> list[Prediction | Reject]:
+        """For each object's bytes (DICOM, PNG, JPEG or TIFF) the slice with its mask, or why there is none."""
+        slices = [read_slice(blob) for blob in blobs]
+        return [slice if isinstance(slice, Reject) else Prediction(slice, self._mask(slice)) for slice in slices]
+
+
+def limit_threads(threads: int) -> None:
+    """Bounds TensorFlow's threads of this process, as actors must: by default it takes every core of the machine.
+
+    Raises:
+        RuntimeError: TensorFlow already runs with other settings; call this before the first model is loaded.
+    """
+    import tensorflow as tf
+
+    tf.config.threading.set_intra_op_parallelism_threads(threads)
+    tf.config.threading.set_inter_op_parallelism_threads(1)
+
+
+def mask_png(mask: np.ndarray) -> bytes:
+    """A uint8 label map (rows, columns) as an 8-bit grey PNG with the same values."""
+    buffer = io.BytesIO()
+    Image.fromarray(mask).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+class _PyfuncModel:
+    """What MLflow calls: one row in, one row out; a bad input gives a row with its reason."""
+
+    def __init__(self, predictor: Predictor) -> None:
+        self._predictor = predictor
+
+    def predict(self, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
+        """Column `dicom` (bytes) to `mask_png` (base64), `foreground_pixels`, and `reason`, `detail` of a reject."""
+        rows = [_row(result) for result in self._predictor.segment([bytes(blob) for blob in model_input["dicom"]])]
+        return pd.DataFrame(rows, columns=["mask_png", "foreground_pixels", "reason", "detail"], dtype=object)
+
+
+def _row(result: Prediction | Reject) -> tuple[str | None, int | None, str | None, str | None]:
+    if isinstance(result, Reject):
+        return None, None, result.reason.value, result.detail
+    return base64.b64encode(mask_png(result.mask)).decode(), int(np.count_nonzero(result.mask)), None, None
+
+
+def _load_pyfunc(data_path: str) -> _PyfuncModel:
+    """The entry point that MLflow's pyfunc flavour asks of a loader module."""
+    return _PyfuncModel(Predictor.load(data_path))
+
+
+def _main(bundle_dir: str) -> None:
+    predictor = Predictor.load(bundle_dir)
+    (result,) = predictor.segment([predictor.bundle.example])
+    assert isinstance(result, Prediction), "a bundle is not saved with an example that cannot be read"
+    found = {"digest": predictor.bundle.digest, "example_mask_sha256": mask_sha256(result.mask)}
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1])

@@ -1,0 +1,122 @@
+"""The Arrow schemas that cross a border between stages, and the reasons an input can be rejected for.
+
+Keys named `*_key` are pseudonyms (keyed HMAC, see `dicom.pseudonyms`): no identity stands in any of these tables.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+import pyarrow as pa
+
+
+class Reason(StrEnum):
+    """Why an input was rejected. The README shows this enumeration as a table; the value is the code in ledgers."""
+
+    NOT_FOUND = "not_found"  # the object vanished between listing and reading
+    READ_FAILED = "read_failed"  # the store kept failing after all retries
+    EMPTY_OBJECT = "empty_object"  # zero bytes
+    NOT_DICOM = "not_dicom"  # no DICOM file meta information or data set found
+    TRUNCATED = "truncated"  # fewer bytes than the header or the pixel data's length announces
+    CORRUPT = "corrupt"  # a data set that pydicom cannot parse
+    NO_PIXELS = "no_pixels"  # a DICOM object without pixel data (RTSTRUCT, SR, presentation state, ...)
+    UNSUPPORTED_SOP_CLASS = "unsupported_sop_class"  # pixels that are no source image (SEG, dose, parametric map)
+    UNSUPPORTED_TRANSFER_SYNTAX = "unsupported_transfer_syntax"  # no maintained decoder
+    UNSUPPORTED_PIXELS = "unsupported_pixels"  # colour, palette, float or otherwise not one grey sample a pixel
+    UNSUPPORTED_MULTIFRAME = "unsupported_multiframe"  # more than one frame in the object
+    DECODE_FAILED = "decode_failed"  # the decoder refused the pixel data
+    MISSING_ATTRIBUTE = "missing_attribute"  # an attribute that is needed is absent or unusable; detail names it
+    TOO_LARGE = "too_large"  # declared pixels over the limit
+    NOT_AN_IMAGE = "not_an_image"  # an image file (PNG, JPEG, TIFF) that cannot be decoded
+    NO_MASK = "no_mask"  # the layout asks for a mask and none pairs with this image
+    MASK_MISMATCH = "mask_mismatch"  # the mask's size is not its image's size
+    SERIES_MIXED = "series_mixed"  # a series with several sizes or orientations
+    SERIES_DUPLICATES = "series_duplicates"  # several different slices at one position
+    WRITE_FAILED = "write_failed"  # the result could not be made or stored
+    INTERNAL = "internal"  # anything unforeseen: the detail names the exception's type only
+
+
+@dataclass(frozen=True)
+class Reject:
+    """An input that was refused. `detail` says what exactly, without any value read from the input's identity."""
+
+    reason: Reason
+    detail: str = ""
+
+
+# One row per object of the source: a DICOM instance or an image file.
+MANIFEST = pa.schema(
+    [
+        ("uri", pa.string()),
+        ("bytes", pa.int64()),
+        ("verdict", pa.string()),  # "ok" or "rejected"
+        ("reason", pa.string()),  # a Reason value; null where ok
+        ("detail", pa.string()),  # null where ok
+        ("kind", pa.string()),  # "dicom" or "image"; null where rejected before that was known
+        ("mask_uri", pa.string()),  # null: no mask (an empty one where the layout says so)
+        ("patient_key", pa.string()),
+        ("study_key", pa.string()),
+        ("series_key", pa.string()),
+        ("instance_key", pa.string()),
+        ("modality", pa.string()),
+        ("transfer_syntax_uid", pa.string()),
+        ("rows", pa.int32()),
+        ("columns", pa.int32()),
+        ("instance_number", pa.int32()),
+        ("pixel_spacing_mm", pa.list_(pa.float64(), 2)),  # between rows, between columns
+        ("slice_thickness_mm", pa.float64()),
+        ("image_position_mm", pa.list_(pa.float64(), 3)),
+        ("image_orientation", pa.list_(pa.float64(), 6)),
+        ("series_verdict", pa.string()),  # "ok", "salvaged" or "rejected"
+        ("series_detail", pa.string()),  # what was done or why
+    ]
+)
+
+# One row per training sample. Image and mask are raw C-ordered bytes; the set's `_prepared.json` tells their shapes.
+PREPARED = pa.schema(
+    [
+        ("row_id", pa.string()),  # sha256 of the uri: names the sample in errors and tables
+        ("patient_key", pa.string()),
+        ("series_key", pa.string()),
+        ("uri", pa.string()),
+        ("mask_uri", pa.string()),
+        ("split", pa.string()),  # "train", "val" or "test"
+        ("foreground_pixels", pa.int64()),  # of `mask`
+        ("image", pa.binary()),  # uint8, (height, width, channels)
+        ("mask", pa.binary()),  # uint8 class indices, (height, width)
+    ]
+)
+
+# One row per rejected object of a stage.
+REJECTS = pa.schema(
+    [
+        ("uri", pa.string()),
+        ("stage", pa.string()),
+        ("reason", pa.string()),
+        ("detail", pa.string()),
+        ("patient_key", pa.string()),
+        ("series_key", pa.string()),
+    ]
+)
+
+# One row per series of an archive run.
+LEDGER = pa.schema(
+    [
+        ("series_key", pa.string()),
+        ("patient_key", pa.string()),
+        ("verdict", pa.string()),  # "segmented" or "rejected"
+        ("reason", pa.string()),
+        ("detail", pa.string()),
+        ("model_name", pa.string()),
+        ("model_version", pa.string()),
+        ("model_digest", pa.string()),
+        ("config_digest", pa.string()),
+        ("slices", pa.int32()),
+        ("rejected_slices", pa.int32()),
+        ("foreground_pixels", pa.int64()),
+        ("volume_ml", pa.float64()),  # null where positions do not give a slice distance
+        ("output_uri", pa.string()),
+        ("output_sha256", pa.string()),
+        ("output_bytes", pa.int64()),
+        ("seconds", pa.float64()),
+    ]
+)

@@ -1,0 +1,293 @@
+"""Files by URI: plain local paths, `file://...` and `s3://BUCKET/KEY`, all through pyarrow filesystems.
+
+S3 settings are the standard environment variables (`AWS_ENDPOINT_URL`, `AWS_REGION`, `AWS_ACCESS_KEY_ID`, ...), which
+every process reads for itself. URIs are taken as written: nothing in them is percent-decoded. A write is atomic: a
+reader sees the old object or the new one, never half of one. A failing call is tried `ATTEMPTS` times, except where
+another try cannot help: what is missing or forbidden is reported at once.
+"""
+
+import io
+import json
+import logging
+import os
+import random
+import secrets
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+logger = logging.getLogger(__name__)
+
+ATTEMPTS = 4
+FIRST_PAUSE_S = 0.2  # doubled after each failure, with jitter
+THREADS = 8  # transfers and listings in flight of one call
+CONNECT_TIMEOUT_S = 5.0
+REQUEST_TIMEOUT_S = 30.0
+
+ItemT = TypeVar("ItemT")
+ResultT = TypeVar("ResultT")
+
+# What these say stays so however often it is asked; pyarrow gives an OSError with the store's error name in its text.
+_FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+_FORBIDDEN = ("ACCESS_DENIED", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH", "HTTP status 403")
+_JITTER = random.SystemRandom()
+_TEMPORARY = (".rayseg-", ".tmp")  # prefix and suffix of half-written local files
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """One object of a listing: `size` in bytes, `modified` where the store tells."""
+
+    uri: str
+    size: int
+    modified: datetime | None
+
+
+def absolute(uri: str) -> str:
+    """The URI with a plain local path made absolute, so that it means the same in a process with another folder."""
+    return uri if "://" in uri else _local(uri)
+
+
+def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
+    """The pyarrow filesystem of `uri` and the path in it; raises ValueError for a scheme other than file and s3."""
+    scheme, separator, rest = uri.partition("://")
+    if not separator:
+        return pafs.LocalFileSystem(), _local(uri)
+    if scheme == "file":
+        if not rest.startswith("/"):
+            raise ValueError(f"URI {uri}: expected file:///absolute/path")
+        return pafs.LocalFileSystem(), _local(rest)
+    if scheme == "s3":
+        if not rest.strip("/"):
+            raise ValueError(f"URI {uri}: expected s3://BUCKET/KEY")
+        return _s3(tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))), rest.strip("/")
+    raise ValueError(f"URI {uri}: unknown scheme {scheme}; known: file, s3, or a plain path")
+
+
+def join(uri: str, *parts: str) -> str:
+    """`uri` with `parts` below it; empty parts are left out."""
+    below = [part.strip("/") for part in parts if part.strip("/")]
+    return "/".join([uri.rstrip("/"), *below]) if below else uri
+
+
+def exists(uri: str) -> bool:
+    """Whether an object or a folder stands at `uri`."""
+    files, path = filesystem(uri)
+    return _try(lambda: files.get_file_info(path)).type != pafs.FileType.NotFound
+
+
+def list_files(uri: str, suffixes: Sequence[str] = ()) -> Iterator[FileInfo]:
+    """Every object below `uri`, streamed: the files of a folder by name, then its folders by name, recursively.
+
+    Only the folders on the way and a few listed ahead are in memory at once.
+
+    Args:
+        uri: a folder or prefix.
+        suffixes: keep names that end so, letter case ignored; empty keeps all.
+
+    Raises:
+        FileNotFoundError: there is nothing at `uri`.
+    """
+    files, root = filesystem(uri)
+    prefix = uri if "://" in uri else root
+    endings = tuple(suffix.lower() for suffix in suffixes)
+
+    def entries(path: str) -> list[pafs.FileInfo]:
+        found = _try(lambda: files.get_file_info(pafs.FileSelector(path)))
+        return sorted(found, key=lambda info: info.path)
+
+    def walk(listing: list[pafs.FileInfo]) -> Iterator[FileInfo]:
+        for info in listing:
+            temporary = info.base_name.startswith(_TEMPORARY[0]) and info.base_name.endswith(_TEMPORARY[1])
+            if info.is_file and not temporary and (not endings or info.base_name.lower().endswith(endings)):
+                yield FileInfo(join(prefix, info.path[len(root) :]), info.size, info.mtime)
+        folders = (info.path for info in listing if info.type == pafs.FileType.Directory)
+        for below in _ahead(pool, entries, folders):
+            yield from walk(below)
+
+    pool = ThreadPoolExecutor(THREADS, thread_name_prefix="rayseg-list")
+    try:
+        yield from walk(entries(root))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def read(uri: str, length: int | None = None) -> bytes:
+    """The object's bytes, or its first `length` at most (a ranged request on S3).
+
+    Raises:
+        FileNotFoundError: no such object.
+        OSError: the store kept failing; PermissionError where it refuses.
+    """
+    files, path = filesystem(uri)
+
+    def call() -> bytes:
+        with files.open_input_file(path) as file:
+            return file.read() if length is None else file.read(length)
+
+    return _try(call)
+
+
+def read_each(uris: Iterable[str], length: int | None = None) -> Iterator[bytes | OSError]:
+    """`read` of each URI, in order, with a few read ahead in threads; what failed comes as its error, not raised."""
+
+    def one(uri: str) -> bytes | OSError:
+        try:
+            return read(uri, length)
+        except OSError as error:
+            return error
+
+    pool = ThreadPoolExecutor(THREADS, thread_name_prefix="rayseg-read")
+    try:
+        yield from _ahead(pool, one, uris)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def write(uri: str, data: bytes) -> None:
+    """Writes the object whole or not at all; folders on the way are made; an object that was there is replaced."""
+    files, path = filesystem(uri)
+    if isinstance(files, pafs.LocalFileSystem):
+        _try(lambda: _write_local(Path(path), data))
+        return
+
+    def call() -> None:
+        # An S3 object appears when its upload is completed; a failed upload leaves the old object.
+        with files.open_output_stream(path, compression=None) as file:
+            file.write(data)
+
+    _try(call)
+
+
+def delete(uri: str) -> None:
+    """Removes the object at `uri` if it is there."""
+    files, path = filesystem(uri)
+    try:
+        _try(lambda: files.delete_file(path))
+    except FileNotFoundError:
+        return
+
+
+def read_table(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """The Parquet file at `uri`, or only `columns` of it."""
+    files, path = filesystem(uri)
+
+    def call() -> pa.Table:
+        with files.open_input_file(path) as file:
+            return pq.ParquetFile(file).read(columns=None if columns is None else list(columns))
+
+    return _try(call)
+
+
+def write_table(uri: str, table: pa.Table, row_group_rows: int | None = None) -> None:
+    """Writes `table` as one Parquet file (zstd), atomically; equal tables give equal bytes."""
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd", row_group_size=row_group_rows)
+    write(uri, buffer.getvalue())
+
+
+def read_json(uri: str) -> Any:
+    """The JSON value at `uri`; raises ValueError where it is not JSON."""
+    try:
+        return json.loads(read(uri))
+    except ValueError as error:
+        raise ValueError(f"{uri}: not valid JSON ({error})") from None
+
+
+def write_json(uri: str, value: Any) -> None:
+    """Writes `value` as indented JSON with sorted keys, atomically."""
+    write(uri, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
+
+
+def upload(local_dir: str | Path, uri: str) -> None:
+    """Copies the files of a local folder, recursively and in parallel, to below `uri`; each object is atomic."""
+    _copy(str(local_dir), uri)
+
+
+def download(uri: str, local_dir: str | Path) -> None:
+    """Copies all objects below `uri`, recursively and in parallel, into a local folder."""
+    _copy(uri, str(local_dir))
+
+
+def _copy(source: str, destination: str) -> None:
+    root = filesystem(source)[1]
+
+    def copy(info: FileInfo) -> None:
+        write(join(destination, filesystem(info.uri)[1][len(root) :]), read(info.uri))
+
+    with ThreadPoolExecutor(THREADS, thread_name_prefix="rayseg-copy") as pool:
+        for _ in _ahead(pool, copy, list_files(source)):
+            pass
+
+
+def _ahead(pool: ThreadPoolExecutor, function: Callable[[ItemT], ResultT], items: Iterable[ItemT]) -> Iterator[ResultT]:
+    """Like `map`, in order, with at most THREADS calls ahead of what has been taken."""
+    running: deque[Future[ResultT]] = deque()
+    for item in items:
+        running.append(pool.submit(function, item))
+        if len(running) >= THREADS:
+            yield running.popleft().result()
+    while running:
+        yield running.popleft().result()
+
+
+def _local(path: str) -> str:
+    return os.path.abspath(path)  # noqa: PTH100 (unlike Path.resolve it leaves links as they are)
+
+
+def _write_local(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    prefix, suffix = _TEMPORARY
+    temporary = path.parent / f"{prefix}{secrets.token_hex(8)}{suffix}"
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@lru_cache(maxsize=4)
+def _s3(environment: tuple[tuple[str, str], ...]) -> pafs.S3FileSystem:
+    """One client a process and a set of AWS_* variables; pyarrow reads the credentials from those itself."""
+    variables = dict(environment)
+    endpoint = urlsplit(variables.get("AWS_ENDPOINT_URL_S3") or variables.get("AWS_ENDPOINT_URL") or "https://")
+    return pafs.S3FileSystem(
+        endpoint_override=endpoint.netloc or None,
+        scheme=endpoint.scheme,
+        region=variables.get("AWS_REGION") or variables.get("AWS_DEFAULT_REGION") or "us-east-1",
+        connect_timeout=CONNECT_TIMEOUT_S,
+        request_timeout=REQUEST_TIMEOUT_S,
+        # One place counts attempts: `_try`.
+        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=1),
+    )
+
+
+def _try(call: Callable[[], ResultT]) -> ResultT:
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return call()
+        except _FINAL:
+            raise
+        except OSError as error:
+            if any(name in str(error) for name in _FORBIDDEN):
+                raise PermissionError(f"the object store refuses access: {error}") from error
+            if attempt == ATTEMPTS:
+                raise
+            # The text may name an object, and its name a patient: only the type is logged.
+            logger.warning("storage call failed (%s), attempt %d of %d", type(error).__name__, attempt, ATTEMPTS)
+            time.sleep(FIRST_PAUSE_S * 2 ** (attempt - 1) * _JITTER.uniform(0.5, 1.5))
+    raise AssertionError("the loop returns or raises")

@@ -1,0 +1,167 @@
+"""Bundles: a model with all that inference needs, in one folder.
+
+`model.keras`, `bundle.json` (preprocess, labels, threshold, digest, what mask the example gave) and `example.dcm`.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rayseg import config
+from rayseg.data.labels import Labels
+from rayseg.data.preprocess import Preprocess
+from rayseg.dicom.reading import Slice, read_slice
+from rayseg.records import Reject
+
+# TensorFlow takes seconds and hundreds of MB: only a process that saves, loads or runs a model imports it.
+if TYPE_CHECKING:
+    import keras
+
+FORMAT = 1
+EXAMPLE_FILE = "example.dcm"
+_MODEL_FILE, _DESCRIPTION_FILE = "model.keras", "bundle.json"
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A model with all that inference needs.
+
+    model: uint8 (N, height, width, channels) to float32 (N, height, width, 1) probabilities.
+    threshold: a pixel is foreground where its probability, back on the slice's grid, is at least this.
+    digest: SHA-256 over weights, preprocess, labels, threshold and the example's mask; file times do not count.
+    """
+
+    model: "keras.Model" = field(repr=False)
+    preprocess: Preprocess
+    labels: Labels
+    threshold: float
+    digest: str
+    example: bytes = field(repr=False)
+
+    def compile(self) -> Callable[[Slice], np.ndarray]:
+        """The one way from a slice to its mask: a function to a uint8 label map (rows, columns) on the slice's grid.
+
+        The network always runs on exactly one image, so a mask cannot depend on what is segmented beside it, nor on
+        how many. A batch would not do: TensorFlow adds up group normalisation in another order for each batch size (the
+        last bits differ), and on a CPU it is no faster. Traced and warmed up here; safe to call from several threads.
+        """
+        import tensorflow as tf
+
+        shape_NHWC = (1, *self.preprocess.size, self.preprocess.channels)
+
+        @tf.function(input_signature=[tf.TensorSpec(shape_NHWC, tf.uint8)], autograph=False)
+        def network(images_NHWC: Any) -> Any:
+            return tf.cast(self.model(images_NHWC, training=False), tf.float32)
+
+        def mask(slice: Slice) -> np.ndarray:
+            image_HWC = self.preprocess.apply(slice)
+            probabilities_HW = network(image_HWC[np.newaxis]).numpy()[0, :, :, 0]
+            restored = self.preprocess.restore(np.ascontiguousarray(probabilities_HW), *slice.stored.shape)
+            return (restored >= np.float32(self.threshold)).astype(np.uint8)
+
+        network(np.zeros(shape_NHWC, np.uint8))
+        return mask
+
+
+def mask_sha256(mask: np.ndarray) -> str:
+    """SHA-256 (hex) of a label map's shape and values."""
+    return hashlib.sha256(f"{mask.dtype}{mask.shape}".encode() + mask.tobytes()).hexdigest()
+
+
+def save(
+    bundle_dir: str | Path,
+    model: "keras.Model",
+    preprocess: Preprocess,
+    labels: Labels,
+    threshold: float,
+    example: bytes,
+) -> Bundle:
+    """Writes a bundle into the folder `bundle_dir` (made if need be) and returns it.
+
+    Args:
+        bundle_dir: where to; what a former bundle left there is replaced.
+        model: see `Bundle`; keep the optimizer out of it, it would be saved too.
+        preprocess: what the model was trained with.
+        labels: the classes.
+        threshold: between 0 and 1.
+        example: a DICOM instance; its mask is recorded and compared wherever the bundle is verified.
+
+    Raises:
+        ValueError: the model's shapes do not fit `preprocess`, the threshold is no probability, the example no slice.
+    """
+    expected = (None, *preprocess.size)
+    if model.input_shape != (*expected, preprocess.channels) or model.output_shape != (*expected, 1):
+        raise ValueError(
+            f"bundle: a model from {(*expected, preprocess.channels)} to {(*expected, 1)} expected for its preprocess "
+            f"and labels, got {model.input_shape} to {model.output_shape}"
+        )
+    if not 0 < threshold < 1:
+        raise ValueError(f"bundle: threshold between 0 and 1 expected, got {threshold}")
+    slice = read_slice(example)
+    if isinstance(slice, Reject):
+        raise ValueError(f"bundle: the example is no readable slice ({slice.reason}: {slice.detail})")
+    example_mask = mask_sha256(Bundle(model, preprocess, labels, threshold, "", example).compile()(slice))
+    digest = _digest(model, preprocess, labels, threshold, example_mask)
+    folder = Path(bundle_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save(folder / _MODEL_FILE)
+    (folder / EXAMPLE_FILE).write_bytes(example)
+    description = {
+        "format": FORMAT,
+        "preprocess": config.plain(preprocess),
+        "labels": config.plain(labels),
+        "threshold": threshold,
+        "example_mask_sha256": example_mask,
+        "digest": digest,
+    }
+    (folder / _DESCRIPTION_FILE).write_text(json.dumps(description, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return Bundle(model, preprocess, labels, threshold, digest, example)
+
+
+def load(bundle_dir: str | Path) -> Bundle:
+    """Reads a bundle; raises ValueError where there is none, or it is damaged or of another format."""
+    import keras
+
+    folder = Path(bundle_dir)
+    description = describe(folder)
+    preprocess = config.build(Preprocess, description["preprocess"])
+    labels = config.build(Labels, description["labels"])
+    model = keras.saving.load_model(folder / _MODEL_FILE, compile=False)
+    threshold = description["threshold"]
+    if _digest(model, preprocess, labels, threshold, description["example_mask_sha256"]) != description["digest"]:
+        raise ValueError(f"bundle {folder}: its content does not have the digest that it was saved with")
+    return Bundle(model, preprocess, labels, threshold, description["digest"], (folder / EXAMPLE_FILE).read_bytes())
+
+
+def _digest(model: "keras.Model", preprocess: Preprocess, labels: Labels, threshold: float, example_mask: str) -> str:
+    """The example's mask stands for how the layers are wired, which the weights do not tell."""
+    weights = [
+        [str(value.dtype), list(value.shape), hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()]
+        for value in model.get_weights()
+    ]
+    return config.digest(
+        {
+            "format": FORMAT,
+            "weights": weights,
+            "preprocess": config.plain(preprocess),
+            "labels": config.plain(labels),
+            "threshold": threshold,
+            "example_mask_sha256": example_mask,
+        }
+    )
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """What the bundle's `bundle.json` says; raises ValueError where there is none, or of another format."""
+    try:
+        description = json.loads((folder / _DESCRIPTION_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"bundle {folder}: {_DESCRIPTION_FILE} cannot be read ({type(error).__name__})") from None
+    if description.get("format") != FORMAT:
+        raise ValueError(f"bundle {folder}: format {description.get('format')}, this version reads {FORMAT}")
+    return description

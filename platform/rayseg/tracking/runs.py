@@ -1,0 +1,114 @@
+"""MLflow runs by explicit tracking URI and run id: no active run, no `set_tracking_uri`, nothing global.
+
+So any process that is told both may write to a run: the driver and rank 0 of a training do.
+"""
+
+import re
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from mlflow import MlflowClient, MlflowException
+from mlflow.entities import Metric, Param
+
+from rayseg import __version__
+
+_PARAMS_A_BATCH = 100  # MLflow's limit for one request
+_SQLITE = "sqlite:///"
+
+
+def client(tracking_uri: str) -> MlflowClient:
+    """A client for the tracking store and the model registry at `tracking_uri`."""
+    return MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
+
+
+def start(
+    tracking_uri: str,
+    experiment: str,
+    name: str,
+    params: Mapping[str, Any] | None = None,
+    tags: Mapping[str, str] | None = None,
+) -> str:
+    """Creates a run, and its experiment where that is new, and returns the run's id.
+
+    Args:
+        tracking_uri: `sqlite:///ABSOLUTE/PATH.db` or the URL of an MLflow server. With SQLite the artifacts of a new
+            experiment go to `artifacts/` beside the database, wherever the process runs.
+        experiment: the experiment's name.
+        name: the run's name in the UI.
+        params: flat configuration (see `config.flat`); values are shown as text.
+        tags: further tags.
+
+    Raises:
+        ValueError: the experiment was deleted.
+    """
+    mlflow = client(tracking_uri)
+    run = mlflow.create_run(
+        _experiment_id(mlflow, tracking_uri, experiment),
+        run_name=name,
+        tags={"rayseg.version": __version__, **(tags or {})},
+    )
+    values = [Param(key, str(value)) for key, value in (params or {}).items()]
+    for first in range(0, len(values), _PARAMS_A_BATCH):
+        mlflow.log_batch(run.info.run_id, params=values[first : first + _PARAMS_A_BATCH])
+    return run.info.run_id
+
+
+def log_metrics(tracking_uri: str, run_id: str, metrics: Mapping[str, float], step: int = 0) -> None:
+    """Logs values of one step (an epoch, or 0 for final ones)."""
+    now_ms = int(time.time() * 1000)
+    values = [Metric(name, float(value), now_ms, step) for name, value in metrics.items()]
+    client(tracking_uri).log_batch(run_id, metrics=values)
+
+
+def log_file(tracking_uri: str, run_id: str, path_in_run: str, path: str | Path) -> None:
+    """Keeps the local file `path` as the run's artifact `path_in_run`."""
+    log_bytes(tracking_uri, run_id, path_in_run, Path(path).read_bytes())
+
+
+def log_bytes(tracking_uri: str, run_id: str, path_in_run: str, data: bytes) -> None:
+    """Keeps `data` as the run's artifact `path_in_run` (`folder/name.png`)."""
+    folder, _, file_name = path_in_run.rpartition("/")
+    with tempfile.TemporaryDirectory() as temporary:
+        file = Path(temporary, file_name)
+        file.write_bytes(data)
+        client(tracking_uri).log_artifact(run_id, str(file), folder or None)
+
+
+def finish(tracking_uri: str, run_id: str, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
+    """Ends the run."""
+    client(tracking_uri).set_terminated(run_id, status)
+
+
+def metric(tracking_uri: str, run_id: str, name: str) -> float | None:
+    """The metric's last value, None where the run has no such metric; raises ValueError where there is no such run."""
+    try:
+        return client(tracking_uri).get_run(run_id).data.metrics.get(name)
+    except MlflowException as error:
+        raise ValueError(f"run {run_id}: not found in {tracking_uri}") from error
+
+
+def _experiment_id(mlflow: MlflowClient, tracking_uri: str, name: str) -> str:
+    found = mlflow.get_experiment_by_name(name)
+    if found is None:
+        try:
+            return mlflow.create_experiment(name, artifact_location=_artifact_location(tracking_uri, name))
+        except MlflowException as error:
+            # Another process may have made it since.
+            found = mlflow.get_experiment_by_name(name)
+            if found is None:
+                raise ValueError(f"experiment {name}: cannot be created ({error.error_code})") from error
+    if found.lifecycle_stage != "active":
+        raise ValueError(f"experiment {name}: was deleted; restore it (mlflow experiments restore) or use another name")
+    return found.experiment_id
+
+
+def _artifact_location(tracking_uri: str, experiment: str) -> str | None:
+    """None leaves it to the server. For SQLite MLflow would take `./mlruns` of whoever comes first."""
+    if not tracking_uri.startswith(_SQLITE):
+        return None
+    database = Path(tracking_uri.removeprefix(_SQLITE))
+    # Experiments whose names end alike may share a folder: below it everything has the id of a run or a model.
+    return (database.resolve().parent / "artifacts" / re.sub(r"[^\w.-]+", "-", experiment)).as_uri()

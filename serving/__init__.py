@@ -1,0 +1,1 @@
+"""The registered model over HTTP, on Ray Serve."""

@@ -1,0 +1,170 @@
+"""What a mask becomes on the wire: the choice by `Accept`, and PNG, JSON and DICOM SEG."""
+
+import base64
+import dataclasses
+import io
+
+import numpy as np
+from PIL import Image
+from pydantic import BaseModel, Field
+
+from rayseg.data.preprocess import Preprocess
+from rayseg.dicom import segmentation
+from rayseg.dicom.reading import Slice
+from rayseg.records import Reason, Reject
+from serving.replica import ModelInfo, Segmented
+
+JSON, PNG, DICOM = "application/json", "image/png", "application/dicom"
+
+
+class LabelArea(BaseModel):
+    """One foreground class of the mask."""
+
+    value: int = Field(description="the mask's value for this class")
+    name: str
+    pixels: int
+    area_mm2: float | None = Field(description="null where the source tells no pixel spacing")
+
+
+class Preview(BaseModel):
+    """Two pictures of equal size, base64: what a viewer lays over each other."""
+
+    slice_png: str = Field(description="the slice in the model's window, 8-bit grey")
+    mask_png: str = Field(description="the label map, as `Accept: image/png` gives it")
+
+
+class ModelAnswer(BaseModel):
+    """The JSON answer of `GET /v1/model`."""
+
+    name: str
+    version: str
+    alias: str | None = Field(description="null where the model was configured by version")
+    digest: str
+    run_id: str = Field(description="the MLflow run that trained it")
+    labels: tuple[str, ...] = Field(description="foreground classes; value i + 1 of a mask is labels[i]")
+    preprocess: Preprocess
+    threshold: float
+
+
+class SegmentAnswer(BaseModel):
+    """The JSON answer of `POST /v1/segment`."""
+
+    rows: int
+    columns: int
+    pixel_spacing_mm: tuple[float, float] | None = Field(description="between rows, between columns")
+    foreground_pixels: int
+    area_mm2: float | None = Field(description="of the foreground; null where the source tells no pixel spacing")
+    labels: list[LabelArea]
+    model: str
+    version: str
+    digest: str
+    batch_size: int = Field(description="slices that shared the forward pass")
+    timings_ms: dict[str, float] = Field(
+        description="receive: body; segment: model with its queue; forward: the batch alone; total"
+    )
+    preview: Preview | None = Field(default=None, description="with `?preview=true`")
+
+
+def negotiate(accept: str | None, offers: tuple[str, ...] = (JSON, PNG, DICOM)) -> str | None:
+    """The offer that the `Accept` header likes best (RFC 9110, 12.5.1); None where it likes none.
+
+    Of ranges that match an offer the most specific one gives its quality; of offers with equal quality the first wins.
+    Parameters other than `q` do not narrow a range; a part that cannot be read is passed over.
+    """
+    if accept is None or not accept.strip():
+        return offers[0]
+    qualities: dict[str, float] = {}
+    for part in accept.lower().split(","):
+        media_range, *parameters = (piece.strip() for piece in part.split(";"))
+        quality = 1.0
+        for parameter in parameters:
+            name, _, value = parameter.partition("=")
+            if name.strip() == "q":
+                try:
+                    quality = float(value)
+                except ValueError:
+                    quality = -1.0
+        if 0 <= quality <= 1:
+            qualities[media_range] = max(quality, qualities.get(media_range, 0.0))
+
+    def liking(offer: str) -> float:
+        for media_range in (offer, offer.split("/")[0] + "/*", "*/*"):
+            if media_range in qualities:
+                return qualities[media_range]
+        return 0.0
+
+    best = max(offers, key=liking)
+    return best if liking(best) > 0 else None
+
+
+def png(image_HW: np.ndarray) -> bytes:
+    """Lossless 8-bit grey PNG of a uint8 image."""
+    buffer = io.BytesIO()
+    Image.fromarray(image_HW).save(buffer, format="PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def dicom_seg(source: bytes, result: Segmented) -> bytes | Reject:
+    """A DICOM SEG for the one slice; a reject where the source lacks the geometry that a SEG must state."""
+    if result.geometry is None:
+        return Reject(Reason.MISSING_ATTRIBUTE, "an image file has no DICOM geometry: ask for image/png or JSON")
+    return segmentation.encode(
+        [source],
+        [result.mask_HW],
+        labels=result.model.labels,
+        model_name=result.model.name,
+        model_version=result.model.version,
+        digest=result.model.digest,
+    )
+
+
+def measure(result: Segmented, timings_ms: dict[str, float], preview: Preview | None = None) -> SegmentAnswer:
+    """Pixel counts and areas of a mask; areas in mm² where the pixel spacing is known."""
+    spacing = result.geometry.pixel_spacing_mm if result.geometry else None
+    pixel_mm2 = spacing[0] * spacing[1] if spacing else None
+    counts = np.bincount(result.mask_HW.ravel(), minlength=len(result.model.labels) + 1)
+
+    def area(pixels: int) -> float | None:
+        return None if pixel_mm2 is None else round(pixels * pixel_mm2, 3)
+
+    labels = [
+        LabelArea(value=value, name=name, pixels=int(counts[value]), area_mm2=area(int(counts[value])))
+        for value, name in enumerate(result.model.labels, start=1)
+    ]
+    foreground = int(counts[1:].sum())
+    rows, columns = result.mask_HW.shape
+    return SegmentAnswer(
+        rows=rows,
+        columns=columns,
+        pixel_spacing_mm=spacing,
+        foreground_pixels=foreground,
+        area_mm2=area(foreground),
+        labels=labels,
+        model=result.model.name,
+        version=result.model.version,
+        digest=result.model.digest,
+        batch_size=result.batch_size,
+        timings_ms=timings_ms,
+        preview=preview,
+    )
+
+
+def preview(source: Slice, result: Segmented) -> Preview:
+    """The slice with the model's intensities and its label map, both on the source grid."""
+    rows, columns = result.mask_HW.shape
+    grey_HWC = dataclasses.replace(result.model.preprocess, size=(rows, columns)).apply(source)
+    return Preview(
+        slice_png=base64.b64encode(png(grey_HWC[..., 0])).decode(),
+        mask_png=base64.b64encode(png(result.mask_HW)).decode(),
+    )
+
+
+def model_headers(model: ModelInfo) -> dict[str, str]:
+    """Which model made an answer; the answer itself is a patient's, so nothing on its way may keep it."""
+    return {
+        "X-Model-Name": model.name,
+        "X-Model-Version": model.version,
+        "X-Model-Digest": model.digest,
+        "Cache-Control": "no-store",
+    }
+

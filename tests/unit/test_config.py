@@ -1,0 +1,94 @@
+"""Configuration: what a user types is either taken exactly or refused in one line that names the key."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from rayseg import config
+
+
+@dataclass(frozen=True)
+class Window:
+    center: float
+    width: float
+
+    def __post_init__(self):
+        if self.width < 1:
+            raise ValueError("width must be at least 1")
+
+
+@dataclass(frozen=True)
+class Stage:
+    output: str
+    epochs: int = 3
+    rate: float = 1e-3
+    kind: Literal["one", "two"] = "one"
+    sizes: tuple[int, ...] = (8, 16)
+    window: Window | None = None
+
+
+def recipe(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_a_section_and_its_overrides_become_the_dataclass(tmp_path):
+    path = recipe(tmp_path, "train: {output: out, sizes: [1, 2, 3], window: {center: 40, width: 80}}\nprepare: {x: 1}\n")
+    loaded = config.load(Stage, "train", path, ["epochs=5", "window.width=100.5", "kind=two"])
+    assert loaded == Stage(
+        output="out", epochs=5, kind="two", sizes=(1, 2, 3), window=Window(center=40.0, width=100.5)
+    )
+
+
+def test_an_override_can_make_a_group_that_the_recipe_lacks():
+    loaded = config.load(Stage, "train", None, ["output=out", "window.center=1", "window.width=2"])
+    assert loaded.window == Window(1.0, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "key"),
+    [
+        ("train: {output: o, epohcs: 1}", [], "epohcs"),
+        ("train: {output: o}", ["window.centre=1"], "window.centre"),
+        ("train: {output: o}", ["epochs=three"], "epochs"),
+        ("train: {output: o}", ["epochs=1.5"], "epochs"),
+        ("train: {output: o}", ["epochs='3'"], "epochs"),
+        ("train: {output: 7}", [], "output"),
+        ("train: {}", [], "output"),
+        ("train: {output: o, kind: three}", [], "kind"),
+        ("train: {output: o, sizes: [1, two]}", [], "sizes.1"),
+        ("train: {output: o, window: {center: 1, width: 0}}", [], "width must be at least 1"),
+        ("train: {output: o}", ["epochs"], "epochs"),
+        ("train: {output: o}", ["epochs.deep=1", "epochs.deep.deeper=1"], "epochs.deep"),
+        ("train: {output: o, epochs: 2026-01-01}", [], "plain YAML"),
+        ("trian: {output: o}", [], "trian"),
+        ("[1, 2]", [], "sections"),
+        ("train: [", [], "not valid YAML"),
+        ("train: 3", [], "train"),
+    ],
+)
+def test_a_wrong_recipe_is_one_line_that_names_the_key(tmp_path, text, overrides, key):
+    with pytest.raises(ValueError) as error:
+        config.load(Stage, "train", recipe(tmp_path, text), overrides)
+    assert key in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere\.yaml: no such file"):
+        config.load(Stage, "train", tmp_path / "nowhere.yaml")
+
+
+def test_plain_values_come_back_as_the_same_dataclass_and_digest():
+    stage = Stage(output="o", window=Window(1.5, 2.5))
+    assert config.build(Stage, config.plain(stage)) == stage
+    assert config.digest(stage) == config.digest(config.build(Stage, config.plain(stage)))
+    assert config.digest(stage) != config.digest(Stage(output="o", window=Window(1.5, 2.6)))
+
+
+def test_flat_keys_are_what_set_takes():
+    stage = Stage(output="o", window=Window(1.5, 2.5))
+    overrides = [f"{key}={value}" for key, value in config.flat(stage).items()]
+    assert config.load(Stage, "train", None, overrides) == stage

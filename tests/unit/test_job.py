@@ -1,0 +1,41 @@
+"""The frame of every job: arguments in, one JSON line out, one line on a user's error."""
+
+import json
+from dataclasses import dataclass
+
+import pytest
+from rayseg import job
+
+
+@dataclass(frozen=True)
+class Config:
+    output: str
+
+
+@dataclass(frozen=True)
+class Result:
+    written: str
+
+
+def double(config: Config) -> Result:
+    """Doubles."""
+    if config.output == "bad":
+        raise ValueError("output: cannot be bad")
+    print("working")
+    return Result(written=config.output * 2)
+
+
+def test_the_last_line_of_a_job_is_its_result_as_json(capsys):
+    job.run("train", Config, double, ["--set", "output=ab"])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"written": "abab"}
+
+
+@pytest.mark.parametrize("value", ["bad", "[1]"])
+def test_a_users_error_is_one_line_and_code_2(capsys, value):
+    with pytest.raises(SystemExit) as ended:
+        job.run("train", Config, double, ["--set", f"output={value}"])
+    streams = capsys.readouterr()
+    assert ended.value.code == 2
+    assert "output" in streams.err
+    assert len(streams.err.strip().splitlines()) == 1
+    assert streams.out == ""
