@@ -110,7 +110,7 @@ def dicom_seg(source: bytes, result: Segmented) -> bytes | Reject:
         return Reject(Reason.MISSING_ATTRIBUTE, "an image file has no DICOM geometry: ask for image/png or JSON")
     return segmentation.encode(
         [source],
-        [result.mask_HW],
+        [result.mask],
         labels=result.model.labels,
         model_name=result.model.name,
         model_version=result.model.version,
@@ -122,7 +122,7 @@ def measure(result: Segmented, timings_ms: dict[str, float], preview: Preview | 
     """Pixel counts and areas of a mask; areas in mm² where the pixel spacing is known."""
     spacing = result.geometry.pixel_spacing_mm if result.geometry else None
     pixel_mm2 = spacing[0] * spacing[1] if spacing else None
-    counts = np.bincount(result.mask_HW.ravel(), minlength=len(result.model.labels) + 1)
+    counts = np.bincount(result.mask.ravel(), minlength=len(result.model.labels) + 1)
 
     def area(pixels: int) -> float | None:
         return None if pixel_mm2 is None else round(pixels * pixel_mm2, 3)
@@ -132,7 +132,7 @@ def measure(result: Segmented, timings_ms: dict[str, float], preview: Preview | 
         for value, name in enumerate(result.model.labels, start=1)
     ]
     foreground = int(counts[1:].sum())
-    rows, columns = result.mask_HW.shape
+    rows, columns = result.mask.shape
     return SegmentAnswer(
         rows=rows,
         columns=columns,
@@ -151,11 +151,11 @@ def measure(result: Segmented, timings_ms: dict[str, float], preview: Preview | 
 
 def preview(source: Slice, result: Segmented) -> Preview:
     """The slice with the model's intensities and its label map, both on the source grid."""
-    rows, columns = result.mask_HW.shape
+    rows, columns = result.mask.shape
     grey_HWC = dataclasses.replace(result.model.preprocess, size=(rows, columns)).apply(source)
     return Preview(
         slice_png=base64.b64encode(png(grey_HWC[..., 0])).decode(),
-        mask_png=base64.b64encode(png(result.mask_HW)).decode(),
+        mask_png=base64.b64encode(png(result.mask)).decode(),
     )
 
 
@@ -167,4 +167,3 @@ def model_headers(model: ModelInfo) -> dict[str, str]:
         "X-Model-Digest": model.digest,
         "Cache-Control": "no-store",
     }
-

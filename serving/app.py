@@ -1,42 +1,31 @@
-"""The Serve application: a light ingress in front of the model deployment, and the job that runs it."""
+"""The Serve application, a light ingress in front of the model deployment, and the job that runs it."""
 
+import dataclasses
 import json
 import logging
 import math
 import os
 import signal
+import socket
 import time
 from dataclasses import dataclass
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import httpx
 import ray
-from fastapi import FastAPI
 from ray import serve
-from ray.exceptions import RayActorError
 from ray.serve.config import HTTPOptions
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
-from ray.serve.handle import DeploymentHandle
-from ray.serve.schema import LoggingConfig
 
 from rayseg import cluster, config
-from rayseg.records import Reject
-from serving import routes
-from serving.replica import Health, Model, ModelInfo, Segmented
-
-if TYPE_CHECKING:
-    from rayseg.tracking.registry import ModelVersion
+from rayseg.tracking import registry
+from serving.ingress import Ingress
+from serving.replica import LOGGING, Model
 
 logger = logging.getLogger(__name__)
 
 APP_NAME = "rayseg"
 READY_S = 60.0
-# An ingress holds a request's body in memory: the most at once, and the most that may wait before others get a 503.
-INGRESS_REQUESTS = 64
-INGRESS_QUEUE = 256
-# Ray's access log writes the request id, which a client may choose: it could be a name.
-LOGGING = LoggingConfig(enable_access_log=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +35,7 @@ class ServeConfig:
     tracking_uri: str
     model_uri: str = "models:/rayseg@champion"
     host: str = "127.0.0.1"
-    port: int = 8000
+    port: int = 8000  # 0: any free one
     max_batch_size: int = 8
     batch_wait_ms: float = 5.0  # how long a batch waits for more slices
     max_body_mb: float = 64.0
@@ -54,8 +43,8 @@ class ServeConfig:
     cpus_per_replica: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.port < 65536:
-            raise ValueError(f"port: 1 to 65535 expected, got {self.port}")
+        if not 0 <= self.port < 65536:
+            raise ValueError(f"port: 0 to 65535 expected, got {self.port}")
         if self.batch_wait_ms < 0:
             raise ValueError(f"batch_wait_ms: not negative expected, got {self.batch_wait_ms}")
         for key in ("max_batch_size", "max_body_mb", "num_replicas", "cpus_per_replica"):
@@ -72,67 +61,22 @@ class ServeResult:
     seconds: float
 
 
-@serve.deployment(
-    name="ingress",
-    ray_actor_options={"num_cpus": 0},  # it waits for bytes and for the model
-    max_ongoing_requests=INGRESS_REQUESTS,
-    max_queued_requests=INGRESS_QUEUE,
-    logging_config=LOGGING,
-)
-@serve.ingress()
-class Ingress:
-    """Reads and answers HTTP; imports neither TensorFlow nor MLflow."""
-
-    def __init__(self, *, model: DeploymentHandle, max_body_bytes: int) -> None:
-        self._model = model
-        self._max_body_bytes = max_body_bytes
-
-    def __serve_build_asgi_app__(self) -> FastAPI:
-        return routes.create(self, self._max_body_bytes)
-
-    async def segment(self, body: bytes) -> Segmented | Reject:
-        """One object's bytes to its mask or the reason there is none."""
-        return await self._ask("segment", body)
-
-    async def describe(self) -> ModelInfo:
-        """The model in use."""
-        return await self._ask("describe")
-
-    async def check(self) -> Health:
-        """Outcome of the bundle's example."""
-        return await self._ask("check")
-
-    async def _ask(self, method: str, *arguments: Any) -> Any:
-        try:
-            return await getattr(self._model, method).remote(*arguments)
-        except (RayActorError, BackPressureError, DeploymentUnavailableError) as error:
-            raise routes.Refusal(503, "unavailable", f"no model replica can answer ({type(error).__name__})") from None
-
-
 def build(config: ServeConfig) -> serve.Application:
     """The application of one registered version: an alias is resolved here, once, so that all replicas agree.
 
     Raises:
         ValueError: the registry has no such model, version or alias.
     """
-    return _bind(config, _resolve(config))
+    return _bind(config, registry.resolve(config.tracking_uri, config.model_uri))
 
 
-def _resolve(config: ServeConfig) -> "ModelVersion":
-    # Here and not above: the ingress imports this module and needs no MLflow.
-    from rayseg.tracking import registry
-
-    return registry.resolve(config.tracking_uri, config.model_uri)
-
-
-def _bind(config: ServeConfig, version: "ModelVersion") -> serve.Application:
+def _bind(config: ServeConfig, version: registry.ModelVersion) -> serve.Application:
     _, _, alias = config.model_uri.partition("@")
     model = Model.options(
         num_replicas=config.num_replicas,
         ray_actor_options={"num_cpus": config.cpus_per_replica},
         # One batch at work, the next ones gathering.
         max_ongoing_requests=4 * config.max_batch_size,
-        logging_config=LOGGING,
     ).bind(
         tracking_uri=config.tracking_uri,
         model_uri=version.uri,
@@ -155,14 +99,18 @@ def run(config: ServeConfig) -> ServeResult:
     """
     started = time.perf_counter()
     private = not ray.is_initialized() and not os.environ.get("RAY_ADDRESS")
-    version = _resolve(config)
+    version = registry.resolve(config.tracking_uri, config.model_uri)
+    if private:
+        config = dataclasses.replace(config, port=_free_port(config))
     cluster.connect()
-    previous = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
+    if not private and not serve.status().proxies:
+        config = dataclasses.replace(config, port=_free_port(config))
     url = f"http://{config.host}:{config.port}"
+    serve.start(http_options=HTTPOptions(host=config.host, port=config.port), logging_config=LOGGING)
+    previous = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        serve.start(http_options=HTTPOptions(host=config.host, port=config.port), logging_config=LOGGING)
         serve.run(_bind(config, version), name=APP_NAME, route_prefix="/")
-        _await_ready(url)
+        _await_ready(url, version)
         print(json.dumps({"url": url}), flush=True)
         while True:
             signal.pause()
@@ -171,11 +119,9 @@ def run(config: ServeConfig) -> ServeResult:
     finally:
         for number in previous:  # a second signal must not cut the clean end short
             signal.signal(number, signal.SIG_IGN)
+        serve.delete(APP_NAME)  # lets requests at work end
         if private:
-            serve.shutdown()
             ray.shutdown()
-        else:
-            serve.delete(APP_NAME)
         for number, handler in previous.items():
             signal.signal(number, handler)
     return ServeResult(url=url, model_uri=version.uri, seconds=round(time.perf_counter() - started, 1))
@@ -185,17 +131,31 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _await_ready(url: str) -> None:
-    """Waits until the proxy routes to the application and the model gives its example's mask."""
+def _free_port(config: ServeConfig) -> int:
+    """The configured port, or any where that is 0.
+
+    Raises:
+        ValueError: it is taken. Serve would not notice: its listeners share a port, and each gets some of the requests.
+    """
+    with socket.socket() as probe:
+        try:
+            probe.bind((config.host, config.port))
+        except OSError as error:
+            raise ValueError(f"port: {config.host}:{config.port} cannot be used ({error.strerror})") from None
+        return int(probe.getsockname()[1])
+
+
+def _await_ready(url: str, version: registry.ModelVersion) -> None:
+    """Waits until the proxy routes to the application, and the model that answers there is ours and healthy."""
     deadline = time.monotonic() + READY_S
     problem = "no answer"
     while time.monotonic() < deadline:
         try:
             answer = httpx.get(f"{url}/healthz", timeout=READY_S)
-            if answer.status_code == 200:
+            if answer.status_code == 200 and answer.headers.get("X-Model-Digest") == version.digest:
                 return
-            problem = f"status {answer.status_code}: {answer.text[:200]}"
+            problem = f"status {answer.status_code}, model {answer.headers.get('X-Model-Version', 'unknown')}"
         except httpx.TransportError as error:
             problem = type(error).__name__
         time.sleep(0.1)
-    raise RuntimeError(f"{url}/healthz: not ready after {READY_S:.0f} s ({problem})")
+    raise RuntimeError(f"{url}/healthz: {version.uri} is not ready there after {READY_S:.0f} s ({problem})")

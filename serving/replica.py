@@ -1,7 +1,6 @@
 """The deployment that holds the model: slices of concurrent requests share its forward batches."""
 
 import asyncio
-import json
 import logging
 import tempfile
 import time
@@ -12,12 +11,16 @@ from dataclasses import dataclass
 import numpy as np
 import ray
 from ray import serve
+from ray.serve.schema import LoggingConfig
 
 from rayseg.data.preprocess import Preprocess
 from rayseg.dicom.reading import Geometry
 from rayseg.records import Reject
 
 logger = logging.getLogger(__name__)
+
+# Ray's access log writes the request id, which a client may choose: it could be a name.
+LOGGING = LoggingConfig(enable_access_log=False)
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class ModelInfo:
 class Segmented:
     """A slice's mask: uint8 class indices (rows, columns) on the source grid."""
 
-    mask_HW: np.ndarray
+    mask: np.ndarray
     geometry: Geometry | None  # None for an image file
     model: ModelInfo
     batch_size: int  # slices that shared the forward pass
@@ -54,8 +57,7 @@ class Health:
     seconds: float
 
 
-@serve.deployment(name="model")
-class Model:
+class ModelReplica:
     """Loads one registered version and segments batches in a thread of its own, off the event loop."""
 
     def __init__(
@@ -63,27 +65,26 @@ class Model:
     ) -> None:
         # Here and not above: the ingress imports this module too, and needs neither TensorFlow nor MLflow.
         from rayseg.inference.predictor import Predictor, limit_threads
-        from rayseg.tracking import registry
+        from rayseg.tracking import bundle, registry
 
         cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1.0)
         limit_threads(max(1, int(cpus)))
         with tempfile.TemporaryDirectory() as cache:
             bundle_dir, version = registry.fetch(tracking_uri, model_uri, cache)
-            bundle = registry.load(bundle_dir)
-            description = json.loads((bundle_dir / "bundle.json").read_text(encoding="utf-8"))
-        self._example_sha256 = description["example_mask_sha256"]
-        self._mask_sha256 = registry.mask_sha256
-        self._example = bundle.example
-        self._predictor = Predictor(bundle)
+            loaded = bundle.load(bundle_dir)
+            self._example_sha256 = bundle.describe(bundle_dir)["example_mask_sha256"]
+        self._mask_sha256 = bundle.mask_sha256
+        self._example = loaded.example
+        self._predictor = Predictor(loaded)
         self._info = ModelInfo(
             name=version.name,
             version=version.version,
             alias=alias,
-            digest=bundle.digest,
+            digest=loaded.digest,
             run_id=version.run_id,
-            labels=bundle.labels.names,
-            preprocess=bundle.preprocess,
-            threshold=bundle.threshold,
+            labels=loaded.labels.names,
+            preprocess=loaded.preprocess,
+            threshold=loaded.threshold,
         )
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
         self.segment.set_max_batch_size(max_batch_size)
@@ -103,7 +104,7 @@ class Model:
         """Runs the bundle's example the way that requests go, queue and batch included."""
         started = time.perf_counter()
         result = await self.segment(self._example)
-        matches = isinstance(result, Segmented) and self._mask_sha256(result.mask_HW) == self._example_sha256
+        matches = isinstance(result, Segmented) and self._mask_sha256(result.mask) == self._example_sha256
         return Health(model=self._info, matches=matches, seconds=time.perf_counter() - started)
 
     def _forward(self, bodies: Sequence[bytes]) -> list[Segmented | Reject]:
@@ -114,7 +115,7 @@ class Model:
             result
             if isinstance(result, Reject)
             else Segmented(
-                mask_HW=result.mask,
+                mask=result.mask,
                 geometry=result.slice.header.geometry if result.slice.header else None,
                 model=self._info,
                 batch_size=len(bodies),
@@ -123,3 +124,5 @@ class Model:
             for result in results
         ]
 
+
+Model = serve.deployment(name="model", logging_config=LOGGING)(ModelReplica)

@@ -92,7 +92,7 @@ class HealthAnswer(BaseModel):
     seconds: float = Field(description="that the bundle's example took, queue included")
 
 
-class Refusal(Exception):
+class RefusalError(Exception):
     """An answer that is not a success."""
 
     def __init__(self, status: int, reason: str, detail: str) -> None:
@@ -136,7 +136,7 @@ def create(model: Segmenter, max_body_bytes: int) -> FastAPI:
                     for name in ("X-Model-Name", "X-Model-Version", "X-Model-Digest")
                 },
             },
-            **{status: problem for status in (400, 406, 413, 415, 422, 500, 503)},
+            **dict.fromkeys((400, 406, 413, 415, 422, 500, 503), problem),
         },
     )
     async def segment(
@@ -146,7 +146,7 @@ def create(model: Segmenter, max_body_bytes: int) -> FastAPI:
         started = time.perf_counter()
         kind = answers.negotiate(request.headers.get("accept"))
         if kind is None:
-            raise Refusal(406, "not_acceptable", f"offered: {JSON}, {PNG}, {DICOM}")
+            raise RefusalError(406, "not_acceptable", f"offered: {JSON}, {PNG}, {DICOM}")
         body = await _read_body(request, max_body_bytes)
         received = time.perf_counter()
         async with _deadline(SEGMENT_DEADLINE_S):
@@ -168,12 +168,13 @@ def create(model: Segmenter, max_body_bytes: int) -> FastAPI:
         return ModelAnswer.model_validate(info, from_attributes=True)
 
     @app.get("/healthz", summary="Whether the model gives the right mask, now", responses={503: problem})
-    async def healthz() -> HealthAnswer:
+    async def healthz(response: Response) -> HealthAnswer:
         async with _deadline(HEALTH_DEADLINE_S):
             health = await model.check()
         if not health.matches:
-            raise Refusal(503, "wrong_mask", "the bundle's example does not give the recorded mask")
+            raise RefusalError(503, "wrong_mask", "the bundle's example does not give the recorded mask")
         info = health.model
+        response.headers.update(answers.model_headers(info))
         return HealthAnswer(status="ok", model=info.name, version=info.version, seconds=health.seconds)
 
     return app
@@ -183,10 +184,10 @@ async def _read_body(request: Request, max_bytes: int) -> bytes:
     """The body, refused as soon as its header or its length so far says that it must be."""
     media_type = request.headers.get("content-type", "application/octet-stream").partition(";")[0].strip().lower()
     if media_type not in BODY_TYPES:
-        raise Refusal(415, "unsupported_media_type", f"Content-Type: one of {', '.join(BODY_TYPES)}")
+        raise RefusalError(415, "unsupported_media_type", f"Content-Type: one of {', '.join(BODY_TYPES)}")
     if request.headers.get("content-encoding", "identity").lower() != "identity":
-        raise Refusal(415, "unsupported_media_type", "Content-Encoding: only identity")
-    too_large = Refusal(413, Reason.TOO_LARGE, f"the body is over {max_bytes} bytes")
+        raise RefusalError(415, "unsupported_media_type", "Content-Encoding: only identity")
+    too_large = RefusalError(413, Reason.TOO_LARGE, f"the body is over {max_bytes} bytes")
     announced = request.headers.get("content-length", "")
     if announced.isdigit() and int(announced) > max_bytes:
         raise too_large
@@ -202,7 +203,7 @@ def _encode(
     kind: str, body: bytes, result: Segmented, timings_ms: dict[str, float], preview: bool, started: float
 ) -> bytes:
     if kind == PNG:
-        return answers.png(result.mask_HW)
+        return answers.png(result.mask)
     if kind == DICOM:
         return _accepted(answers.dicom_seg(body, result))
     pictures = answers.preview(_accepted(read_slice(body)), result) if preview else None
@@ -213,7 +214,7 @@ def _encode(
 
 def _accepted(result: ResultT | Reject) -> ResultT:
     if isinstance(result, Reject):
-        raise Refusal(STATUS.get(result.reason, HTTPStatus.BAD_REQUEST), result.reason, result.detail)
+        raise RefusalError(STATUS.get(result.reason, HTTPStatus.BAD_REQUEST), result.reason, result.detail)
     return result
 
 
@@ -223,14 +224,14 @@ async def _deadline(seconds: float) -> AsyncIterator[None]:
         async with asyncio.timeout(seconds):
             yield
     except TimeoutError:
-        raise Refusal(503, "deadline", f"the model did not answer within {seconds:.0f} s") from None
+        raise RefusalError(503, "deadline", f"the model did not answer within {seconds:.0f} s") from None
 
 
 def _answer_errors(app: FastAPI) -> None:
     """Makes every answer that is not a success a `Problem`."""
 
-    @app.exception_handler(Refusal)
-    async def refused(_: Request, error: Refusal) -> JSONResponse:
+    @app.exception_handler(RefusalError)
+    async def refused(_: Request, error: RefusalError) -> JSONResponse:
         return _problem(error.status, error.reason, error.detail)
 
     @app.exception_handler(HTTPException)

@@ -4,6 +4,7 @@ import logging
 import os
 
 import ray
+import ray.data
 
 logger = logging.getLogger(__name__)
 
@@ -17,6 +18,9 @@ def connect() -> None:
     The private cluster asks for a token that only this process and its children know (made when `rayseg` is imported),
     runs no dashboard and ends with the process. It has at least two logical CPUs, so that two training workers fit on any machine.
     """
+    # Stages show their own progress, in rows; Ray Data's is of its operators.
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
     if ray.is_initialized():
         return
     if os.environ.get("RAY_ADDRESS"):

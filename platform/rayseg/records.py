@@ -43,6 +43,7 @@ class Reject:
     detail: str = ""
 
 
+# Lists have no fixed size in the type: Parquet readers disagree about fixed-size lists with nulls between.
 # One row per object of the source: a DICOM instance or an image file.
 MANIFEST = pa.schema(
     [
@@ -62,10 +63,10 @@ MANIFEST = pa.schema(
         ("rows", pa.int32()),
         ("columns", pa.int32()),
         ("instance_number", pa.int32()),
-        ("pixel_spacing_mm", pa.list_(pa.float64(), 2)),  # between rows, between columns
+        ("pixel_spacing_mm", pa.list_(pa.float64())),  # 2: between rows, between columns
         ("slice_thickness_mm", pa.float64()),
-        ("image_position_mm", pa.list_(pa.float64(), 3)),
-        ("image_orientation", pa.list_(pa.float64(), 6)),
+        ("image_position_mm", pa.list_(pa.float64())),  # 3
+        ("image_orientation", pa.list_(pa.float64())),  # 6: along a row, along a column
         ("series_verdict", pa.string()),  # "ok", "salvaged" or "rejected"
         ("series_detail", pa.string()),  # what was done or why
     ]

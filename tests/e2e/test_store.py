@@ -5,7 +5,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-
 from rayseg import storage
 from rayseg.demo import store
 from rayseg.demo.store import object_store
@@ -33,10 +32,11 @@ def test_put_list_and_ranged_get(s3_store: str) -> None:
     assert not storage.exists(f"{base}/b.dcm")
 
 
-def test_a_listing_of_more_than_one_page_is_complete(s3_store: str) -> None:
+def test_a_listing_of_more_than_one_page_is_complete(s3_store: str, tmp_path: Path) -> None:
     base = storage.join(s3_store, "pages")
     for number in range(1_100):  # a page has 1,000
-        storage.write(f"{base}/{number:05d}", b"x")
+        (tmp_path / f"{number:05d}").write_bytes(b"x")
+    storage.upload(tmp_path, base)
     assert [info.uri for info in storage.list_files(base)] == [f"{base}/{number:05d}" for number in range(1_100)]
 
 
@@ -111,7 +111,10 @@ def test_started_again_it_has_its_objects_and_an_error_ends_it(
 
 def test_a_server_that_cannot_start_says_where_its_log_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "_command", lambda *_: ["/bin/sh", "-c", "echo no disk; exit 3"])
-    with pytest.raises(OSError, match=r"ended with code 3 while starting; see .*weed\.log"), object_store(tmp_path, "x"):
+    with (
+        pytest.raises(OSError, match=r"ended with code 3 while starting; see .*weed\.log"),
+        object_store(tmp_path, "x"),
+    ):
         pass
     assert (tmp_path / "weed.log").read_text() == "no disk\n"
 

@@ -6,7 +6,6 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image
-
 from rayseg.data.labels import Labels, read_mask
 from rayseg.records import Reason, Reject
 
@@ -90,10 +89,10 @@ def test_a_declared_size_over_the_limit_is_refused_before_decoding(side: int) ->
 
 @pytest.mark.parametrize("names", [(), ("a", "b"), ("",)])
 def test_labels_are_binary_for_now(names: tuple[str, ...]) -> None:
-    with pytest.raises(ValueError, match="labels.names: exactly one"):
+    with pytest.raises(ValueError, match=r"labels\.names: exactly one"):
         Labels(names=names)
 
 
 def test_a_threshold_of_255_would_leave_nothing() -> None:
-    with pytest.raises(ValueError, match="labels.threshold: 0..254"):
+    with pytest.raises(ValueError, match=r"labels\.threshold: 0\.\.254"):
         Labels(threshold=255)

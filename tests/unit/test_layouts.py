@@ -3,18 +3,19 @@
 import logging
 
 import pytest
-
 from rayseg.data.layouts import pair, read_groups
 
 
 def test_pairs_are_paths_equal_but_for_the_suffix() -> None:
-    images = ["p1/IM_0001.dcm", "p1/IM_0002.dcm", "p2/IM_0001.dcm", "p.3/noSuffix"]
-    masks = ["p1/IM_0002.png", "p2/IM_0001.png", "p1/IM_0001.png", "p.3/noSuffix.png"]
+    images = ["p1/IM_0001.dcm", "p1/IM_0002.dcm", "p2/IM_0001.dcm", "p.3/noSuffix", "1.2.3.dcm", "1.2.4.dcm"]
+    masks = ["1.2.4.png", "p1/IM_0002.png", "p2/IM_0001.png", "p1/IM_0001.png", "p.3/noSuffix.png", "1.2.3.png"]
     assert pair(images, masks) == {
         "p1/IM_0001.dcm": "p1/IM_0001.png",
         "p1/IM_0002.dcm": "p1/IM_0002.png",
         "p2/IM_0001.dcm": "p2/IM_0001.png",
         "p.3/noSuffix": "p.3/noSuffix.png",
+        "1.2.3.dcm": "1.2.3.png",
+        "1.2.4.dcm": "1.2.4.png",
     }
 
 
@@ -35,7 +36,9 @@ def test_part_paired_warns_with_counts_and_three_examples(caplog: pytest.LogCapt
 
 
 def test_nothing_paired_is_an_error_that_says_what_was_there() -> None:
-    with pytest.raises(ValueError, match=r"0 of 2 images .* as a\.png, b\.png.* as mask_a\.png.* equal but for the suffix"):
+    with pytest.raises(
+        ValueError, match=r"0 of 2 images .* as a\.png, b\.png.* as mask_a\.png.* equal but for the suffix"
+    ):
         pair(["a.png", "b.png"], ["mask_a.png"])
 
 

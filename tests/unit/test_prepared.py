@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-
 from rayseg import storage
 from rayseg.config import plain
 from rayseg.data.labels import Labels

@@ -11,7 +11,7 @@ import pyarrow as pa
 import ray.data
 from tqdm import tqdm
 
-from rayseg import storage
+from rayseg import cluster, storage
 from rayseg.data import manifest
 from rayseg.data.layouts import Layout, pair, read_groups
 from rayseg.dicom.pseudonyms import Pseudonyms, from_environment
@@ -71,6 +71,7 @@ def catalog(config: CatalogConfig) -> CatalogResult:
             written, more rejects than `max_reject_fraction`.
     """
     began = time.monotonic()
+    cluster.connect()
     source, output = storage.absolute(config.source), storage.absolute(config.output)
     pseudonyms = from_environment()
     plan = _plan(source, config.layout)
@@ -148,7 +149,7 @@ def _headers(plan: pa.Table, config: CatalogConfig, pseudonyms: Pseudonyms) -> l
         batch_size=None,
         batch_format="pyarrow",
         fn_kwargs={"layout": config.layout, "pseudonyms": pseudonyms},
-        compute=ray.data.TaskPoolStrategy(size=config.concurrency),
+        compute=ray.data.TaskPoolStrategy(size=min(config.concurrency, len(blocks))),
     )
     rows: list[dict[str, Any]] = []
     with tqdm(total=len(plan), desc="catalog: headers", unit=" objects", disable=None) as progress:

@@ -79,13 +79,13 @@ def in_series(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _judged(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     verdict = series.verdict([_header(values) for values in rows])
     told = {"series_verdict": verdict.verdict, "series_detail": verdict.detail}
-    kept = [] if verdict.verdict == "rejected" else verdict.order
-    left_out = sorted(set(range(len(rows))) - set(kept))
-    assert verdict.reason is not None or not left_out
-    return [
-        *(rows[index] | told for index in kept),
-        *(refused(rows[index] | told, Reject(verdict.reason, verdict.detail)) for index in left_out),
-    ]
+    kept = {rows[index]["instance_key"] for index in verdict.order}
+    judged = [rows[index] | told for index in verdict.order]
+    for index in sorted(set(range(len(rows))) - set(verdict.order)):
+        copy = rows[index]["instance_key"] in kept
+        reason = verdict.reason or (Reason.SERIES_DUPLICATES if copy else Reason.SERIES_MIXED)
+        judged.append(refused(rows[index] | told, Reject(reason, verdict.detail)))
+    return judged
 
 
 def _describe(item: Item, beginning: bytes | OSError, pseudonyms: Pseudonyms) -> dict[str, Any] | Reject:

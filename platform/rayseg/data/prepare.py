@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import ray.data
 from tqdm import tqdm
 
+from rayseg import cluster, storage
 from rayseg import config as configuration
-from rayseg import storage
 from rayseg.data.labels import Labels
 from rayseg.data.prepared import DESCRIPTION, VERSION
 from rayseg.data.preprocess import Preprocess
@@ -76,6 +76,7 @@ def prepare(config: PrepareConfig) -> PrepareResult:
         ValueError: no manifest, no accepted row with a mask, a split without rows, or too many rejects.
     """
     began = time.monotonic()
+    cluster.connect()
     manifest_uri, output = storage.absolute(config.manifest), storage.absolute(config.output)
     try:
         manifest = storage.read(manifest_uri)

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import logging
 import os
 import shutil
 import sys
@@ -12,22 +11,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pyarrow.compute as pc
-
 from rayseg import cluster, storage
 from rayseg.config import plain
 from rayseg.data import synthetic
-from rayseg.data.catalog import CatalogConfig, CatalogResult, catalog
+from rayseg.data.catalog import CatalogConfig, catalog
 from rayseg.data.layouts import Layout
 from rayseg.data.prepare import PrepareConfig, prepare
-from rayseg.demo import online
+from rayseg.demo import online, summary
+from rayseg.demo.report import write_report
 from rayseg.demo.store import object_store
 from rayseg.evaluation.evaluate import EvaluateConfig, evaluate
 from rayseg.evaluation.promote import PromoteConfig, promote
+from rayseg.inference import ledger
 from rayseg.inference.archive import SegmentConfig, segment
 from rayseg.training.trainer import TrainConfig, fit
-
-logger = logging.getLogger(__name__)
 
 MARKER = ".rayseg-demo"
 # Phantoms and published research data have no identity to guard, and a known key makes two demos split alike.
@@ -71,17 +68,16 @@ class DemoResult:
     stages: dict[str, float]
     data: str
     train_workers: int
-    train_rows: int
     epochs: int
-    untrained_val_dice: float
-    val_dice: float
-    test_dice: float
+    untrained_val_dice: float | None
+    val_dice: float | None  # pooled, the best epoch
+    test_dice: float | None  # pooled, on the native grid
     test_dice_per_case: float | None
-    background_dice: float
+    background_dice: float | None  # of "everything is background" on the same test slices
     model_uri: str
     promoted: bool
     segmented_series: int
-    rejected: int
+    rejected: int  # objects of the archive without a mask
     seg_paths: list[str]
     http_status: int
     online_equals_bulk: bool
@@ -103,16 +99,17 @@ def demo(config: DemoConfig) -> DemoResult:
             raise ValueError(f"{key}: there is no folder {folder}")
     directory = _fresh(Path(options.directory).absolute())
     bucket = f"s3://{options.bucket}"
+    archive_uri = f"s3://{options.bucket}/archive"
     seconds: dict[str, float] = {}
-    began = time.monotonic()
     with contextlib.ExitStack() as running:
         with _stage("store", seconds):
             os.environ.update(running.enter_context(object_store(directory / "store", options.bucket)))
             os.environ.setdefault("RAYSEG_PSEUDONYM_KEY", PSEUDONYM_KEY)
-            archive_layout, told = _fill_store(options, config.catalog.source, f"{bucket}/archive")
+            data, archive = _fill_store(options, config.catalog.source, archive_uri)
             cluster.connect()  # after the environment is set: Ray's workers inherit it
         with _stage("catalog", seconds):
-            cataloged = _catalog(config, f"{bucket}/archive", archive_layout)
+            cataloged = catalog(config.catalog)
+            catalog(CatalogConfig(source=archive_uri, output=config.segment.manifest, layout=Layout()))
         with _stage("prepare", seconds):
             prepared = prepare(config.prepare)
         with _stage("train", seconds):
@@ -123,11 +120,41 @@ def demo(config: DemoConfig) -> DemoResult:
             promoted = promote(dataclasses.replace(config.promote, model_uri=trained.model_uri))
         with _stage("segment", seconds):
             segmented = segment(config.segment)
-            storage.download(config.segment.output, directory / "segmentations")
+            local = directory / "segmentations"
+            storage.download(config.segment.output, local)
+        series = ledger.read(config.segment.output).to_pylist()
+        uris_by_series = _uris_by_series(config.segment.manifest)
         with _stage("serve", seconds), online.service(config.serve, directory / "serve.log") as url:
-            answers = online.ask(url, *_largest(config.segment, segmented.ledger))
+            largest = _largest(series)
+            answers = online.ask(url, uris_by_series[largest["series_key"]], largest["output_uri"])
         with _stage("report", seconds):
-            page = directory / "report.html"
+            results = summary.Results(
+                data, archive, cataloged, prepared, trained, evaluated, promoted, segmented, series, answers, url
+            )
+            page = summary.page(results, seconds, config.prepare.preprocess, uris_by_series)
+            path = directory / "report.html"
+            write_report(str(path), dataclasses.replace(page, config=plain(config)))
+    return DemoResult(
+        seconds=round(sum(seconds.values()), 1),
+        stages=seconds,
+        data=page.data,
+        train_workers=trained.train_workers,
+        epochs=trained.epochs,
+        untrained_val_dice=trained.untrained_val_dice,
+        val_dice=trained.val_dice,
+        test_dice=evaluated.dice_pooled,
+        test_dice_per_case=evaluated.dice_per_case,
+        background_dice=evaluated.background_dice,
+        model_uri=trained.model_uri,
+        promoted=promoted.promoted,
+        segmented_series=segmented.segmented,
+        rejected=segmented.rejected_slices,
+        seg_paths=[uri.replace(config.segment.output, str(local), 1) for uri in segmented.seg_paths],
+        http_status=answers.http_status,
+        online_equals_bulk=answers.online_equals_bulk,
+        slices_compared=answers.slices,
+        report=str(path),
+    )
 
 
 @contextlib.contextmanager
@@ -166,13 +193,18 @@ def _fill_store(options: Demo, studies_uri: str, archive_uri: str) -> tuple[str,
     )
 
 
-def _largest(config: SegmentConfig, ledger_uri: str) -> tuple[list[str], str]:
-    """The slices' URIs and the SEG's URI of the series in which most was found."""
-    rows = [row for row in ledger.read(ledger_uri).to_pylist() if row["verdict"] == "segmented"]
+def _largest(series: list[dict[str, Any]]) -> dict[str, Any]:
+    """The ledger's row of the series in which most was found."""
+    rows = [row for row in series if row["verdict"] == "segmented"]
     if not rows:
         raise ValueError("demo.archive: no series of it could be segmented; the ledger says why")
-    largest = max(rows, key=lambda row: row["foreground_pixels"])
-    manifest = storage.read_table(config.manifest, ["uri", "verdict", "series_key"]).to_pylist()
-    return [
-        row["uri"] for row in manifest if row["verdict"] == "ok" and row["series_key"] == largest["series_key"]
-    ], largest["output_uri"]
+    return max(rows, key=lambda row: row["foreground_pixels"])
+
+
+def _uris_by_series(manifest_uri: str) -> dict[str, list[str]]:
+    """The accepted objects of a manifest by series key, in its order."""
+    uris: dict[str, list[str]] = {}
+    for row in storage.read_table(manifest_uri, ["uri", "verdict", "series_key"]).to_pylist():
+        if row["verdict"] == "ok":
+            uris.setdefault(row["series_key"], []).append(row["uri"])
+    return uris

@@ -1,6 +1,5 @@
 """Grey PNG, JPEG and TIFF images: bytes to stored values, or a reason why not."""
 
-import warnings
 from io import BytesIO
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""Pixel data to stored values: native ones by hand, encapsulated ones by the fastest decoder of each transfer syntax."""
+"""Pixel data to stored values: native data by hand, compressed data by each transfer syntax's fastest decoder."""
 
 import struct
 from dataclasses import dataclass
@@ -55,6 +55,7 @@ class Layout:
 
     @property
     def frame_bytes(self) -> int:
+        """Bytes of the frame where it is not compressed."""
         return self.rows * self.columns * self.bits_allocated // 8
 
 
@@ -66,7 +67,7 @@ def decode(data: bytes, offset: int, length: int, layout: Layout) -> np.ndarray 
         minus value where signed), pixels in the padding range set to the smallest value outside it. May be read-only.
     """
     native = layout.transfer_syntax_uid in NATIVE
-    words = _native(data, offset, length, layout) if native else _encapsulated(data, offset, length, layout)
+    words = _native(data, offset, length, layout) if native else _encapsulated(data, offset, layout)
     if isinstance(words, Reject):
         return words
     stored = _stored_bits(words, layout) if native else words
@@ -132,11 +133,11 @@ def _signed_word(value: int) -> int:
     return value - 2**16 if value >= 2**15 else value
 
 
-def _encapsulated(data: bytes, offset: int, length: int, layout: Layout) -> np.ndarray | Reject:
-    end = _end_of_items(data, offset)
-    if isinstance(end, Reject):
-        return end
-    first, end = end
+def _encapsulated(data: bytes, offset: int, layout: Layout) -> np.ndarray | Reject:
+    items = _items(data, offset)
+    if isinstance(items, Reject):
+        return items
+    first, end = items
     size = _codestream_size(data[first : first + 4096])
     if size is not None and size != (layout.rows, layout.columns):
         return Reject(Reason.DECODE_FAILED, "PixelData: the compressed image has not the size of Rows and Columns")
@@ -153,9 +154,7 @@ def _encapsulated(data: bytes, offset: int, length: int, layout: Layout) -> np.n
     }
     syntax = layout.transfer_syntax_uid
     try:
-        stored, _ = get_decoder(uid.UID(syntax)).as_array(
-            data[offset:end], decoding_plugin=DECODERS[syntax], **options
-        )
+        stored, _ = get_decoder(uid.UID(syntax)).as_array(data[offset:end], decoding_plugin=DECODERS[syntax], **options)
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the RLE plug-in panics with one that is no Exception
@@ -165,10 +164,10 @@ def _encapsulated(data: bytes, offset: int, length: int, layout: Layout) -> np.n
     return stored
 
 
-def _end_of_items(data: bytes, offset: int) -> tuple[int, int] | Reject:
-    """Walks the items of encapsulated pixel data (PS3.5 A.4); returns where the first fragment and all of it end.
+def _items(data: bytes, offset: int) -> tuple[int, int] | Reject:
+    """Walks the items of encapsulated pixel data (PS3.5 A.4): where the first fragment starts and where all end.
 
-    Raises nothing: an item beyond the object's end, or no delimiter, is TRUNCATED; anything but items is CORRUPT.
+    An item beyond the object's end, or no delimiter, is TRUNCATED; anything but items is CORRUPT.
     """
     position, values = offset, []
     while data[position : position + 4] == _ITEM and position + 8 <= len(data):

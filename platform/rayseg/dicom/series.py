@@ -92,11 +92,9 @@ def _match(first: Header, second: Header) -> bool:
     a, b = first.geometry, second.geometry
     if (a.rows, a.columns) != (b.rows, b.columns) or _is_placed(a) != _is_placed(b):
         return False
-    if (a.pixel_spacing_mm is None) != (b.pixel_spacing_mm is None):
+    spacing_a, spacing_b = (geometry.pixel_spacing_mm or (0.0, 0.0) for geometry in (a, b))
+    if not np.allclose(spacing_a, spacing_b, rtol=_SAME_SPACING, atol=0):
         return False
-    if a.pixel_spacing_mm and b.pixel_spacing_mm:
-        if not np.allclose(a.pixel_spacing_mm, b.pixel_spacing_mm, rtol=_SAME_SPACING, atol=0):
-            return False
     if not _is_placed(a):
         return True
     same_frame = first.frame_of_reference_uid == second.frame_of_reference_uid

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from rayseg.evaluation.evaluate import set_tag
+from rayseg.evaluation.record import set_tag
 from rayseg.tracking import registry, runs
 
 

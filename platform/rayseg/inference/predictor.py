@@ -34,7 +34,7 @@ class Predictor:
     """A loaded and warmed-up model.
 
     A slice's mask is byte-identical whatever else is in the call, whatever the call's size and however many threads
-    TensorFlow has (see `tracking.bundle.Bundle.compile`), on one kind of processor and build of TensorFlow. Safe to call from
+    TensorFlow has (see `Bundle.compile`), on one kind of processor and one build of TensorFlow. Safe to call from
     several threads. How many threads TensorFlow uses is the process's own affair: see `limit_threads`.
     """
 

@@ -105,6 +105,8 @@ def save(
     slice = read_slice(example)
     if isinstance(slice, Reject):
         raise ValueError(f"bundle: the example is no readable slice ({slice.reason}: {slice.detail})")
+    # As they will be read back: YAML may have given 40 for 40.0, and the digest would tell these apart.
+    preprocess, threshold = config.build(Preprocess, config.plain(preprocess)), float(threshold)
     example_mask = mask_sha256(Bundle(model, preprocess, labels, threshold, "", example).compile()(slice))
     digest = _digest(model, preprocess, labels, threshold, example_mask)
     folder = Path(bundle_dir)
@@ -131,11 +133,25 @@ def load(bundle_dir: str | Path) -> Bundle:
     description = describe(folder)
     preprocess = config.build(Preprocess, description["preprocess"])
     labels = config.build(Labels, description["labels"])
-    model = keras.saving.load_model(folder / _MODEL_FILE, compile=False)
+    try:
+        model = keras.saving.load_model(folder / _MODEL_FILE, compile=False)
+    except Exception as error:  # Keras raises many types on files that it cannot read
+        raise ValueError(f"bundle {folder}: {_MODEL_FILE} cannot be read ({type(error).__name__})") from error
     threshold = description["threshold"]
     if _digest(model, preprocess, labels, threshold, description["example_mask_sha256"]) != description["digest"]:
         raise ValueError(f"bundle {folder}: its content does not have the digest that it was saved with")
     return Bundle(model, preprocess, labels, threshold, description["digest"], (folder / EXAMPLE_FILE).read_bytes())
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """What the bundle's `bundle.json` says; raises ValueError where there is none, or of another format."""
+    try:
+        description = json.loads((folder / _DESCRIPTION_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"bundle {folder}: {_DESCRIPTION_FILE} cannot be read ({type(error).__name__})") from None
+    if description.get("format") != FORMAT:
+        raise ValueError(f"bundle {folder}: format {description.get('format')}, this version reads {FORMAT}")
+    return description
 
 
 def _digest(model: "keras.Model", preprocess: Preprocess, labels: Labels, threshold: float, example_mask: str) -> str:
@@ -154,14 +170,3 @@ def _digest(model: "keras.Model", preprocess: Preprocess, labels: Labels, thresh
             "example_mask_sha256": example_mask,
         }
     )
-
-
-def describe(folder: Path) -> dict[str, Any]:
-    """What the bundle's `bundle.json` says; raises ValueError where there is none, or of another format."""
-    try:
-        description = json.loads((folder / _DESCRIPTION_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"bundle {folder}: {_DESCRIPTION_FILE} cannot be read ({type(error).__name__})") from None
-    if description.get("format") != FORMAT:
-        raise ValueError(f"bundle {folder}: format {description.get('format')}, this version reads {FORMAT}")
-    return description

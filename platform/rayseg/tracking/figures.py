@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
+from PIL import Image
 
 # Apart for the colour-blind and on grey (Okabe and Ito): bluish green for truth, vermilion for prediction.
 TRUTH, PREDICTION = "#00c896", "#ff7a1a"
@@ -49,6 +50,28 @@ def overlay(image_HW: np.ndarray, truth: np.ndarray | None, prediction: np.ndarr
         frameon=False, labelcolor=_INK, fontsize=9, borderaxespad=0,
     )  # fmt: skip
     return _png(figure)
+
+
+def tile(image_HW: np.ndarray, prediction: np.ndarray, side: int = 240) -> bytes:
+    """The slice with the prediction tinted, fitted into a black square of `side` pixels: one stone of a mosaic.
+
+    Args:
+        image_HW: uint8 grey values.
+        prediction: mask (H, W), not 0 is foreground.
+        side: of the picture.
+    """
+    grey = Image.fromarray(image_HW).convert("RGB")
+    tint = Image.fromarray(_tint(prediction, PREDICTION))
+    grey.paste(tint.convert("RGB"), mask=tint.getchannel("A"))
+    scale = side / max(grey.size)
+    fitted = grey.resize(
+        (max(1, round(grey.width * scale)), max(1, round(grey.height * scale))), Image.Resampling.LANCZOS
+    )
+    square = Image.new("RGB", (side, side))
+    square.paste(fitted, ((side - fitted.width) // 2, (side - fitted.height) // 2))
+    buffer = io.BytesIO()
+    square.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
 
 
 def curves(history: Sequence[Mapping[str, float]]) -> bytes:

@@ -31,6 +31,7 @@ from mlflow.protos.databricks_pb2 import (
     ErrorCode,
 )
 from mlflow.types.schema import ColSpec, Schema
+from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 
 import rayseg
 from rayseg.tracking import runs
@@ -42,7 +43,7 @@ PREDICTOR_MODULE = "rayseg.inference.predictor"  # by name: that layer lies abov
 _BUNDLE_IN_MODEL = "bundle"
 _DIGEST_TAG = "bundle_digest"
 _MISSING = {ErrorCode.Name(RESOURCE_DOES_NOT_EXIST), ErrorCode.Name(INVALID_PARAMETER_VALUE)}
-_MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(?:/(?P<version>\d+)|@(?P<alias>[^/@]+))")
+_MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(?:/(?P<version>\d+|latest)|@(?P<alias>[^/@]+))")
 _REQUIRED = (
     *("mlflow", "keras", "tensorflow", "tensorflow-cpu", "numpy", "pandas", "pyarrow", "pillow", "pydicom"),
     *("pylibjpeg", "pylibjpeg-libjpeg", "pylibjpeg-openjpeg", "pylibjpeg-rle", "pyjpegls"),
@@ -99,22 +100,26 @@ def register(tracking_uri: str, run_id: str, bundle_dir: str | Path, name: str) 
     except MlflowException as error:
         if error.error_code != ErrorCode.Name(RESOURCE_ALREADY_EXISTS):
             raise
-    return _version(
+    version = _version(
         client.create_model_version(
             name, logged.artifact_location, run_id, tags={_DIGEST_TAG: digest}, model_id=logged.model_id
         )
     )
+    # As MLflow's fluent API does: the UI shows the version beside the logged model.
+    link = [{"name": name, "version": version.version}]
+    client.set_logged_model_tags(logged.model_id, {MLFLOW_MODEL_VERSIONS: json.dumps(link)})
+    return version
 
 
 def resolve(tracking_uri: str, model_uri: str) -> ModelVersion:
-    """The version that `models:/NAME/VERSION` or `models:/NAME@ALIAS` stands for now.
+    """The version that `models:/NAME/VERSION`, `models:/NAME/latest` or `models:/NAME@ALIAS` stands for now.
 
     Raises:
         ValueError: another form of URI, or nothing registered under it.
     """
     match = _MODEL_URI.fullmatch(model_uri)
     if match is None:
-        raise ValueError(f"model_uri {model_uri}: expected models:/NAME/VERSION or models:/NAME@ALIAS")
+        raise ValueError(f"model_uri {model_uri}: expected models:/NAME/VERSION, models:/NAME/latest or models:/NAME@ALIAS")
     client = runs.client(tracking_uri)
     found = _lookup(client, match["name"], match["version"], match["alias"])
     if found is None:
@@ -239,6 +244,9 @@ def _verify(model_folder: Path) -> None:
 
 def _lookup(client: MlflowClient, name: str, version: str | None, alias: str | None) -> ModelVersion | None:
     try:
+        if version == "latest":
+            versions = client.search_model_versions(f"name = '{name}'")
+            return _version(max(versions, key=lambda found: int(found.version))) if versions else None
         if version is not None:
             return _version(client.get_model_version(name, version))
         return _version(client.get_model_version_by_alias(name, alias))

@@ -1,0 +1,237 @@
+"""Feed: a prepared set as the batches of one rank, the same global batches for any number of ranks.
+
+The row groups of a split, in an order drawn from (seed, epoch), form one sequence of rows. It is cut into as many
+equal lanes as the global batch has samples; batch t takes row t of every lane, and rank r of N the lanes
+[r B/N, (r+1) B/N). So every row comes exactly once an epoch, all ranks make equally many steps, a rank reads its lanes'
+row groups and few others, and the number of ranks changes only who reads a row. A lane shuffles its rows within windows
+of a few row groups, which bounds the memory.
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from rayseg import storage
+from rayseg.data.prepared import PreparedSet
+
+_PREFETCH = 4  # batches made ahead
+_WINDOW = 4  # row groups that a lane shuffles together
+_FOOTERS_AT_ONCE = 8
+_COLUMNS = ["row_id", "image", "mask"]
+_POLL_S = 0.1
+
+
+class Batch(NamedTuple):
+    """A rank's part of a global batch."""
+
+    image: np.ndarray  # uint8 (N, H, W, C)
+    mask: np.ndarray  # uint8 (N, H, W)
+    weight: np.ndarray  # float32 (N,): 1, or 0 for padding, which only the last batch of an epoch has
+
+
+def steps(rows: int, global_batch: int) -> int:
+    """Batches of an epoch; the last one may be padded."""
+    return -(-rows // global_batch)
+
+
+def batches(
+    prepared: PreparedSet,
+    split: str,
+    *,
+    global_batch: int,
+    rank: int,
+    world_size: int,
+    seed: int,
+    epoch: int,
+    shuffle: bool = True,
+) -> "Batches":
+    """One epoch of `split` as rank `rank` of `world_size` sees it: `steps` batches of global_batch / world_size rows.
+
+    Args:
+        prepared: the set.
+        split: which part of it.
+        global_batch: rows of a batch over all ranks.
+        rank: of this process, from 0.
+        world_size: ranks.
+        seed: of the order, with `epoch`.
+        epoch: another epoch is another order.
+        shuffle: False keeps the set's order within each lane.
+
+    Raises:
+        ValueError: the batch cannot be dealt evenly; later, while iterating: a row whose pixels do not fit the set.
+    """
+    if global_batch < 1 or global_batch % world_size:
+        raise ValueError(
+            f"train.batch_size: the global batch must be a multiple of train.num_workers, got {global_batch} for "
+            f"{world_size}"
+        )
+    return Batches(_Plan(prepared, split, global_batch, rank, world_size, seed, epoch, shuffle))
+
+
+@dataclass(frozen=True)
+class _Group:
+    """A row group, or rows [first, last) of it."""
+
+    uri: str
+    index: int
+    metadata: pq.FileMetaData
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class _Plan:
+    prepared: PreparedSet
+    split: str
+    global_batch: int
+    rank: int
+    world_size: int
+    seed: int
+    epoch: int
+    shuffle: bool
+
+    def batches(self) -> Iterator[Batch]:
+        height, width, channels = self.prepared.shape
+        per_rank = self.global_batch // self.world_size
+        groups = _groups(tuple(self.prepared.files(self.split)), self.prepared.digest)
+        rows = sum(group.last for group in groups)
+        lanes = [
+            self._lane(number, pieces)
+            for number, pieces in enumerate(self._deal(groups, rows))
+            if number // per_rank == self.rank
+        ]
+        image_NHWC = np.zeros((per_rank, height, width, channels), np.uint8)
+        mask_NHW = np.zeros((per_rank, height, width), np.uint8)
+        for _ in range(steps(rows, self.global_batch)):
+            # A copy of the batch before: a lane that has ended repeats its last row, real pixels for batch statistics.
+            image_NHWC, mask_NHW = image_NHWC.copy(), mask_NHW.copy()
+            weight_N = np.zeros(per_rank, np.float32)
+            for position, lane in enumerate(lanes):
+                row = next(lane, None)
+                if row is not None:
+                    image_NHWC[position], mask_NHW[position], weight_N[position] = *row, 1
+            yield Batch(image_NHWC, mask_NHW, weight_N)
+
+    def _deal(self, groups: tuple[_Group, ...], rows: int) -> Iterator[list[_Group]]:
+        """The pieces of row groups that each lane has; the first lanes have one row more where it does not come out."""
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(len(groups)) if self.shuffle else None
+        rest = [groups[i] for i in order][::-1] if order is not None else list(groups)[::-1]
+        shorter, longer = divmod(rows, self.global_batch)
+        for number in range(self.global_batch):
+            needed = shorter + (number < longer)
+            pieces = []
+            while needed:
+                group = rest.pop()
+                end = min(group.last, group.first + needed)
+                pieces.append(_part(group, group.first, end))
+                needed -= end - group.first
+                if end < group.last:
+                    rest.append(_part(group, end, group.last))
+            yield pieces
+
+    def _lane(self, number: int, pieces: list[_Group]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        # Lanes begin with windows of different sizes, so that they do not all read at the same step.
+        first, size = 0, 1 + number % _WINDOW
+        while first < len(pieces):
+            rows = [row for piece in pieces[first : first + size] for row in _read(piece, self.prepared.shape)]
+            order = range(len(rows))
+            if self.shuffle:
+                order = np.random.default_rng([self.seed, self.epoch, number, first]).permutation(len(rows)).tolist()
+            for position in order:
+                yield rows[position]
+            first, size = first + size, _WINDOW
+
+
+class Batches(Iterator[Batch]):
+    """The batches of an epoch, made ahead in a thread.
+
+    waited_s: seconds that the consumer has waited for batches so far.
+    """
+
+    def __init__(self, plan: _Plan) -> None:
+        self.waited_s = 0.0
+        self._made: queue.Queue[Batch | Exception | None] = queue.Queue(_PREFETCH)
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._make, args=(plan,), daemon=True, name="rayseg-feed")
+        self._thread.start()
+
+    def __next__(self) -> Batch:
+        began = time.perf_counter()
+        made = None if self._closed.is_set() else self._made.get()
+        self.waited_s += time.perf_counter() - began
+        if isinstance(made, Batch):
+            return made
+        self.close()
+        if made is None:
+            raise StopIteration
+        raise made
+
+    def close(self) -> None:
+        """Ends the thread; for who does not want the rest of the epoch."""
+        self._closed.set()
+        self._thread.join()
+
+    def _make(self, plan: _Plan) -> None:
+        try:
+            for batch in plan.batches():
+                self._put(batch)
+                if self._closed.is_set():
+                    return
+            self._put(None)
+        except Exception as error:  # raised again in the consumer
+            self._put(error)
+
+    def _put(self, made: Batch | Exception | None) -> None:
+        while not self._closed.is_set():
+            try:
+                self._made.put(made, timeout=_POLL_S)
+                return
+            except queue.Full:
+                continue
+
+
+def _part(group: _Group, first: int, last: int) -> _Group:
+    return _Group(group.uri, group.index, group.metadata, first, last)
+
+
+@lru_cache(maxsize=4)
+def _groups(uris: tuple[str, ...], digest: str) -> tuple[_Group, ...]:
+    """All row groups of the shards; the set's digest keeps an older set of the same names out of the cache."""
+
+    def footer(uri: str) -> pq.FileMetaData:
+        files, path = storage.filesystem(uri)
+        with files.open_input_file(path) as file:
+            return pq.read_metadata(file)
+
+    with ThreadPoolExecutor(_FOOTERS_AT_ONCE, thread_name_prefix="rayseg-footers") as pool:
+        footers = list(pool.map(footer, uris))
+    return tuple(
+        _Group(uri, index, metadata, 0, metadata.row_group(index).num_rows)
+        for uri, metadata in zip(uris, footers, strict=True)
+        for index in range(metadata.num_row_groups)
+    )
+
+
+def _read(piece: _Group, shape_HWC: tuple[int, int, int]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The image (H, W, C) and mask (H, W) of each row of the piece."""
+    files, path = storage.filesystem(piece.uri)
+    with files.open_input_file(path) as file:
+        table = pq.ParquetFile(file, metadata=piece.metadata, pre_buffer=True).read_row_group(piece.index, _COLUMNS)
+    rows = []
+    for row in table.slice(piece.first, piece.last - piece.first).to_pylist():
+        image, mask = np.frombuffer(row["image"], np.uint8), np.frombuffer(row["mask"], np.uint8)
+        if image.size != np.prod(shape_HWC) or mask.size != np.prod(shape_HWC[:2]):
+            raise ValueError(
+                f"prepared: row {row['row_id']} has {image.size} image and {mask.size} mask bytes, the set says "
+                f"{shape_HWC}; prepare again"
+            )
+        rows.append((image.reshape(shape_HWC), mask.reshape(shape_HWC[:2])))
+    return rows

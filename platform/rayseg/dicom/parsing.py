@@ -1,0 +1,215 @@
+"""A DICOM object's data set up to its pixel data: found, inflated, walked, and its elements as plain values."""
+
+import logging
+import math
+import re
+import struct
+import warnings
+import zlib
+from dataclasses import dataclass
+from io import BytesIO
+from typing import TypeVar
+
+from pydicom import config as pydicom_config
+from pydicom import uid
+from pydicom.dataelem import RawDataElement
+from pydicom.dataset import Dataset
+from pydicom.filereader import read_partial
+from pydicom.tag import BaseTag
+
+from rayseg.records import Reason, Reject
+
+# These libraries write attribute values, identities among them, into logs and warnings (see `silence_libraries`).
+pydicom_config.settings.reading_validation_mode = pydicom_config.IGNORE
+logging.getLogger("pydicom").setLevel(logging.CRITICAL)
+logging.getLogger("highdicom").setLevel(logging.CRITICAL)
+_TALKATIVE = r"(pydicom|highdicom|PIL|openjpeg|libjpeg|rle|jpeg_ls)(\.|$)"
+_SILENT = ("ignore", None, Warning, re.compile(_TALKATIVE), 0)
+
+_MAX_INFLATED_BYTES = 2**28 + 2**24  # of a deflated data set: the largest pixel data and a generous header
+
+PIXEL_TAGS = {0x7FE00008: "FloatPixelData", 0x7FE00009: "DoubleFloatPixelData", 0x7FE00010: "PixelData"}
+_KEYWORDS = {
+    0x00080016: "SOPClassUID",
+    0x00080018: "SOPInstanceUID",
+    0x00080060: "Modality",
+    0x00100020: "PatientID",
+    0x00180050: "SliceThickness",
+    0x0020000D: "StudyInstanceUID",
+    0x0020000E: "SeriesInstanceUID",
+    0x00200013: "InstanceNumber",
+    0x00200032: "ImagePositionPatient",
+    0x00200037: "ImageOrientationPatient",
+    0x00200052: "FrameOfReferenceUID",
+    0x00280002: "SamplesPerPixel",
+    0x00280004: "PhotometricInterpretation",
+    0x00280008: "NumberOfFrames",
+    0x00280010: "Rows",
+    0x00280011: "Columns",
+    0x00280030: "PixelSpacing",
+    0x00280100: "BitsAllocated",
+    0x00280101: "BitsStored",
+    0x00280102: "HighBit",
+    0x00280103: "PixelRepresentation",
+    0x00280120: "PixelPaddingValue",
+    0x00280121: "PixelPaddingRangeLimit",
+    0x00281052: "RescaleIntercept",
+    0x00281053: "RescaleSlope",
+    0x00283000: "ModalityLUTSequence",
+    0x52009229: "SharedFunctionalGroupsSequence",
+    0x52009230: "PerFrameFunctionalGroupsSequence",
+}
+_TAGS = {keyword: tag for tag, keyword in _KEYWORDS.items()}
+
+DefaultT = TypeVar("DefaultT")
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """A data set up to its pixel data; `data` is the object's bytes, inflated where they were deflated."""
+
+    data: bytes
+    dataset: Dataset
+    transfer_syntax_uid: str
+    pixel_tag: int | None
+    pixel_vr: str | None
+    pixel_offset: int
+    pixel_bytes: int
+
+
+def silence_libraries() -> None:
+    """Keeps warnings of the DICOM and image libraries, which quote attribute values, out of the process's output.
+
+    Called at each entry, as test runners and others replace all filters; adding a filter is safe between threads, which
+    `warnings.catch_warnings` is not.
+    """
+    if _SILENT not in warnings.filters:
+        warnings.filterwarnings("ignore", module=_TALKATIVE)
+
+
+def parse(data: bytes) -> Parsed | Reject:
+    """Walks the data set up to its pixel data, keeping the elements named in `_KEYWORDS`."""
+    if not data:
+        return Reject(Reason.EMPTY_OBJECT)
+    part10 = data[128:132] == b"DICM"
+    if not part10 and not _begins_with_element(data):
+        return Reject(Reason.NOT_DICOM)
+    deflated = part10 and data.find(uid.DeflatedExplicitVRLittleEndian.encode(), 132, 1024) >= 0
+    if deflated:
+        inflated = _inflate(data)
+        if isinstance(inflated, Reject):
+            return inflated
+        data = inflated
+
+    stream = BytesIO(data)
+    tag, vr, offset, length, kept = 0, None, 0, 0, 0  # of the element seen last, and how many of ours were seen
+
+    def at_pixels(element_tag: BaseTag, element_vr: str | None, element_length: int) -> bool:
+        nonlocal tag, vr, offset, length, kept
+        tag, vr, offset, length = element_tag, element_vr, stream.tell(), element_length
+        kept += tag in _KEYWORDS
+        return tag in PIXEL_TAGS
+
+    try:
+        dataset = read_partial(stream, at_pixels, force=True, specific_tags=list(_KEYWORDS))
+    except Exception as error:
+        if stream.tell() >= len(data):
+            return Reject(Reason.TRUNCATED, "the data set ends within an element")
+        return Reject(Reason.CORRUPT, type(error).__name__)
+    found = tag in PIXEL_TAGS
+    if not part10 and not ("SOPClassUID" in dataset or (found and "Rows" in dataset)):
+        return Reject(Reason.NOT_DICOM)
+    # pydicom gives no elements at all where it ran out of bytes in a value of undefined length.
+    lost = kept > 0 and len(dataset) == 0
+    cut = length != 0xFFFFFFFF and (offset + length > len(data) or any(data[offset + length :]))
+    if not found and (tag == 0 or lost or cut):
+        return Reject(Reason.TRUNCATED, "the data set ends within an element or before its first one")
+    transfer_syntax_uid = str(dataset.file_meta.get("TransferSyntaxUID") or "")
+    if not transfer_syntax_uid:
+        implicit, little = dataset.original_encoding
+        guessed = uid.ImplicitVRLittleEndian if implicit else uid.ExplicitVRLittleEndian
+        transfer_syntax_uid = str(guessed if little else uid.ExplicitVRBigEndian)
+    return Parsed(
+        data=data,
+        dataset=dataset,
+        transfer_syntax_uid=str(uid.DeflatedExplicitVRLittleEndian) if deflated else transfer_syntax_uid,
+        pixel_tag=tag if found else None,
+        pixel_vr=vr,
+        pixel_offset=offset,
+        pixel_bytes=length,
+    )
+
+
+def _begins_with_element(data: bytes) -> bool:
+    """Whether an object without preamble starts as a data set does: a first group and a plausible VR or length."""
+    if len(data) < 8 or data[:2] not in (b"\x00\x00", b"\x02\x00", b"\x08\x00", b"\x00\x08"):
+        return False
+    return data[4:6].isalpha() or int.from_bytes(data[4:8], "little") < len(data)
+
+
+def _inflate(data: bytes) -> bytes | Reject:
+    """Makes a deflated object an explicit little endian one (PS3.5 A.5), within a limit that pydicom does not set."""
+    if data[132:140] != b"\x02\x00\x00\x00UL\x04\x00":
+        return Reject(Reason.MISSING_ATTRIBUTE, "FileMetaInformationGroupLength")
+    start = 144 + struct.unpack_from("<L", data, 140)[0]
+    deflated_uid, plain_uid = uid.DeflatedExplicitVRLittleEndian.encode(), uid.ExplicitVRLittleEndian.encode()
+    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+    try:
+        body = inflater.decompress(data[start:], _MAX_INFLATED_BYTES)
+    except zlib.error:
+        return Reject(Reason.CORRUPT, "the deflated data set cannot be inflated")
+    if inflater.unconsumed_tail:
+        return Reject(Reason.TOO_LARGE, "the deflated data set")
+    return data[:start].replace(deflated_uid, plain_uid.ljust(len(deflated_uid), b"\0")) + body
+
+
+class Elements:
+    """Plain values of a data set's raw elements: an order of magnitude faster than pydicom's, and silent.
+
+    An absent, empty or unusable element gives the default; only `number` tells unusable (None) from absent.
+    """
+
+    def __init__(self, dataset: Dataset) -> None:
+        self._dataset = dataset
+
+    def has(self, keyword: str) -> bool:
+        """Whether the element is there, empty or not."""
+        return _TAGS[keyword] in self._dataset
+
+    def _bytes(self, keyword: str) -> bytes:
+        if not self.has(keyword):
+            return b""
+        element = self._dataset.get_item(_TAGS[keyword])
+        return element.value or b"" if isinstance(element, RawDataElement) else b""
+
+    def text(self, keyword: str) -> str:
+        """Text without padding; empty by default."""
+        value = self._bytes(keyword)
+        if value.isascii():
+            return value.decode("ascii").strip(" \0")
+        return str(self._dataset[_TAGS[keyword]].value).strip(" \0")  # by the data set's character set
+
+    def numbers(self, keyword: str, count: int) -> tuple[float, ...] | None:
+        """Exactly `count` finite numbers of a decimal string; None by default."""
+        parts = self._bytes(keyword).strip(b" \0").split(b"\\")
+        try:
+            values = tuple(float(part) for part in parts)
+        except ValueError:
+            return None
+        return values if len(values) == count and all(map(math.isfinite, values)) else None
+
+    def number(self, keyword: str, default: DefaultT) -> float | DefaultT | None:
+        """One finite number of a decimal string."""
+        if not self._bytes(keyword).strip(b" \0"):
+            return default
+        values = self.numbers(keyword, 1)
+        return None if values is None else values[0]
+
+    def integer(self, keyword: str, default: DefaultT) -> int | DefaultT:
+        """An unsigned 16-bit word, or an integer string within 32 bits."""
+        value = self._bytes(keyword)
+        if keyword in ("InstanceNumber", "NumberOfFrames"):  # integer strings; the others are binary
+            number = self.number(keyword, None)
+            return default if number is None or not -(2**31) <= number < 2**31 else int(number)
+        little = self._dataset.get_item(_TAGS[keyword]).is_little_endian if value else True
+        return int.from_bytes(value[:2], "little" if little else "big") if len(value) >= 2 else default

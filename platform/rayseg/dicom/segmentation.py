@@ -1,0 +1,304 @@
+"""Masks of a series to one DICOM Segmentation object and back.
+
+Equal sources, masks and model give equal bytes and UIDs: UIDs are hashes, dates come from the source.
+"""
+
+import hashlib
+import json
+import math
+import uuid
+from collections.abc import Sequence
+from io import BytesIO
+from typing import Any, Literal
+
+import highdicom
+import numpy as np
+import pydicom
+from highdicom.seg import SegmentDescription
+from pydicom import uid
+from pydicom.datadict import dictionary_VM, dictionary_VR
+from pydicom.dataset import Dataset
+from pydicom.sr.codedict import codes
+from pydicom.sr.coding import Code
+from pydicom.valuerep import validate_value
+
+from rayseg.dicom.parsing import silence_libraries
+from rayseg.records import Reason, Reject
+
+Kind = Literal["BINARY", "LABELMAP"]
+
+_NEEDED = (
+    "SOPClassUID",
+    "SOPInstanceUID",
+    "StudyInstanceUID",
+    "SeriesInstanceUID",
+    "FrameOfReferenceUID",
+    "Rows",
+    "Columns",
+    "PixelSpacing",
+    "ImagePositionPatient",
+    "ImageOrientationPatient",
+)
+# Patient and study attributes that the segmentation takes over: those of type 2, empty where the source lacks them or
+# holds a malformed value, and those of type 3, then left out (PS3.3 C.7.1.1, C.7.2.1, C.7.2.2).
+_TYPE_2 = (
+    "PatientName",
+    "PatientID",
+    "PatientBirthDate",
+    "PatientSex",
+    "StudyDate",
+    "StudyTime",
+    "StudyID",
+    "AccessionNumber",
+    "ReferringPhysicianName",
+)
+_TYPE_3 = ("StudyDescription", "PatientAge", "PatientSize", "PatientWeight", "IssuerOfPatientID")
+_SERIES = (
+    "Modality",
+    "SeriesDate",
+    "SeriesTime",
+    "SliceThickness",
+    "PositionReferenceIndicator",
+    "LossyImageCompression",
+    "LossyImageCompressionMethod",
+)
+_NO_DATE, _NO_TIME = "19700101", "000000"  # of a source without dates; the attributes are mandatory
+
+_ALTERED = Code("49755003", "SCT", "Morphologically Altered Structure")
+_LESION = Code("52988006", "SCT", "Lesion")
+_PROPERTY_TYPES = {  # SNOMED CT, PS3.16 CID 7151 and its included groups
+    "lesion": _LESION,
+    "hemorrhage": Code("50960005", "SCT", "Hemorrhage"),
+    "infarct": Code("55641003", "SCT", "Infarct"),
+    "ischemia": Code("52674009", "SCT", "Ischemia"),
+    "edema": Code("79654002", "SCT", "Edema"),
+    "tumor": Code("108369006", "SCT", "Neoplasm"),
+}
+
+
+def encode(
+    sources: Sequence[bytes | Dataset],
+    masks: Sequence[np.ndarray],
+    labels: tuple[str, ...],
+    model_name: str,
+    model_version: str,
+    digest: str,
+    kind: Kind = "BINARY",
+) -> bytes | Reject:
+    """Encodes the masks of one series, in any order, as one DICOM Segmentation object.
+
+    Every slice gets its frames, empty ones too. Frames lie on their source's own plane, so tilted stacks, gaps and
+    uneven steps are as good as others. BINARY is uncompressed, one frame a slice and label; LABELMAP is RLE
+    compressed, one frame a slice.
+
+    Args:
+        sources: the slices, as bytes or data sets (their pixel data is not needed).
+        masks: one uint8 label map (rows, columns) a slice: 0 background, 1 the first of `labels`, ...
+        labels: the segments' names.
+        model_name, model_version: the registered model.
+        digest: of the model and all settings that decide about a mask.
+
+    Returns:
+        The object's bytes; or a Reject where a source lacks a place in the patient or another needed attribute
+        (MISSING_ATTRIBUTE), is no data set (CORRUPT), differs from the others in size, series or frame of reference
+        (SERIES_MIXED), or cannot be expressed as a segmentation (WRITE_FAILED).
+
+    Raises:
+        ValueError: masks that do not belong to the sources, or values without label.
+    """
+    if not sources or len(sources) != len(masks):
+        raise ValueError(f"{len(masks)} masks for {len(sources)} slices: give one a slice, and at least one")
+    silence_libraries()
+    pairs = []
+    for source, mask in zip(sources, masks, strict=True):
+        dataset = _source(source)
+        if isinstance(dataset, Reject):
+            return dataset
+        if mask.dtype != np.uint8 or mask.shape != (dataset.Rows, dataset.Columns):
+            raise ValueError(f"mask {mask.dtype} {mask.shape}: expected uint8 {(dataset.Rows, dataset.Columns)}")
+        if mask.max() > len(labels):
+            raise ValueError(f"mask holds {mask.max()}, labels name 1 to {len(labels)}")
+        pairs.append((dataset, mask))
+    if len({(s.StudyInstanceUID, s.SeriesInstanceUID, s.FrameOfReferenceUID, s.Rows, s.Columns) for s, _ in pairs}) > 1:
+        return Reject(Reason.SERIES_MIXED, "slices of several series, frames of reference or sizes")
+    pairs.sort(key=lambda pair: (_along_normal_mm(pair[0]), pair[0].SOPInstanceUID))
+    datasets = [dataset for dataset, _ in pairs]
+    if "SliceThickness" not in datasets[0]:
+        datasets[0].SliceThickness = _nominal_thickness(datasets)
+    name, version = _long_string(model_name), _long_string(model_version)
+    identity = [sorted(dataset.SOPInstanceUID for dataset in datasets), model_name, model_version, digest, kind]
+    content_date, content_time = _content_time(datasets)
+    try:
+        segmentation = highdicom.seg.Segmentation(
+            source_images=datasets,
+            pixel_array=np.stack([mask for _, mask in pairs]),
+            segmentation_type=kind,
+            segment_descriptions=_descriptions(labels, name, version, digest),
+            series_instance_uid=_uid("series", identity),
+            series_number=9001,
+            sop_instance_uid=_uid("instance", identity),
+            instance_number=1,
+            manufacturer="rayseg",
+            manufacturer_model_name=name,
+            software_versions=version,
+            device_serial_number=_long_string(digest),
+            content_label="SEGMENTATION",
+            content_description="Made by a research model, not for diagnosis",
+            content_date=content_date,
+            content_time=content_time,
+            series_description=_long_string(f"{model_name} v{model_version} segmentation"),
+            specific_character_set="ISO_IR 192",
+            omit_empty_frames=False,
+            transfer_syntax_uid=uid.RLELossless if kind == "LABELMAP" else uid.ExplicitVRLittleEndian,
+        )
+        return _fixed_bytes(segmentation, identity)
+    except Exception as error:  # highdicom refuses what it cannot express by many types; its text may identify
+        return Reject(Reason.WRITE_FAILED, f"the segmentation cannot be made: {type(error).__name__}")
+
+
+def decode(data: bytes) -> dict[str, np.ndarray]:
+    """Decodes a BINARY or LABELMAP segmentation whose frames each name one source slice.
+
+    Returns:
+        SOPInstanceUID of a source slice -> uint8 label map (rows, columns); where segments overlap the later one wins.
+
+    Raises:
+        ValueError: not such an object.
+    """
+    silence_libraries()
+    try:
+        return _decoded(pydicom.dcmread(BytesIO(data), force=True))
+    except ValueError:
+        raise
+    except Exception as error:
+        raise ValueError(f"not a readable DICOM segmentation ({type(error).__name__})") from None
+
+
+def _decoded(dataset: Dataset) -> dict[str, np.ndarray]:
+    if dataset.get("SegmentationType") not in ("BINARY", "LABELMAP"):
+        raise ValueError("SegmentationType: not a DICOM segmentation of type BINARY or LABELMAP")
+    frames = dataset.pixel_array.reshape(-1, dataset.Rows, dataset.Columns)
+    shared = dataset.SharedFunctionalGroupsSequence[0]
+    masks: dict[str, np.ndarray] = {}
+    for frame, groups in zip(frames, dataset.PerFrameFunctionalGroupsSequence, strict=True):
+        derivation = groups.get("DerivationImageSequence") or shared.get("DerivationImageSequence")
+        if not derivation or not derivation[0].get("SourceImageSequence"):
+            raise ValueError("DerivationImageSequence: a frame names no source image")
+        source = str(derivation[0].SourceImageSequence[0].ReferencedSOPInstanceUID)
+        mask = masks.setdefault(source, np.zeros(frame.shape, np.uint8))
+        if dataset.SegmentationType == "LABELMAP":
+            mask[:] = frame
+        else:
+            segment = (groups.get("SegmentIdentificationSequence") or shared.SegmentIdentificationSequence)[0]
+            mask[frame > 0] = segment.ReferencedSegmentNumber
+    return masks
+
+
+def _source(source: bytes | Dataset) -> Dataset | Reject:
+    """What the segmentation needs of a source and nothing else, each value well formed."""
+    if isinstance(source, bytes):
+        try:
+            source = pydicom.dcmread(BytesIO(source), stop_before_pixels=True, force=True)
+        except Exception as error:
+            return Reject(Reason.CORRUPT, type(error).__name__)
+    clean = Dataset()
+    for keyword in (*_NEEDED, *_TYPE_2, *_TYPE_3, *_SERIES):
+        value = _value(source, keyword)
+        if value is not None:
+            setattr(clean, keyword, value)
+        elif keyword in _NEEDED:
+            return Reject(Reason.MISSING_ATTRIBUTE, keyword)
+        elif keyword in _TYPE_2:
+            setattr(clean, keyword, "")
+    if clean.PatientSex not in ("M", "F", "O", ""):
+        clean.PatientSex = ""
+    return clean
+
+
+def _value(dataset: Dataset, keyword: str) -> Any | None:
+    """The attribute's value; None where it is absent, empty or malformed. Text comes as `str`, whatever its charset."""
+    try:
+        value = dataset.get(keyword)
+        if value is None or value == "" or value == []:
+            return None
+        vr = dictionary_VR(keyword)
+        if vr == "DS":
+            numbers = [float(number) for number in (value if isinstance(value, Sequence) else [value])]
+            usable = len(numbers) == int(dictionary_VM(keyword)) and all(map(math.isfinite, numbers))
+            return value if usable and (len(numbers) > 1 or numbers[0] > 0) else None
+        if vr in ("US", "UI"):
+            return value
+        text = str(value)
+        validate_value(vr, text, pydicom.config.RAISE)
+        return text
+    except Exception:
+        return None
+
+
+def _along_normal_mm(dataset: Dataset) -> float:
+    row, column = np.array(dataset.ImageOrientationPatient, float).reshape(2, 3)
+    return float(np.cross(row, column) @ np.array(dataset.ImagePositionPatient, float))
+
+
+def _nominal_thickness(datasets: Sequence[Dataset]) -> str:
+    """In place of a missing SliceThickness, without which readers refuse a segmentation: the median slice distance.
+
+    A lone slice counts as thick as its rows are apart. As a decimal string of at most 16 characters.
+    """
+    steps_mm = np.diff([_along_normal_mm(dataset) for dataset in datasets])
+    steps_mm = steps_mm[steps_mm > 0]
+    return f"{float(np.median(steps_mm)) if len(steps_mm) else float(datasets[0].PixelSpacing[0]):.6g}"
+
+
+def _content_time(datasets: Sequence[Dataset]) -> tuple[str, str]:
+    """The latest time of the source series, else of its study, that comes with a date."""
+    for prefix in ("Series", "Study"):
+        times = [(d.get(f"{prefix}Date") or "", d.get(f"{prefix}Time") or _NO_TIME) for d in datasets]
+        if max(times)[0]:
+            return max(times)
+    return _NO_DATE, _NO_TIME
+
+
+def _descriptions(labels: tuple[str, ...], name: str, version: str, digest: str) -> list[SegmentDescription]:
+    algorithm = highdicom.AlgorithmIdentificationSequence(
+        name=name,
+        family=codes.cid7162.ArtificialIntelligence,
+        version=version,
+        parameters={"digest": digest},
+    )
+    return [
+        SegmentDescription(
+            segment_number=number,
+            segment_label=_long_string(label),
+            segmented_property_category=_ALTERED,
+            segmented_property_type=_PROPERTY_TYPES.get(label.lower(), _LESION),
+            algorithm_type="AUTOMATIC",
+            algorithm_identification=algorithm,
+        )
+        for number, label in enumerate(labels, start=1)
+    ]
+
+
+def _long_string(text: str) -> str:
+    """As a value of VR LO: one line, at most 64 characters, no backslash (it separates values)."""
+    return " ".join(text.replace("\\", "/").split())[:64] or "unnamed"
+
+
+def _uid(purpose: str, identity: list[Any]) -> str:
+    """A UID of the form 2.25.<UUID as integer> (PS3.5 B.2) whose UUID is a hash."""
+    hashed = hashlib.sha256(json.dumps([purpose, *identity]).encode()).digest()
+    return f"2.25.{uuid.UUID(bytes=hashed[:16], version=5).int}"
+
+
+def _fixed_bytes(segmentation: Dataset, identity: list[Any]) -> bytes:
+    """Replaces what highdicom takes from the clock and from chance, and encodes."""
+    segmentation.InstanceCreationDate = segmentation.ContentDate
+    segmentation.InstanceCreationTime = segmentation.ContentTime
+    for item in segmentation.ContributingEquipmentSequence:
+        item.ContributionDateTime = f"{segmentation.ContentDate}{segmentation.ContentTime}"
+    organization_uid = _uid("dimensions", identity)
+    for item in (*segmentation.DimensionOrganizationSequence, *segmentation.DimensionIndexSequence):
+        item.DimensionOrganizationUID = organization_uid
+    stream = BytesIO()
+    segmentation.save_as(stream, enforce_file_format=True)
+    return stream.getvalue()

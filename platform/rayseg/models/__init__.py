@@ -1,0 +1,1 @@
+"""Networks, losses and metrics: backend-neutral Keras, no Ray, no storage."""

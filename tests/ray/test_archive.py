@@ -1,0 +1,325 @@
+"""Bulk segmentation on a Ray cluster: a SEG and a ledger row for each series, nothing lost, nothing twice."""
+
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pyarrow.dataset as ds
+import pydicom
+import pytest
+import ray
+from PIL import Image
+from rayseg import storage
+from rayseg.data import synthetic
+from rayseg.data.catalog import CatalogConfig, catalog
+from rayseg.data.labels import Labels
+from rayseg.data.layouts import Layout
+from rayseg.data.preprocess import Preprocess, Window
+from rayseg.dicom import segmentation
+from rayseg.inference import ledger
+from rayseg.inference.archive import SegmentConfig, segment
+from rayseg.inference.predictor import Prediction, Predictor
+from rayseg.tracking import registry, runs
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
+
+PATIENTS, SLICES = 6, 4
+
+
+@dataclass(frozen=True)
+class Models:
+    """A registry with two versions of `brain`; the champion is the first."""
+
+    tracking_uri: str
+
+    def predictor(self, version: int) -> Predictor:
+        return Predictor.load(registry.fetch(self.tracking_uri, f"models:/brain/{version}")[0])
+
+
+def network(seed: int) -> keras.Model:
+    keras.utils.set_random_seed(seed)
+    layers = keras.layers
+    return keras.Sequential(
+        [
+            layers.Input((32, 32, 1), dtype="uint8"),
+            layers.Rescaling(1 / 255),
+            layers.Conv2D(8, 3, padding="same", use_bias=False),
+            layers.GroupNormalization(4),
+            layers.Conv2D(1, 1, activation="sigmoid"),
+        ]
+    )
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    folder = tmp_path_factory.mktemp("models")
+    tracking_uri = f"sqlite:///{folder}/mlflow.db"
+    for seed in (1, 2):
+        preprocess = Preprocess((32, 32), Window(40, 200), None)
+        registry.save(folder / str(seed), network(seed), preprocess, Labels(), 0.5, synthetic.slice_bytes(0, 64))
+        registry.register(tracking_uri, runs.start(tracking_uri, "archive", "train"), folder / str(seed), "brain")
+    registry.set_alias(tracking_uri, "brain", "champion", "1")
+    return Models(tracking_uri)
+
+
+@pytest.fixture(scope="module")
+def studies(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six patients of one series each."""
+    folder = tmp_path_factory.mktemp("studies")
+    synthetic.write_studies(str(folder), patients=PATIENTS, slices=SLICES, size=48, seed=3, masks=False)
+    return folder
+
+
+@pytest.fixture
+def archive(studies: Path, models: Models, tmp_path: Path) -> SegmentConfig:
+    """A copy of the studies that the test may spoil, with its manifest."""
+    shutil.copytree(studies, tmp_path / "archive")
+    return cataloged(models, tmp_path)
+
+
+def cataloged(models: Models, folder: Path, **values: Any) -> SegmentConfig:
+    manifest = str(folder / "manifest.parquet")
+    catalog(CatalogConfig(str(folder / "archive"), manifest, Layout(), max_reject_fraction=1.0))
+    return SegmentConfig(manifest, "models:/brain@champion", models.tracking_uri, str(folder / "segmented"), **values)
+
+
+def sources(config: SegmentConfig) -> dict[str, Path]:
+    """SOPInstanceUID -> file, by pydicom."""
+    files = sorted(Path(config.manifest).parent.glob("archive/**/*.dcm"))
+    return {pydicom.dcmread(file, stop_before_pixels=True).SOPInstanceUID: file for file in files}
+
+
+def contents(config: SegmentConfig) -> dict[str, str]:
+    """SHA-256 of every SEG by its path below the output."""
+    output = Path(config.output)
+    return {
+        str(file.relative_to(output)): hashlib.sha256(file.read_bytes()).hexdigest() for file in output.rglob("*.dcm")
+    }
+
+
+def masks_of(paths: list[str]) -> dict[str, np.ndarray]:
+    return {uid: mask for path in paths for uid, mask in segmentation.decode(Path(path).read_bytes()).items()}
+
+
+def rejects_of(config: SegmentConfig) -> list[dict[str, Any]]:
+    return ds.dataset(Path(config.output) / ledger.REJECTS_FOLDER).to_table().to_pylist()
+
+
+def fail(*arguments: object, **options: object) -> None:
+    raise AssertionError("nothing was to be done")
+
+
+def test_the_archive_holds_the_masks_of_the_predictor(archive: SegmentConfig, models: Models) -> None:
+    result = segment(archive)
+    assert (result.series, result.segmented, result.rejected, result.skipped) == (PATIENTS, PATIENTS, 0, 0)
+    assert (result.slices, result.rejected_slices, result.reasons) == (PATIENTS * SLICES, 0, {})
+    assert result.model_uri == "models:/brain/1"
+
+    found = masks_of(result.seg_paths)
+    predictor = models.predictor(1)
+    files = sources(archive)
+    assert found.keys() == files.keys()
+    for uid, file in files.items():
+        (expected,) = predictor.segment([file.read_bytes()])
+        assert isinstance(expected, Prediction)
+        assert 0 < expected.mask.sum() < expected.mask.size
+        assert found[uid].tobytes() == expected.mask.tobytes()
+
+    rows = ledger.read(archive.output).to_pylist()
+    assert len(rows) == PATIENTS
+    for row in rows:
+        data = Path(row["output_uri"]).read_bytes()
+        masks = list(segmentation.decode(data).values())
+        first = pydicom.dcmread(files[next(iter(segmentation.decode(data)))], stop_before_pixels=True)
+        assert row["output_uri"] == f"{archive.output}/brain-v1/{row['series_key']}.dcm"
+        assert row["output_sha256"] == hashlib.sha256(data).hexdigest()
+        assert row["output_bytes"] == len(data)
+        assert (row["verdict"], row["slices"], row["rejected_slices"]) == ("segmented", SLICES, 0)
+        assert row["foreground_pixels"] == sum(int(mask.sum()) for mask in masks)
+        # The phantom's slices are evenly spaced, so the volume is voxels times their size.
+        positions = sorted(
+            float(pydicom.dcmread(files[uid], stop_before_pixels=True).ImagePositionPatient[2])
+            for uid in segmentation.decode(data)
+        )
+        normal = np.cross(first.ImageOrientationPatient[:3], first.ImageOrientationPatient[3:])
+        distance_mm = (positions[1] - positions[0]) * abs(normal[2])
+        voxel_mm3 = float(first.PixelSpacing[0]) * float(first.PixelSpacing[1]) * distance_mm
+        assert row["volume_ml"] == pytest.approx(row["foreground_pixels"] * voxel_mm3 / 1000, rel=1e-3)
+        assert (row["model_name"], row["model_version"]) == ("brain", "1")
+
+
+def test_every_seg_passes_dciodvfy(archive: SegmentConfig) -> None:
+    for kind in ("BINARY", "LABELMAP"):
+        for path in segment(replace(archive, kind=kind, output=f"{archive.output}-{kind}")).seg_paths:
+            validator = Path(sys.executable).with_name("dciodvfy")
+            done = subprocess.run([validator, path], capture_output=True, text=True, check=False)
+            assert done.returncode == 0
+            assert "Error" not in done.stderr
+
+
+def test_a_second_run_reads_and_writes_nothing(archive: SegmentConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = segment(archive)
+    before = {path: path.stat().st_mtime_ns for path in Path(archive.output).rglob("*") if path.is_file()}
+    shutil.rmtree(Path(archive.manifest).parent / "archive")
+    monkeypatch.setattr(ray.data, "from_arrow", fail)
+    second = segment(archive)
+    assert (second.segmented, second.skipped, second.rejected, second.slices) == (0, PATIENTS, 0, 0)
+    assert second.seg_paths == first.seg_paths
+    assert {path: path.stat().st_mtime_ns for path in Path(archive.output).rglob("*") if path.is_file()} == before
+
+
+def test_another_version_or_kind_is_done_anew_and_leaves_the_old(archive: SegmentConfig) -> None:
+    first = segment(archive)
+    before = contents(archive)
+    second = segment(replace(archive, model_uri="models:/brain/2"))
+    assert (second.segmented, second.skipped) == (PATIENTS, 0)
+    after = contents(archive)
+    assert {path: after[path] for path in before} == before
+    assert {path.split("/")[0] for path in after} == {"brain-v1", "brain-v2"}
+    assert not set(before.values()) & {digest for path, digest in after.items() if path.startswith("brain-v2")}
+    assert ledger.read(archive.output).num_rows == 2 * PATIENTS
+    third = segment(replace(archive, kind="LABELMAP"))
+    assert (third.segmented, third.skipped) == (PATIENTS, 0)
+    assert third.seg_paths == first.seg_paths
+
+
+def test_a_series_that_has_got_a_slice_is_done_again(archive: SegmentConfig, models: Models) -> None:
+    folder = Path(archive.manifest).parent
+    late = sorted((folder / "archive").rglob("*.dcm"))[0]
+    late.rename(folder / "late")
+    cataloged(models, folder)
+    assert segment(archive).slices == PATIENTS * SLICES - 1
+    (folder / "late").rename(late)
+    cataloged(models, folder)
+    result = segment(archive)
+    assert (result.segmented, result.skipped, result.slices) == (1, PATIENTS - 1, SLICES)
+    rows = ledger.read(archive.output).to_pylist()
+    assert [row["slices"] for row in rows] == [SLICES] * PATIENTS
+    assert len(masks_of(result.seg_paths)) == PATIENTS * SLICES
+
+
+def test_a_killed_run_is_taken_up_and_ends_as_an_undisturbed_one(archive: SegmentConfig) -> None:
+    undisturbed = replace(archive, output=f"{archive.output}-undisturbed")
+    segment(undisturbed)
+    # A driver of its own, that dies by SIGKILL as soon as two series stand in the ledger.
+    script = f"""
+import os
+from rayseg import cluster
+from rayseg.inference import archive, ledger
+
+append = ledger.append
+
+def append_and_die(output, rows, rejects):
+    append(output, rows, rejects)
+    if rows:
+        os.kill(os.getpid(), {signal.SIGKILL.value})
+
+ledger.append = append_and_die
+archive.SERIES_PER_PART = 2
+cluster.connect()
+archive.segment(archive.{archive!r})
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    survived = ledger.read(archive.output).num_rows
+    assert 2 <= survived < PATIENTS
+    result = segment(archive)
+    assert (result.segmented, result.skipped, result.rejected) == (PATIENTS - survived, survived, 0)
+    assert contents(archive) == contents(undisturbed)
+    assert len(result.seg_paths) == PATIENTS
+    varying = {"seconds", "output_uri"}
+    ledgers = [
+        [{name: value for name, value in row.items() if name not in varying} for row in ledger.read(run).to_pylist()]
+        for run in (archive.output, undisturbed.output)
+    ]
+    assert ledgers[0] == ledgers[1]
+
+
+def test_what_cannot_be_read_costs_its_slice_or_its_series_and_no_other(archive: SegmentConfig) -> None:
+    undisturbed = replace(archive, output=f"{archive.output}-undisturbed")
+    segment(undisturbed)
+    patients = sorted((Path(archive.manifest).parent / "archive" / "images").iterdir())
+    slices = [sorted(patient.iterdir()) for patient in patients]
+    slices[0][1].unlink()
+    slices[1][0].write_bytes(slices[1][0].read_bytes()[:-100])
+    lost = {str(slices[0][1]): "not_found", str(slices[1][0]): "truncated"}
+    for file in slices[2]:
+        file.write_bytes(b"")
+        lost[str(file)] = "empty_object"
+
+    result = segment(replace(archive, max_reject_fraction=0.5))
+    assert (result.segmented, result.rejected) == (PATIENTS - 1, 1)
+    assert (result.slices, result.rejected_slices) == (PATIENTS * SLICES - 6, 6)
+    assert result.reasons == {"empty_object": 4, "not_found": 1, "truncated": 1}
+    assert {row["uri"]: row["reason"] for row in rejects_of(archive)} == lost
+    rows = ledger.read(archive.output).to_pylist()
+    (rejected,) = [row for row in rows if row["verdict"] == "rejected"]
+    assert (rejected["reason"], rejected["slices"], rejected["rejected_slices"]) == ("empty_object", 0, 4)
+    assert rejected["output_uri"] is None
+    assert sorted(row["rejected_slices"] for row in rows) == [0, 0, 0, 1, 1, 4]
+    assert len(masks_of(result.seg_paths)) == PATIENTS * SLICES - 6
+    spoiled, whole = contents(archive), contents(undisturbed)
+    assert sum(spoiled.get(path) == digest for path, digest in whole.items()) == PATIENTS - 3
+
+
+def test_too_many_rejects_fail_the_run_after_its_work(archive: SegmentConfig) -> None:
+    for file in sorted((Path(archive.manifest).parent / "archive" / "images").rglob("*.dcm"))[:6]:
+        file.unlink()
+    with pytest.raises(ValueError, match=r"6 of 24 objects rejected, over max_reject_fraction 0\.2: not_found 6"):
+        segment(archive)
+    rows = ledger.read(archive.output).to_pylist()
+    assert sorted(row["verdict"] for row in rows) == ["rejected"] + ["segmented"] * (PATIENTS - 1)
+    # A rejected series is tried again.
+    with pytest.raises(ValueError, match="not_found 4"):
+        segment(replace(archive, max_reject_fraction=0.1))
+
+
+def test_what_the_catalog_rejected_and_image_files_stand_in_the_ledger_unread(
+    models: Models, studies: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(studies / "images", tmp_path / "archive")
+    (tmp_path / "archive" / "notes.dcm").write_bytes(b"some text")
+    (tmp_path / "archive" / "pictures").mkdir()
+    Image.fromarray(np.zeros((16, 16), np.uint8)).save(tmp_path / "archive" / "pictures" / "a.png")
+    result = segment(cataloged(models, tmp_path))
+    assert (result.series, result.segmented, result.rejected) == (PATIENTS + 1, PATIENTS, 1)
+    assert result.reasons == {"not_dicom": 2}
+    config = SegmentConfig("", "", "", str(tmp_path / "segmented"))
+    told = {Path(row["uri"]).name: (row["stage"], row["reason"]) for row in rejects_of(config)}
+    assert told == {"notes.dcm": ("catalog", "not_dicom"), "a.png": ("segment", "not_dicom")}
+
+
+def test_a_missing_manifest_or_model_is_named(archive: SegmentConfig) -> None:
+    with pytest.raises(ValueError, match=r"segment\.manifest: there is no manifest"):
+        segment(replace(archive, manifest="/nowhere/manifest.parquet"))
+    with pytest.raises(ValueError, match="models:/brain/9: not registered"):
+        segment(replace(archive, model_uri="models:/brain/9"))
+
+
+def test_a_store_that_refuses_to_write_rejects_the_series(archive: SegmentConfig) -> None:
+    Path(archive.output).mkdir()
+    Path(archive.output, "brain-v1").write_bytes(b"a file where a folder is needed")
+    with pytest.raises(ValueError, match="write_failed 24"):
+        segment(archive)
+    assert {row["reason"] for row in ledger.read(archive.output).to_pylist()} == {"write_failed"}
+
+
+def test_two_actors_do_as_one(archive: SegmentConfig) -> None:
+    segment(archive)
+    twice = replace(archive, output=f"{archive.output}-2", concurrency=2)
+    assert storage.exists(segment(twice).ledger)
+    assert contents(twice) == contents(archive)

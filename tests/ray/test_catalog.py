@@ -1,0 +1,236 @@
+"""The catalog on a Ray cluster: one row an object whatever it is, and the same bytes each time."""
+
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pydicom
+import pytest
+from PIL import Image
+from rayseg import storage
+from rayseg.data import catalog as module
+from rayseg.data import synthetic
+from rayseg.data.catalog import CatalogConfig, catalog
+from rayseg.data.layouts import Layout
+from rayseg.dicom.pseudonyms import from_environment
+from rayseg.records import MANIFEST
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
+
+PHANTOM = Layout(images="images", masks="masks")
+
+
+@pytest.fixture(scope="module")
+def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three patients of four slices each, with masks."""
+    folder = tmp_path_factory.mktemp("phantoms")
+    synthetic.write_studies(str(folder), patients=3, slices=4, size=32, seed=5)
+    return folder
+
+
+def config_of(source: Path, output: Path, layout: Layout = PHANTOM, **values: float) -> CatalogConfig:
+    return CatalogConfig(source=str(source), output=str(output / "manifest.parquet"), layout=layout, **values)
+
+
+def test_rows_say_what_the_headers_say(phantoms: Path, tmp_path: Path) -> None:
+    result = catalog(config_of(phantoms, tmp_path))
+    table = storage.read_table(result.manifest)
+    assert table.schema == MANIFEST
+    rows = {row["uri"]: row for row in table.to_pylist()}
+    paths = sorted((phantoms / "images").rglob("*.dcm"))
+    assert set(rows) == {str(path) for path in paths}
+    pseudonyms = from_environment()
+    for path in paths:
+        # pydicom reads the same headers independently
+        dataset, row = pydicom.dcmread(path), rows[str(path)]
+        assert row["verdict"] == "ok"
+        assert row["kind"] == "dicom"
+        assert row["bytes"] == path.stat().st_size
+        assert row["mask_uri"] == str(path).replace("/images/", "/masks/").replace(".dcm", ".png")
+        assert row["patient_key"] == pseudonyms.key("patient", dataset.PatientID)
+        assert row["series_key"] == pseudonyms.key("series", dataset.SeriesInstanceUID)
+        assert (row["rows"], row["columns"]) == (32, 32)
+        assert row["modality"] == "CT"
+        assert row["pixel_spacing_mm"] == [float(value) for value in dataset.PixelSpacing]
+        assert row["image_position_mm"] == [float(value) for value in dataset.ImagePositionPatient]
+        assert row["transfer_syntax_uid"] == dataset.file_meta.TransferSyntaxUID
+    assert (result.objects, result.accepted, result.rejected) == (12, 12, 0)
+    assert (result.patients, result.series) == (3, 3)
+
+
+def test_no_identity_is_in_the_manifest_but_in_the_paths(phantoms: Path, tmp_path: Path) -> None:
+    table = storage.read_table(catalog(config_of(phantoms, tmp_path)).manifest).drop_columns(["uri", "mask_uri"])
+    text = str(table.to_pylist())
+    for path in (phantoms / "images").rglob("*.dcm"):
+        dataset = pydicom.dcmread(path, stop_before_pixels=True)
+        for identity in (dataset.PatientID, dataset.SOPInstanceUID, dataset.SeriesInstanceUID, path.parent.name):
+            assert str(identity) not in text
+
+
+def test_a_series_stands_together_in_the_order_of_its_slices(phantoms: Path, tmp_path: Path) -> None:
+    source = tmp_path / "shuffled"
+    for number, path in enumerate(sorted((phantoms / "images").rglob("*.dcm"))):
+        # Names without any relation to the order, patients interleaved
+        storage.write(str(source / f"{(number * 7) % 12:02d}.dcm"), path.read_bytes())
+    rows = storage.read_table(catalog(config_of(source, tmp_path, Layout())).manifest).to_pylist()
+    keys = [row["series_key"] for row in rows]
+    assert [keys[start] for start in (0, 4, 8)] == list(dict.fromkeys(keys))
+    assert keys == [key for key in dict.fromkeys(keys) for _ in range(4)]
+    for start in (0, 4, 8):
+        heights_mm = [row["image_position_mm"][2] for row in rows[start : start + 4]]
+        assert heights_mm == sorted(heights_mm)
+        assert {row["series_verdict"] for row in rows[start : start + 4]} == {"ok"}
+
+
+def test_whatever_an_object_is_it_is_a_row(phantoms: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    good = sorted((phantoms / "images").rglob("*.dcm"))[:2]
+    whole = good[0].read_bytes()
+    objects = {
+        "a.dcm": whole,
+        "b/copy.dcm": whole,
+        "b/good.dcm": good[1].read_bytes(),
+        "cut.dcm": whole[: len(whole) - 700],
+        "empty.dcm": b"",
+        "LICENSE.txt": b"some text " * 50,
+        "noise.png": b"\x89PNG\r\n\x1a\n" + b"noise",
+    }
+    for name, data in objects.items():
+        storage.write(str(source / name), data)
+    result = catalog(config_of(source, tmp_path, Layout(), max_reject_fraction=1.0))
+    rows = storage.read_table(result.manifest).to_pylist()
+    reasons = {row["uri"].removeprefix(f"{source}/"): row["reason"] for row in rows}
+    assert reasons == {
+        "a.dcm": None,
+        "b/copy.dcm": "series_duplicates",
+        "b/good.dcm": None,
+        "cut.dcm": "truncated",
+        "empty.dcm": "empty_object",
+        "LICENSE.txt": "not_dicom",
+        "noise.png": "not_an_image",
+    }
+    assert result.accepted == 2
+    assert result.reasons == dict(sorted(Counter(filter(None, reasons.values())).items()))
+
+
+def test_an_object_that_vanishes_is_a_row(phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(phantoms / "images", source)
+    victim = next(iter(sorted(source.rglob("*.dcm"))))
+    planned = module._plan
+
+    def vanishing(*arguments: object) -> pa.Table:
+        plan = planned(*arguments)
+        victim.unlink()
+        return plan
+
+    monkeypatch.setattr(module, "_plan", vanishing)
+    rows = storage.read_table(catalog(config_of(source, tmp_path, Layout())).manifest).to_pylist()
+    (row,) = [row for row in rows if row["verdict"] == "rejected"]
+    assert (row["uri"], row["reason"], row["patient_key"]) == (str(victim), "not_found", None)
+    assert len(rows) == 12
+
+
+def test_too_many_rejects_fail_after_the_manifest_is_written(phantoms: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(phantoms / "images", source)
+    for number in range(5):
+        storage.write(str(source / f"{number}.txt"), b"text")
+    with pytest.raises(ValueError, match=r"5 of 17 objects rejected, over max_reject_fraction 0.2: not_dicom 5"):
+        catalog(config_of(source, tmp_path, Layout()))
+    assert len(storage.read_table(str(tmp_path / "manifest.parquet"))) == 17
+
+
+def test_the_same_source_gives_the_same_bytes_however_it_is_cut_into_tasks(
+    phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = catalog(config_of(phantoms, tmp_path / "one"))
+    monkeypatch.setattr(module, "_ROWS_PER_TASK", (1, 3))
+    second = catalog(config_of(phantoms, tmp_path / "two", concurrency=2))
+    assert storage.read(first.manifest) == storage.read(second.manifest)
+
+
+def test_a_header_longer_than_the_first_read_is_read_whole(phantoms: Path, tmp_path: Path) -> None:
+    dataset = pydicom.dcmread(next((phantoms / "images").rglob("*.dcm")))
+    dataset.add_new(0x00091001, "OB", bytes(2 * module.HEADER_BYTES))  # before Rows and the position
+    dataset.add_new(0x00090010, "LO", "A MAKER")
+    source = tmp_path / "source"
+    source.mkdir()
+    dataset.save_as(source / "long.dcm")
+    (row,) = storage.read_table(catalog(config_of(source, tmp_path, Layout())).manifest).to_pylist()
+    assert (row["verdict"], row["rows"]) == ("ok", 32)
+
+
+def png(path: Path, value: int, shape: tuple[int, int] = (8, 10)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full(shape, value, np.uint8)).save(path)
+
+
+def test_images_take_patient_and_series_from_the_csv(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    for number in range(4):
+        png(source / f"images/{number}.png", number)
+        png(source / f"masks/{number}.png", number)
+    (source / "groups.csv").write_text("file,group\n0.png,g1\n1.png,g2\n2.png,g1\n")
+    layout = Layout(images="images", masks="masks", groups="groups.csv")
+    rows = storage.read_table(
+        catalog(config_of(source, tmp_path, layout, max_reject_fraction=0.5)).manifest
+    ).to_pylist()
+    pseudonyms = from_environment()
+    assert [row["patient_key"] for row in rows[:3]] == [
+        pseudonyms.key("patient", group) for group in ("g1", "g2", "g1")
+    ]
+    assert [row["series_key"] for row in rows[:3]] == [pseudonyms.key("series", group) for group in ("g1", "g2", "g1")]
+    assert {(row["kind"], row["rows"], row["columns"]) for row in rows} == {("image", 8, 10)}
+    assert rows[3]["reason"] == "missing_attribute"
+    assert "CSV" in rows[3]["detail"]
+
+
+def test_images_without_a_csv_take_the_folders(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    for path in ("p1/brain/1.png", "p1/bone/1.png", "p2/brain/1.png"):
+        png(source / path, 3)
+    rows = storage.read_table(catalog(config_of(source, tmp_path, Layout())).manifest).to_pylist()
+    by_path = {row["uri"].removeprefix(f"{source}/"): row for row in rows}
+    assert by_path["p1/brain/1.png"]["patient_key"] == by_path["p1/bone/1.png"]["patient_key"]
+    assert by_path["p1/brain/1.png"]["series_key"] != by_path["p1/bone/1.png"]["series_key"]
+    assert by_path["p1/brain/1.png"]["patient_key"] != by_path["p2/brain/1.png"]["patient_key"]
+    assert {row["mask_uri"] for row in rows} == {None}
+
+
+@pytest.mark.parametrize(("missing_mask", "reason"), [("reject", "no_mask"), ("empty", None)])
+def test_an_image_without_a_mask(tmp_path: Path, missing_mask: str, reason: str | None) -> None:
+    source = tmp_path / "source"
+    for number in range(2):
+        png(source / f"{number}.png", number)
+    png(source / "masks" / "0.png", 1)  # the masks lie within the folder of the images, and are none of those
+    layout = Layout(masks="masks", missing_mask=missing_mask)
+    rows = storage.read_table(
+        catalog(config_of(source, tmp_path, layout, max_reject_fraction=0.5)).manifest
+    ).to_pylist()
+    assert [row["reason"] for row in rows] == [None, reason]
+    assert [row["mask_uri"] is None for row in rows] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        (Layout(images="pictures"), "lacks what the layout names"),
+        (Layout(groups="absent.csv"), "lacks what the layout names"),
+        (Layout(images="images", masks="images/0"), "0 of 2 images pair"),
+    ],
+)
+def test_a_layout_that_does_not_fit_is_an_error(tmp_path: Path, layout: Layout, message: str) -> None:
+    source = tmp_path / "source"
+    png(source / "images/1.png", 1)
+    png(source / "images/2.png", 1)
+    png(source / "images/0/other.png", 1)
+    with pytest.raises(ValueError, match=message):
+        catalog(config_of(source, tmp_path, layout))
+
+
+def test_a_real_archive(shared_data: Path, tmp_path: Path) -> None:
+    result = catalog(config_of(shared_data / "mr-archive", tmp_path, Layout()))
+    assert (result.objects, result.accepted, result.series, result.patients) == (92, 92, 4, 2)

@@ -1,0 +1,138 @@
+"""Evaluation on a Ray cluster, of a registered bundle, against scikit-learn on the same masks."""
+
+import csv
+import io
+from pathlib import Path
+from typing import NamedTuple
+
+import keras
+import numpy as np
+import pytest
+from PIL import Image
+from rayseg import storage
+from rayseg.data import synthetic
+from rayseg.data.catalog import CatalogConfig, catalog
+from rayseg.data.labels import Labels
+from rayseg.data.layouts import Layout
+from rayseg.data.prepare import PrepareConfig, prepare
+from rayseg.data.prepared import describe
+from rayseg.data.preprocess import Preprocess, Window
+from rayseg.data.split import Split
+from rayseg.evaluation.evaluate import EvaluateConfig, evaluate
+from rayseg.inference.predictor import Prediction, Predictor
+from rayseg.tracking import bundle, registry, runs
+from sklearn.metrics import f1_score, jaccard_score, precision_score, recall_score
+
+pytestmark = pytest.mark.ray
+
+NATIVE, INPUT = 80, 64
+PREPROCESS = Preprocess(size=(INPUT, INPUT), window=Window(center=40, width=80), percentiles=None)
+
+
+class World(NamedTuple):
+    prepared: str
+    tracking: str
+    model_uri: str
+    run_id: str
+    bundle: Path
+
+
+def bright_but_no_bone() -> keras.Model:
+    """A model that needs no training: grey values of about 0.66 to 0.97 are a bleed."""
+    image = keras.Input((INPUT, INPUT, 1), dtype="uint8")
+    above = keras.layers.Conv2D(2, 1, activation="relu")
+    decide = keras.layers.Conv2D(1, 1, activation="sigmoid", dtype="float32")
+    model = keras.Model(image, decide(above(keras.layers.Rescaling(1 / 255)(image))))
+    above.set_weights([np.array([[[[1.0, 1.0]]]]), np.array([-0.66, -0.95])])
+    decide.set_weights([np.array([[[[200.0], [-4000.0]]]]), np.array([-0.5])])
+    return model
+
+
+@pytest.fixture(scope="module")
+def world(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> World:
+    root = tmp_path_factory.mktemp("evaluate")
+    synthetic.write_studies(str(root / "source"), patients=8, slices=5, size=NATIVE, seed=5)
+    manifest, prepared, tracking = str(root / "manifest.parquet"), str(root / "prepared"), f"sqlite:///{root}/mlflow.db"
+    catalog(CatalogConfig(source=str(root / "source"), output=manifest, layout=Layout(images="images", masks="masks")))
+    prepare(PrepareConfig(manifest=manifest, output=prepared, preprocess=PREPROCESS, split=Split(val=0.1, test=0.6)))
+    bundle.save(root / "bundle", bright_but_no_bone(), PREPROCESS, Labels(), 0.5, synthetic.slice_bytes())
+    run_id = runs.start(tracking, "evaluate", "by hand")
+    version = registry.register(tracking, run_id, root / "bundle", "bright")
+    return World(prepared, tracking, version.uri, run_id, root / "bundle")
+
+
+def test_scores_are_those_of_the_source_objects_on_their_own_grid(world: World) -> None:
+    config = EvaluateConfig(prepared=world.prepared, model_uri=world.model_uri, tracking_uri=world.tracking, overlays=3)
+    result = evaluate(config)
+
+    rows = describe(world.prepared).read_rows("test").to_pylist()
+    predictor = Predictor.load(world.bundle)
+    truths: dict[str, list[np.ndarray]] = {}
+    predictions: dict[str, list[np.ndarray]] = {}
+    for row in rows:
+        (found,) = predictor.segment([Path(row["uri"]).read_bytes()])
+        assert isinstance(found, Prediction)
+        predictions.setdefault(row["patient_key"], []).append(found.mask.ravel() > 0)
+        truths.setdefault(row["patient_key"], []).append(np.asarray(Image.open(row["mask_uri"])).ravel() > 0)
+    all_truth, all_predicted = (
+        np.concatenate([mask for slices in masks.values() for mask in slices]) for masks in (truths, predictions)
+    )
+    assert result.dice_pooled == pytest.approx(f1_score(all_truth, all_predicted))
+    assert result.iou_pooled == pytest.approx(jaccard_score(all_truth, all_predicted))
+    assert result.precision_pooled == pytest.approx(precision_score(all_truth, all_predicted))
+    assert result.recall_pooled == pytest.approx(recall_score(all_truth, all_predicted))
+    dice = {
+        patient: f1_score(np.concatenate(truths[patient]), np.concatenate(predictions[patient]), zero_division=np.nan)
+        for patient in truths
+    }
+    assert result.dice_per_case == pytest.approx(np.nanmean(list(dice.values())))
+    assert 0.1 < result.dice_pooled < 0.99  # else the comparison would say little
+    assert result.dice_per_case != result.dice_pooled
+    assert result.background_dice == 0.0
+    assert (result.slices, result.cases, result.rejected) == (len(rows), len(truths), 0)
+    healthy = [patient for patient, masks in truths.items() if not np.any(masks)]
+    assert result.cases_false_alarms + result.cases_true_negative == len(healthy) > 0
+
+    table = list(csv.DictReader(io.StringIO(storage.read(result.cases_table).decode())))
+    assert {row["patient_key"] for row in table} == set(truths)
+    for row in table:
+        assert sum(int(row[name]) for name in ("tp", "fp", "fn", "tn")) == int(row["slices"]) * NATIVE * NATIVE
+        if row["dice"]:
+            assert float(row["dice"]) == pytest.approx(dice[row["patient_key"]], abs=1e-6)
+
+    # The run that trained the model tells the same, and shows pictures.
+    logged = runs.client(world.tracking).get_run(world.run_id).data.metrics
+    assert logged["test/dice_pooled"] == result.dice_pooled
+    assert logged["test/dice_per_case"] == result.dice_per_case
+    assert logged["test/background_dice"] == 0.0
+    assert len(result.overlays) == 3
+    for uri in result.overlays:
+        assert Image.open(io.BytesIO(storage.read(uri))).size > (400, 200)
+
+
+def test_rows_that_cannot_be_read_any_more_end_the_job_by_the_budget_with_their_reasons(world: World) -> None:
+    rows = describe(world.prepared).read_rows("test").to_pylist()
+    gone, changed = Path(rows[0]["uri"]), Path(rows[1]["mask_uri"])
+    kept = gone.read_bytes(), changed.read_bytes()
+    try:
+        gone.unlink()
+        Image.new("L", (NATIVE, NATIVE + 1)).save(changed)
+        with pytest.raises(ValueError, match=r"2 of \d+ rows .*'mask_mismatch': 1, 'not_found': 1"):
+            evaluate(
+                EvaluateConfig(
+                    prepared=world.prepared,
+                    model_uri=world.model_uri,
+                    tracking_uri=world.tracking,
+                    max_reject_fraction=0.0,
+                )
+            )
+    finally:
+        gone.write_bytes(kept[0])
+        changed.write_bytes(kept[1])
+
+
+def test_an_unknown_model_or_set_is_named(world: World) -> None:
+    with pytest.raises(ValueError, match="models:/bright/99"):
+        evaluate(EvaluateConfig(prepared=world.prepared, model_uri="models:/bright/99", tracking_uri=world.tracking))
+    with pytest.raises(ValueError, match="/nowhere"):
+        evaluate(EvaluateConfig(prepared="/nowhere", model_uri=world.model_uri, tracking_uri=world.tracking))

@@ -1,0 +1,203 @@
+"""The feed deals every row once an epoch, alike for any number of ranks."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rayseg import storage
+from rayseg.data import feed
+from rayseg.data.feed import Batch, batches, steps
+from rayseg.data.labels import Labels
+from rayseg.data.prepared import PreparedSet
+from rayseg.data.preprocess import Preprocess
+from rayseg.records import PREPARED
+
+SHAPE = (2, 3, 1)
+
+
+def image(number: int) -> np.ndarray:
+    """Six pixels that tell the row's number."""
+    return np.frombuffer(number.to_bytes(6, "big"), np.uint8).reshape(SHAPE)
+
+
+def number(image_HWC: np.ndarray) -> int:
+    return int.from_bytes(image_HWC.tobytes(), "big")
+
+
+def prepared_set(root: Path, shards: list[int], row_group_rows: int) -> PreparedSet:
+    """A split `train` with so many rows a shard, numbered from 1; a mask is the image's first row, plus one."""
+    paths, first = [], 1
+    for part, rows in enumerate(shards):
+        path = f"split=train/part-{part:05d}.parquet"
+        table = pa.Table.from_pylist(
+            [
+                {"row_id": f"row{n}", "image": image(n).tobytes(), "mask": (image(n)[..., 0] + 1).tobytes()}
+                for n in range(first, first + rows)
+            ],
+            schema=PREPARED,
+        )
+        storage.write_table(storage.join(str(root), path), table, row_group_rows)
+        paths.append(path)
+        first += rows
+    return PreparedSet(
+        uri=str(root),
+        shape=SHAPE,
+        preprocess=Preprocess(size=SHAPE[:2]),
+        labels=Labels(),
+        rows={"train": sum(shards)},
+        digest=str(root),
+        shards={"train": tuple(paths)},
+    )
+
+
+def epoch(prepared: PreparedSet, global_batch: int, ranks: int = 1, **options: int) -> list[list[Batch]]:
+    """Batches of one epoch, by rank."""
+    given_options = {"seed": 1, "epoch": 0} | options
+    return [
+        list(batches(prepared, "train", global_batch=global_batch, rank=rank, world_size=ranks, **given_options))
+        for rank in range(ranks)
+    ]
+
+
+def order(by_rank: list[list[Batch]]) -> list[list[int]]:
+    """Row numbers by global batch, 0 for padding, lanes in the order of the ranks."""
+    return [
+        [
+            number(pixels) * int(weight)
+            for batch in of_step
+            for pixels, weight in zip(batch.image, batch.weight, strict=True)
+        ]
+        for of_step in zip(*by_rank, strict=True)
+    ]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    shards=st.lists(st.integers(1, 23), min_size=1, max_size=4),
+    row_group_rows=st.integers(1, 9),
+    per_rank=st.integers(1, 4),
+    seed=st.integers(0, 3),
+)
+def test_every_row_once_an_epoch_in_the_same_global_batches_for_1_2_and_4_ranks(
+    tmp_path_factory: pytest.TempPathFactory, shards: list[int], row_group_rows: int, per_rank: int, seed: int
+) -> None:
+    prepared = prepared_set(tmp_path_factory.mktemp("set"), shards, row_group_rows)
+    global_batch = 4 * per_rank
+    alone = order(epoch(prepared, global_batch, 1, seed=seed))
+    assert len(alone) == steps(sum(shards), global_batch)
+    rows = [row for batch in alone for row in batch if row]
+    assert Counter(rows) == Counter(range(1, sum(shards) + 1))
+    assert all(all(batch) for batch in alone[:-1]), "padding before the last batch"
+    for ranks in (2, 4):
+        assert order(epoch(prepared, global_batch, ranks, seed=seed)) == alone
+
+
+def test_the_order_changes_with_epoch_and_seed_and_with_nothing_else(tmp_path: Path) -> None:
+    prepared = prepared_set(tmp_path, [40, 24], 8)
+    first = order(epoch(prepared, 4))
+    assert order(epoch(prepared, 4)) == first
+    assert order(epoch(prepared, 4, epoch=1)) != first
+    assert order(epoch(prepared, 4, seed=2)) != first
+    assert [row for batch in first for row in batch] != sorted(row for batch in first for row in batch)
+
+
+def test_a_batch_mixes_rows_from_far_apart(tmp_path: Path) -> None:
+    prepared = prepared_set(tmp_path, [512], 8)
+    groups = [{(row - 1) // 8 for row in batch} for batch in order(epoch(prepared, 8))]
+    assert np.mean([len(of_batch) for of_batch in groups]) > 7  # 8 would be all from different row groups
+
+
+def test_without_shuffling_the_lanes_keep_the_order_of_the_set(tmp_path: Path) -> None:
+    prepared = prepared_set(tmp_path, [5, 2], 2)
+    assert order(epoch(prepared, 2, shuffle=False)) == [[1, 5], [2, 6], [3, 7], [4, 0]]
+
+
+def test_masks_belong_to_their_images_and_padding_has_real_pixels_without_weight(tmp_path: Path) -> None:
+    prepared = prepared_set(tmp_path, [10], 3)
+    made = [batch for of_rank in epoch(prepared, 4, 2) for batch in of_rank]
+    for batch in made:
+        assert batch.image.dtype == batch.mask.dtype == np.uint8
+        assert batch.weight.dtype == np.float32
+        assert (batch.image.shape, batch.mask.shape, batch.weight.shape) == ((2, *SHAPE), (2, 2, 3), (2,))
+        assert np.array_equal(batch.mask, batch.image[..., 0] + 1)
+    assert sum(batch.weight.sum() for batch in made) == 10
+    assert all(batch.image.any() for batch in made)
+
+
+def test_batches_are_not_overwritten_by_later_ones(tmp_path: Path) -> None:
+    prepared = prepared_set(tmp_path, [64], 8)
+    kept = [batch.image for batch in epoch(prepared, 4)[0]]
+    assert len({number(pixels) for images in kept for pixels in images}) == 64
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_rank_reads_its_share_and_little_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: int) -> None:
+    prepared = prepared_set(tmp_path, [512, 512], 8)  # 128 row groups, 8 lanes
+    read = []
+    original = feed._read
+    monkeypatch.setattr(feed, "_read", lambda piece, shape: read.append(piece) or original(piece, shape))
+    for rank in range(ranks):
+        read.clear()
+        list(batches(prepared, "train", global_batch=8, rank=rank, world_size=ranks, seed=1, epoch=0))
+        share = 128 / ranks
+        # A lane's two ends may each fall inside a row group.
+        assert share <= len(read) <= share + 8 / ranks
+
+
+def test_memory_is_bounded_by_the_window_and_the_batches_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared = prepared_set(tmp_path, [512], 8)
+    read = []
+    original = feed._read
+    monkeypatch.setattr(feed, "_read", lambda piece, shape: read.append(8) or original(piece, shape))
+    batch_iterator = batches(prepared, "train", global_batch=2, rank=0, world_size=1, seed=1, epoch=0)
+    next(batch_iterator)
+    batch_iterator.close()
+    assert sum(read) <= 2 * 4 * 8  # lanes x row groups of a window x rows
+
+
+def test_a_batch_that_cannot_be_dealt_evenly_is_refused(tmp_path: Path) -> None:
+    prepared = prepared_set(tmp_path, [4], 2)
+    with pytest.raises(ValueError, match=r"train\.batch_size.*got 3 for 2"):
+        batches(prepared, "train", global_batch=3, rank=0, world_size=2, seed=1, epoch=0)
+
+
+def test_a_row_that_does_not_fit_the_set_stops_the_epoch_and_is_named(tmp_path: Path) -> None:
+    prepared = prepared_set(tmp_path, [4], 2)
+    short = pa.Table.from_pylist([{"row_id": "r9", "image": b"12345", "mask": b"123456"}], schema=PREPARED)
+    storage.write_table(prepared.files("train")[0], short)
+    with pytest.raises(ValueError, match="row r9 has 5 image"):
+        epoch(prepared, 2)
+
+
+def test_time_spent_waiting_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared = prepared_set(tmp_path, [8], 4)
+    fed = batches(prepared, "train", global_batch=2, rank=0, world_size=1, seed=1, epoch=0)
+    assert fed.waited_s == 0
+    list(fed)
+    assert 0 < fed.waited_s < 60
+
+
+def test_an_abandoned_epoch_ends_its_thread(tmp_path: Path) -> None:
+    prepared = prepared_set(tmp_path, [64], 4)
+    fed = batches(prepared, "train", global_batch=2, rank=0, world_size=1, seed=1, epoch=0)
+    next(fed)
+    fed.close()
+    assert not fed._thread.is_alive()
+    with pytest.raises(StopIteration):
+        next(fed)
+
+
+def test_it_reads_from_s3_too(s3_store: str) -> None:
+    # prepared_set writes through storage; a Path would swallow one of the slashes of the scheme.
+    table = pa.Table.from_pylist(
+        [{"row_id": f"row{n}", "image": image(n).tobytes(), "mask": bytes(6)} for n in range(1, 9)], schema=PREPARED
+    )
+    storage.write_table(f"{s3_store}/feed/a.parquet", table, 2)
+    prepared = PreparedSet(
+        f"{s3_store}/feed", SHAPE, Preprocess(size=(2, 3)), Labels(), {"train": 8}, "s3", {"train": ("a.parquet",)}
+    )
+    assert sorted(row for batch in order(epoch(prepared, 4, 2)) for row in batch) == list(range(1, 9))

@@ -1,0 +1,68 @@
+import os
+from pathlib import Path
+from typing import Any
+
+import pyarrow.dataset as ds
+from rayseg.inference import ledger
+from rayseg.records import LEDGER, REJECTS
+
+
+def row(series_key: str, model_digest: str = "m1", **values: Any) -> dict[str, Any]:
+    base = {"series_key": series_key, "verdict": "segmented", "model_digest": model_digest, "config_digest": "c"}
+    return base | {"slices": 3, "rejected_slices": 0, "output_uri": f"out/{series_key}.dcm"} | values
+
+
+def reject(uri: str) -> dict[str, Any]:
+    return {"uri": uri, "stage": "segment", "reason": "corrupt", "detail": "", "series_key": "a"}
+
+
+def test_an_archive_without_a_ledger_has_an_empty_one(tmp_path: Path) -> None:
+    assert ledger.read(str(tmp_path)).schema.equals(LEDGER)
+    assert ledger.segmented(str(tmp_path), "m1", "c") == {}
+
+
+def test_rows_come_back_from_several_parts_and_pyarrow_alone_can_read_them(tmp_path: Path) -> None:
+    output = str(tmp_path)
+    ledger.append(
+        output, [row("b"), row("a", verdict="rejected", reason="corrupt", slices=0)], [reject("y"), reject("x")]
+    )
+    ledger.append(output, [row("c")], [])
+    found = ledger.read(output)
+    assert found.schema.equals(LEDGER)
+    assert found["series_key"].to_pylist() == ["a", "b", "c"]
+    assert len(list((tmp_path / "ledger").iterdir())) == 2
+    alone = ds.dataset(tmp_path / "ledger").to_table()
+    assert sorted(alone["series_key"].to_pylist()) == ["a", "b", "c"]
+    rejects = ds.dataset(tmp_path / "rejects").to_table()
+    assert rejects.schema.equals(REJECTS)
+    assert rejects["uri"].to_pylist() == ["x", "y"]
+
+
+def test_doing_the_same_again_replaces_the_same_part(tmp_path: Path) -> None:
+    output = str(tmp_path)
+    ledger.append(output, [row("a", seconds=1.0), row("b")], [reject("x")])
+    ledger.append(output, [row("b"), row("a", seconds=2.0)], [reject("x")])
+    assert len(list((tmp_path / "ledger").iterdir())) == len(list((tmp_path / "rejects").iterdir())) == 1
+    assert ledger.read(output)["seconds"].to_pylist() == [2.0, None]
+
+
+def test_the_latest_row_of_a_series_counts(tmp_path: Path) -> None:
+    output = str(tmp_path)
+    ledger.append(output, [row("a", slices=3), row("b")], [])
+    (older,) = (tmp_path / "ledger").iterdir()
+    os.utime(older, (1_000_000_000, 1_000_000_000))
+    ledger.append(output, [row("a", slices=4)], [])
+    assert ledger.read(output)["slices"].to_pylist() == [4, 3]
+
+
+def test_only_what_this_model_and_configuration_segmented_is_done(tmp_path: Path) -> None:
+    output = str(tmp_path)
+    rows = [row("a"), row("a", "m2", slices=9), row("b", config_digest="other"), row("c", verdict="rejected")]
+    ledger.append(output, rows, [])
+    assert {key: done["slices"] for key, done in ledger.segmented(output, "m1", "c").items()} == {"a": 3}
+
+
+def test_rejects_of_no_series_need_no_ledger_row(tmp_path: Path) -> None:
+    ledger.append(str(tmp_path), [], [reject("x")])
+    assert not (tmp_path / "ledger").exists()
+    assert ds.dataset(tmp_path / "rejects").count_rows() == 1

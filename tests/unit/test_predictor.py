@@ -1,0 +1,174 @@
+import base64
+import io
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import keras
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+from rayseg.data import synthetic
+from rayseg.data.labels import Labels
+from rayseg.data.preprocess import Preprocess, Window
+from rayseg.dicom.reading import Slice, read_slice
+from rayseg.inference import predictor as predictor_module
+from rayseg.inference.predictor import Prediction, Predictor, mask_png
+from rayseg.records import Reason, Reject
+from rayseg.tracking import bundle
+
+UNITS = Window(center=128, width=256)  # stored value v of 0..255 becomes v
+
+
+def network(size: int) -> keras.Model:
+    """With a group normalisation, whose sums TensorFlow orders by the batch's size."""
+    keras.utils.set_random_seed(7)
+    layers = keras.layers
+    return keras.Sequential(
+        [
+            layers.Input((size, size, 1), dtype="uint8"),
+            layers.Rescaling(1 / 255),
+            layers.Conv2D(16, 3, padding="same", use_bias=False),
+            layers.GroupNormalization(4),
+            layers.Activation("relu"),
+            layers.MaxPool2D(),
+            layers.Conv2DTranspose(16, 2, strides=2),
+            layers.GroupNormalization(4),
+            layers.Conv2D(1, 3, padding="same", activation="sigmoid"),
+        ]
+    )
+
+
+def identity(size: tuple[int, int]) -> keras.Model:
+    """The probability is the input's value / 255."""
+    return keras.Sequential([keras.layers.Input((*size, 1), dtype="uint8"), keras.layers.Rescaling(1 / 255)])
+
+
+def of_model(model: keras.Model, preprocess: Preprocess, threshold: float = 0.5) -> Predictor:
+    return Predictor(bundle.Bundle(model, preprocess, Labels(), threshold, "", b""))
+
+
+def plain(stored: np.ndarray) -> Slice:
+    return Slice(stored, 1.0, 0.0, None)
+
+
+@pytest.fixture(scope="module")
+def trained() -> Predictor:
+    """A Predictor whose probabilities lie around the threshold, so that a change in the last bit shows somewhere."""
+    model, preprocess = network(64), Preprocess(size=(64, 64))
+    images = np.stack([preprocess.apply(slice) for slice in slices()])
+    threshold = float(np.median(model.predict(images, verbose=0)))
+    return of_model(model, preprocess, threshold)
+
+
+def slices() -> list[Slice]:
+    """Twelve different slices of several sizes."""
+    generator = np.random.default_rng(3)
+    shapes = [(64, 64), (48, 64), (100, 70), (64, 64)] * 3
+    smooth = [
+        np.kron(generator.integers(0, 4000, (shape[0] // 4 + 1, shape[1] // 4 + 1)), np.ones((4, 4)))
+        for shape in shapes
+    ]
+    return [plain(image[: shape[0], : shape[1]].astype(np.int16)) for image, shape in zip(smooth, shapes, strict=True)]
+
+
+def test_a_mask_does_not_depend_on_its_company(trained: Predictor) -> None:
+    inputs = slices()
+    alone = [trained.predict([slice])[0] for slice in inputs]
+    assert all(0 < mask.mean() < 1 for mask in alone)
+    generator = np.random.default_rng(11)
+    for size in (1, 2, 3, 5, 8, 12):
+        chosen = generator.integers(0, len(inputs), size)  # with repetitions
+        together = trained.predict([inputs[index] for index in chosen])
+        for index, mask in zip(chosen, together, strict=True):
+            assert mask.tobytes() == alone[index].tobytes()
+            assert mask.shape == inputs[index].stored.shape
+            assert mask.dtype == np.uint8
+
+
+def test_a_mask_does_not_depend_on_who_else_is_calling(trained: Predictor) -> None:
+    inputs = slices()
+    alone = [mask.tobytes() for mask in trained.predict(inputs)]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda slice: trained.predict([slice])[0].tobytes(), inputs * 3))
+    assert together == alone * 3
+
+
+def test_a_mask_is_what_keras_says(trained: Predictor) -> None:
+    inputs = [slice for slice in slices() if slice.stored.shape == (64, 64)]
+    images = np.stack([trained.bundle.preprocess.apply(slice) for slice in inputs])
+    probabilities = trained.bundle.model.predict(images, verbose=0)[..., 0]
+    for mask, expected in zip(trained.predict(inputs), probabilities, strict=True):
+        sure = np.abs(expected - trained.bundle.threshold) > 1e-4
+        assert sure.mean() > 0.99
+        assert np.array_equal(mask[sure], expected[sure] >= trained.bundle.threshold)
+
+
+def test_no_call_traces_the_network_again(trained: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
+    def called(*arguments: object, **options: object) -> None:
+        raise AssertionError("the network was traced again")
+
+    monkeypatch.setattr(type(trained.bundle.model), "__call__", called)
+    for count in (1, 3, 12):
+        assert len(trained.predict(slices()[:count])) == count
+
+
+def test_the_threshold_itself_is_foreground() -> None:
+    ramp = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    predictor = of_model(identity((16, 16)), Preprocess((16, 16), UNITS, None), threshold=float(np.float32(100 / 255)))
+    (mask,) = predictor.predict([plain(ramp)])
+    assert np.array_equal(mask, ramp >= 100)
+
+
+@pytest.mark.parametrize("shape", [(96, 64), (40, 120), (33, 57), (256, 256)])
+def test_the_mask_lies_on_the_native_grid(shape: tuple[int, int]) -> None:
+    """A bright rectangle comes back where it was, give or take the pixels that the scaling mixes."""
+    rows, columns = shape
+    stored = np.zeros(shape, np.uint8)
+    stored[rows // 4 : rows // 2, columns // 3 : columns // 3 * 2] = 255
+    (mask,) = of_model(identity((64, 64)), Preprocess((64, 64), UNITS, None)).predict([plain(stored)])
+    assert mask.shape == shape
+    expected = stored > 0
+    shrinking = max(1.0, rows / 64, columns / 64)
+    edge = 2 * (rows // 4 + columns // 3)
+    assert np.count_nonzero(mask != expected) <= edge * shrinking / 2
+    for axis in (0, 1):  # and is not shifted
+        assert np.argwhere(mask)[:, axis].mean() == pytest.approx(np.argwhere(expected)[:, axis].mean(), abs=0.51)
+
+
+def test_each_object_ends_as_a_prediction_or_a_reject_in_its_place(trained: Predictor) -> None:
+    good = [synthetic.slice_bytes(seed, 64) for seed in (0, 1)]
+    results = trained.segment([good[0], b"no image", b"", good[1]])
+    assert [type(result) for result in results] == [Prediction, Reject, Reject, Prediction]
+    assert [result.reason for result in results if isinstance(result, Reject)] == [
+        Reason.NOT_DICOM,
+        Reason.EMPTY_OBJECT,
+    ]
+    for blob, result in zip(good, (results[0], results[3]), strict=True):
+        slice = read_slice(blob)
+        assert isinstance(slice, Slice)
+        assert isinstance(result, Prediction)
+        assert result.mask.tobytes() == trained.predict([slice])[0].tobytes()
+        assert np.array_equal(result.slice.stored, slice.stored)
+    assert trained.segment([]) == []
+
+
+def test_mlflow_gets_a_row_for_each_row(tmp_path: Path) -> None:
+    example = synthetic.slice_bytes(0, 64)
+    saved = bundle.save(tmp_path, network(32), Preprocess(size=(32, 32)), Labels(), 0.5, example)
+    model = predictor_module._load_pyfunc(str(tmp_path))
+    found = model.predict(pd.DataFrame({"dicom": [example, b"no image"]}))
+    mask = np.asarray(Image.open(io.BytesIO(base64.b64decode(found["mask_png"][0]))))
+    (expected,) = Predictor(saved).segment([example])
+    assert isinstance(expected, Prediction)
+    assert np.array_equal(mask, expected.mask)
+    assert found["foreground_pixels"][0] == np.count_nonzero(expected.mask) > 0
+    assert found["reason"].to_list() == [None, "not_dicom"]
+    assert found["mask_png"][1] is None
+
+
+def test_a_mask_png_holds_the_labels_themselves() -> None:
+    mask = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    image = Image.open(io.BytesIO(mask_png(mask)))
+    assert image.mode == "L"
+    assert np.array_equal(np.asarray(image), mask)
