@@ -16,7 +16,8 @@ def connect() -> None:
     """Joins the cluster named by RAY_ADDRESS (`ray job submit` sets it), else starts one on loopback for this process.
 
     The private cluster asks for a token that only this process and its children know (made when `rayseg` is imported),
-    runs no dashboard and ends with the process. It has at least two logical CPUs, so that two training workers fit on any machine.
+    runs no dashboard and ends with the process. It has at least two logical CPUs, so that two training workers fit on
+    any machine.
     """
     # Stages show their own progress, in rows; Ray Data's is of its operators.
     ray.data.DataContext.get_current().enable_progress_bars = False

@@ -24,9 +24,14 @@ SMALL = [
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> dict:
     directory = tmp_path_factory.mktemp("run") / "demo"
-    uris = [f"{job}.tracking_uri=sqlite:///{directory}/mlflow.db" for job in ("train", "evaluate", "promote", "segment", "serve")]
+    uris = [
+        f"{job}.tracking_uri=sqlite:///{directory}/mlflow.db"
+        for job in ("train", "evaluate", "promote", "segment", "serve")
+    ]
     overrides = [part for value in [*SMALL, f"demo.directory={directory}", *uris] for part in ("--set", value)]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "AWS_", "RAYSEG_"))}
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "AWS_", "RAYSEG_"))
+    }
     finished = subprocess.run(
         [sys.executable, "-m", "jobs.demo", "--config", "configs/demo.yaml", *overrides],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=800,

@@ -19,6 +19,7 @@ import keras
 import numpy as np
 import pytest
 from PIL import Image
+
 from rayseg.data import synthetic
 from rayseg.data.labels import Labels
 from rayseg.data.preprocess import Preprocess

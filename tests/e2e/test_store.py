@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
 from rayseg import storage
 from rayseg.demo import store
 from rayseg.demo.store import object_store

@@ -17,6 +17,7 @@ import pydicom
 import pytest
 import ray
 from PIL import Image
+
 from rayseg import storage
 from rayseg.data import synthetic
 from rayseg.data.catalog import CatalogConfig, catalog

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pydicom
 import pytest
 from PIL import Image
+
 from rayseg import storage
 from rayseg.data import catalog as module
 from rayseg.data import synthetic

@@ -9,6 +9,8 @@ import keras
 import numpy as np
 import pytest
 from PIL import Image
+from sklearn.metrics import f1_score, jaccard_score, precision_score, recall_score
+
 from rayseg import storage
 from rayseg.data import synthetic
 from rayseg.data.catalog import CatalogConfig, catalog
@@ -21,7 +23,6 @@ from rayseg.data.split import Split
 from rayseg.evaluation.evaluate import EvaluateConfig, evaluate
 from rayseg.inference.predictor import Prediction, Predictor
 from rayseg.tracking import bundle, registry, runs
-from sklearn.metrics import f1_score, jaccard_score, precision_score, recall_score
 
 pytestmark = pytest.mark.ray
 

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pydicom
 import pytest
 from PIL import Image
+
 from rayseg import storage
 from rayseg.data import prepared, synthetic
 from rayseg.data import split as splitting

@@ -1,15 +1,11 @@
 """Training on real Ray Train workers: equal work gives equal weights, whatever the workers and whatever happens."""
 
-import os
-import signal
-import threading
-import time
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
-import ray.train
+
 from rayseg import storage
 from rayseg.config import plain
 from rayseg.data.labels import Labels
@@ -17,7 +13,7 @@ from rayseg.data.prepared import DESCRIPTION, VERSION
 from rayseg.data.preprocess import Preprocess
 from rayseg.models.unet import UNetConfig
 from rayseg.records import PREPARED
-from rayseg.tracking import bundle, registry, runs
+from rayseg.tracking import bundle, registry
 from rayseg.training.trainer import TrainConfig, TrainResult, fit
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
@@ -35,7 +31,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> str:
     for split, rows in ROWS.items():
         table = []
         for row in range(rows):
-            centre_y, centre_x, radius = random.uniform(8, 24, 2).tolist() + [random.uniform(3, 8)]
+            centre_y, centre_x, radius = [*random.uniform(8, 24, 2).tolist(), random.uniform(3, 8)]
             mask = ((y - centre_y) ** 2 + (x - centre_x) ** 2 < radius**2).astype(np.uint8)
             image = np.clip(random.normal(90, 20, mask.shape) + 70 * mask, 0, 255).astype(np.uint8)
             table.append(

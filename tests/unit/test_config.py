@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+
 from rayseg import config
 
 
@@ -35,11 +36,11 @@ def recipe(tmp_path: Path, text: str) -> Path:
 
 
 def test_a_section_and_its_overrides_become_the_dataclass(tmp_path):
-    path = recipe(tmp_path, "train: {output: out, sizes: [1, 2, 3], window: {center: 40, width: 80}}\nprepare: {x: 1}\n")
-    loaded = config.load(Stage, "train", path, ["epochs=5", "window.width=100.5", "kind=two"])
-    assert loaded == Stage(
-        output="out", epochs=5, kind="two", sizes=(1, 2, 3), window=Window(center=40.0, width=100.5)
+    path = recipe(
+        tmp_path, "train: {output: out, sizes: [1, 2, 3], window: {center: 40, width: 80}}\nprepare: {x: 1}\n"
     )
+    loaded = config.load(Stage, "train", path, ["epochs=5", "window.width=100.5", "kind=two"])
+    assert loaded == Stage(output="out", epochs=5, kind="two", sizes=(1, 2, 3), window=Window(center=40.0, width=100.5))
 
 
 def test_an_override_can_make_a_group_that_the_recipe_lacks():

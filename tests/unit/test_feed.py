@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from rayseg import storage
 from rayseg.data import feed
 from rayseg.data.feed import Batch, batches, steps

@@ -6,6 +6,7 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image
+
 from rayseg.data.labels import Labels, read_mask
 from rayseg.records import Reason, Reject
 

@@ -3,6 +3,7 @@
 import logging
 
 import pytest
+
 from rayseg.data.layouts import pair, read_groups
 
 

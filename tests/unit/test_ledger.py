@@ -3,6 +3,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.dataset as ds
+
 from rayseg.inference import ledger
 from rayseg.records import LEDGER, REJECTS
 

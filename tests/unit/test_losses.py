@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 from keras import ops
+
 from rayseg.models.losses import batch_share, bce_dice
 
 

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 from keras import ops
-from rayseg.models.metrics import confusion, pooled_dice
 from sklearn.metrics import f1_score
+
+from rayseg.models.metrics import confusion, pooled_dice
 
 
 def counts(mask: np.ndarray, probability: np.ndarray, weight: list[float], threshold: float = 0.5) -> list[int]:

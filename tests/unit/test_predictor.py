@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+
 from rayseg.data import synthetic
 from rayseg.data.labels import Labels
 from rayseg.data.preprocess import Preprocess, Window

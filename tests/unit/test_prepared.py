@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+
 from rayseg import storage
 from rayseg.config import plain
 from rayseg.data.labels import Labels

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import ndimage
+
 from rayseg import config
 from rayseg.data.preprocess import Preprocess, Window
 from rayseg.dicom.reading import Slice
-from scipy import ndimage
 
 
 def slice_of(stored: np.ndarray, slope: float = 1.0, intercept: float = 0.0) -> Slice:

@@ -1,6 +1,7 @@
 """Who gets the alias: on a real MLflow store (SQLite), with versions that have metrics and no weights."""
 
 import pytest
+
 from rayseg.evaluation.promote import PromoteConfig, promote
 from rayseg.evaluation.record import set_tag
 from rayseg.tracking import registry, runs

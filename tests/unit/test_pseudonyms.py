@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from rayseg.dicom.pseudonyms import Pseudonyms, from_environment
 
 

@@ -18,6 +18,7 @@ from PIL import Image
 from pydicom import uid
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate
+
 from rayseg.dicom import parsing, pixels, reading
 from rayseg.dicom.reading import Header, Slice, read_header, read_slice
 from rayseg.records import Reason, Reject

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+
 from rayseg import storage
 from rayseg.data.labels import Labels
 from rayseg.data.preprocess import Preprocess

@@ -9,6 +9,7 @@ import mlflow
 import numpy as np
 import pytest
 from mlflow import MlflowClient
+
 from rayseg.data import synthetic
 from rayseg.data.labels import Labels
 from rayseg.data.preprocess import Preprocess, Window

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pydicom
 import pytest
 from PIL import Image
+
 from rayseg import storage
 from rayseg.data import synthetic
 from rayseg.data.preprocess import Preprocess, Window

@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+
 from rayseg.tracking import runs
 
 

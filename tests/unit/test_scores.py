@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from rayseg.evaluation.scores import Counts, counts, per_case
 from sklearn.metrics import confusion_matrix, f1_score, jaccard_score, precision_score, recall_score
+
+from rayseg.evaluation.scores import Counts, counts, per_case
 
 masks = arrays(np.uint8, (2, 5, 7), elements=st.integers(0, 3))
 

@@ -13,6 +13,7 @@ import pydicom
 import pytest
 from pydicom import uid
 from pydicom.dataset import Dataset, FileMetaDataset
+
 from rayseg.dicom.segmentation import Kind, decode, encode
 from rayseg.records import Reason, Reject
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from rayseg.dicom.reading import Geometry, Header, read_header
 from rayseg.dicom.series import verdict
 from rayseg.records import Reason

@@ -4,6 +4,7 @@ import hashlib
 
 import pyarrow as pa
 import pytest
+
 from rayseg.data.split import Split, check_leak
 
 PATIENTS = [f"{number:020x}" for number in range(4000)]

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
+
 from rayseg import storage
 
 TREE = ["b.dcm", "a.dcm", "p2/x.png", "p1/deep/z.DCM", "p1/y.dcm", "p10/x.png"]

@@ -9,6 +9,7 @@ import numpy as np
 import pydicom
 import pytest
 from PIL import Image
+
 from rayseg.data import synthetic
 from rayseg.data.lesions import HEMORRHAGE, INFARCT
 from rayseg.dicom.reading import read_slice

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+
 from rayseg.models.losses import bce_dice
 from rayseg.models.unet import GroupNormalization, UNetConfig, build_unet
 

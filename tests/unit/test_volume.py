@@ -2,6 +2,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+
 from rayseg.dicom.reading import Geometry
 from rayseg.inference.volume import volume_ml
 

@@ -50,7 +50,7 @@ def service(settings: Mapping[str, Any], log: Path) -> Iterator[str]:
         RuntimeError: it ended or was not ready in time; the log is named.
     """
     assignments = [part for key, value in settings.items() for part in ("--set", f"{key}={json.dumps(value)}")]
-    with open(log, "w", encoding="utf-8") as errors:
+    with log.open("w", encoding="utf-8") as errors:
         process = subprocess.Popen(
             [sys.executable, "-m", "jobs.serve", *assignments],
             env={**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address},

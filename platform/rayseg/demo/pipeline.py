@@ -89,7 +89,7 @@ def demo(config: DemoConfig) -> DemoResult:
     """Runs every stage on real components: S3, Ray, MLflow, Ray Serve; leaves the models, the SEGs and a report.
 
     Raises:
-        ValueError: `demo.directory` is a folder that no demo made, or `data` and `archive` are not both or neither given.
+        ValueError: `demo.directory` is a folder that no demo made, or only one of `data` and `archive` is given.
     """
     options = config.demo
     if (options.data is None) != (options.archive is None):
@@ -98,7 +98,6 @@ def demo(config: DemoConfig) -> DemoResult:
         if folder is not None and not Path(folder).is_dir():
             raise ValueError(f"{key}: there is no folder {folder}")
     directory = _fresh(Path(options.directory).absolute())
-    bucket = f"s3://{options.bucket}"
     archive_uri = f"s3://{options.bucket}/archive"
     seconds: dict[str, float] = {}
     with contextlib.ExitStack() as running:

@@ -119,7 +119,9 @@ def resolve(tracking_uri: str, model_uri: str) -> ModelVersion:
     """
     match = _MODEL_URI.fullmatch(model_uri)
     if match is None:
-        raise ValueError(f"model_uri {model_uri}: expected models:/NAME/VERSION, models:/NAME/latest or models:/NAME@ALIAS")
+        raise ValueError(
+            f"model_uri {model_uri}: expected models:/NAME/VERSION, models:/NAME/latest or models:/NAME@ALIAS"
+        )
     client = runs.client(tracking_uri)
     found = _lookup(client, match["name"], match["version"], match["alias"])
     if found is None:

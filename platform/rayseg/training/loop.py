@@ -180,7 +180,7 @@ class _Learner:
 
 
 def _sum_over_ranks(values: tf.Tensor) -> tf.Tensor:
-    # A copy made by the replica: the strategy asks on which device the value lies, which a function's input does not say.
+    # A copy made by the replica: the strategy asks on which device a value lies, and a function's input does not say.
     return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, tf.identity(values))
 
 
