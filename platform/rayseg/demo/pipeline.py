@@ -130,7 +130,7 @@ def demo(config: DemoConfig) -> DemoResult:
             results = summary.Results(
                 data, archive, cataloged, prepared, trained, evaluated, promoted, segmented, series, answers, url
             )
-            page = summary.page(results, seconds, config.prepare.preprocess, uris_by_series)
+            page = summary.page(results, seconds, config.prepare.preprocess, config.segment.manifest)
             path = directory / "report.html"
             write_report(str(path), dataclasses.replace(page, config=plain(config)))
     return DemoResult(

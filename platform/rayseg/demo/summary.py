@@ -8,24 +8,18 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from rayseg import storage
 from rayseg.data.catalog import CatalogResult
 from rayseg.data.prepare import PrepareResult
 from rayseg.data.preprocess import Preprocess
+from rayseg.demo import gallery
 from rayseg.demo.online import Answers
 from rayseg.demo.report import Headline, Picture, Report, Request
-from rayseg.dicom import segmentation
-from rayseg.dicom.reading import read_header, read_slice
 from rayseg.evaluation.evaluate import EvaluateResult
 from rayseg.evaluation.promote import PromoteResult
 from rayseg.inference.archive import SegmentResult
-from rayseg.records import Reject
-from rayseg.tracking import figures
 from rayseg.training.trainer import TrainResult
 
-GALLERY = 6  # pictures of the archive
 COMMANDS = (
     ("make mlflow", "the MLflow UI: runs, curves, models"),
     ("make serve", "the service and its page"),
@@ -50,16 +44,14 @@ class Results:
     url: str
 
 
-def page(
-    results: Results, stages: Mapping[str, float], preprocess: Preprocess, uris_by_series: Mapping[str, list[str]]
-) -> Report:
+def page(results: Results, stages: Mapping[str, float], preprocess: Preprocess, archive_manifest: str) -> Report:
     """The report of the results, but for the configuration.
 
     Args:
         results: of the stages.
         stages: seconds by name.
         preprocess: gives the pictures the grey values that the network sees.
-        uris_by_series: the archive's slices, by series key.
+        archive_manifest: URI of the manifest of what was segmented.
     """
     prepared, trained, evaluated = results.prepared, results.trained, results.evaluated
     rows = f"{prepared.train} rows to train, {prepared.val} to validate, {prepared.test} to test"
@@ -79,7 +71,7 @@ def page(
         cases=cases,
         series=results.series,
         rejects=dict(reasons + Counter(results.segmented.reasons)),
-        gallery=_gallery(results.series, preprocess, uris_by_series),
+        gallery=gallery.pictures(archive_manifest, results.series, preprocess),
         request=_request(results),
         commands=COMMANDS,
     )
@@ -107,27 +99,6 @@ def _headlines(results: Results) -> list[Headline]:
         ),
         Headline(trained.model_uri.removeprefix("models:/"), "registered model", results.promoted.reason),
     ]
-
-
-def _gallery(
-    series: list[dict[str, Any]], preprocess: Preprocess, uris_by_series: Mapping[str, list[str]]
-) -> list[Picture]:
-    """The slice with most foreground of each of the series in which most was found."""
-    segmented = [row for row in series if row["verdict"] == "segmented"]
-    pictures = []
-    for row in sorted(segmented, key=lambda row: -row["foreground_pixels"])[:GALLERY]:
-        masks = segmentation.decode(storage.read(row["output_uri"]))
-        largest = max(masks, key=lambda uid: int(np.count_nonzero(masks[uid])))
-        for uri in uris_by_series[row["series_key"]]:
-            data = storage.read(uri)
-            header, slice = read_header(data), read_slice(data)
-            if isinstance(header, Reject) or isinstance(slice, Reject) or header.sop_instance_uid != largest:
-                continue
-            grey_HW = dataclasses.replace(preprocess, size=slice.stored.shape).apply(slice)[..., 0]
-            volume = "" if row["volume_ml"] is None else f", {row['volume_ml']:.1f} mL"
-            caption = f"series {row['series_key'][:10]}: {row['slices']} slices{volume}"
-            pictures.append(Picture(figures.overlay(grey_HW, None, masks[largest], caption), caption))
-    return pictures
 
 
 def _request(results: Results) -> Request:

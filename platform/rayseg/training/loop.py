@@ -124,7 +124,7 @@ class _Learner:
         total, rows, waited_s, seconds = self._over_ranks([share, weight, feed.waited_s, seconds])
         return {
             "train/loss": total / rows,
-            "learning_rate": float(self.model.optimizer.learning_rate),
+            "learning_rate": float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate)),
             "stall_percent": 100 * waited_s / seconds,
             "rows_per_s": rows / (seconds / self.ranks),
         }
