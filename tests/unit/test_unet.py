@@ -1,5 +1,7 @@
 """The U-Net: shapes, types, gradients, and a saved model that comes back the same."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import keras
@@ -8,7 +10,7 @@ import pytest
 import tensorflow as tf
 
 from rayseg.models.losses import bce_dice
-from rayseg.models.unet import GroupNormalization, UNetConfig, build_unet
+from rayseg.models.unet import GroupNormalization, UNetConfig, build_unet, portable
 
 SHAPE = (16, 24, 2)
 
@@ -42,6 +44,19 @@ def test_a_saved_model_gives_the_same_probabilities(normalization: str, tmp_path
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras", compile=False)
     assert np.array_equal(loaded(images()), model(images()))
+
+
+def test_a_portable_model_opens_without_this_package_and_agrees(tmp_path: Path) -> None:
+    model = build_unet(UNetConfig(widths=(8, 16)), SHAPE)
+    model.set_weights([weight + np.float32(0.1) for weight in model.get_weights()])
+    portable(model).save(tmp_path / "model.keras")
+    np.save(tmp_path / "images.npy", images())
+    code = (
+        "import keras, numpy as np, sys; assert not any(name.startswith('rayseg') for name in sys.modules);"
+        "np.save('out.npy', keras.saving.load_model('model.keras')(np.load('images.npy')))"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    assert np.abs(np.load(tmp_path / "out.npy") - model(images()).numpy()).max() < 1e-5
 
 
 def test_the_number_of_parameters_is_that_of_the_paper_s_network_without_its_extras() -> None:

@@ -1,7 +1,4 @@
-"""A parametric U-Net (Ronneberger et al. 2015, arXiv:1505.04597) for binary segmentation.
-
-Import this module before loading a saved model: it registers the layer that such a model may hold.
-"""
+"""A parametric U-Net (Ronneberger et al. 2015, arXiv:1505.04597) for binary segmentation."""
 
 import math
 from dataclasses import dataclass
@@ -140,3 +137,15 @@ def build_unet(
         values = block(values, filters, f"up{level}")
     values = layers.Conv2D(classes, 1, dtype="float32", name="logits")(values)
     return keras.Model(inputs, layers.Activation("sigmoid", dtype="float32", name="probability")(values), name="unet")
+
+
+def portable(model: keras.Model) -> keras.Model:
+    """The network with its weights in Keras's own layers alone, so that any Keras loads it without this package."""
+
+    def clone(layer: keras.Layer) -> keras.Layer:
+        form = layers.GroupNormalization if isinstance(layer, GroupNormalization) else type(layer)
+        return form.from_config(layer.get_config())
+
+    copy = keras.models.clone_model(model, clone_function=clone)
+    copy.set_weights(model.get_weights())
+    return copy

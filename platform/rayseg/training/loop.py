@@ -186,9 +186,12 @@ def _sum_over_ranks(values: tf.Tensor) -> tf.Tensor:
 
 def _set_up(config: TrainConfig, rank: int) -> None:
     """The process's logging, threads and seeds."""
+    tf.get_logger().setLevel(logging.WARNING)
     if rank == 0:
         # Ray shows the workers' standard error where the job runs.
-        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+        package = logging.getLogger("rayseg")
+        package.addHandler(logging.StreamHandler(sys.stderr))
+        package.setLevel(logging.INFO)
     threads = max(1, int(config.cpus_per_worker))
     tf.config.threading.set_intra_op_parallelism_threads(threads)
     tf.config.threading.set_inter_op_parallelism_threads(threads)

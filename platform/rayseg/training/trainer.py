@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from ray.train import CheckpointConfig, FailureConfig, Result, RunConfig, ScalingConfig
+from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, Result, RunConfig, ScalingConfig
 from ray.train.tensorflow import TensorflowTrainer
 
 from rayseg import cluster, storage
@@ -22,7 +22,7 @@ from rayseg import config as configuration
 from rayseg.data import synthetic
 from rayseg.data.prepared import PreparedSet, describe
 from rayseg.data.split import SPLITS, check_leak
-from rayseg.models.unet import build_unet
+from rayseg.models.unet import build_unet, portable
 from rayseg.tracking import bundle, figures, registry, runs
 from rayseg.training.loop import train_worker
 from rayseg.training.settings import TrainConfig, TrainResult
@@ -136,6 +136,8 @@ def _train(config: TrainConfig, name: str, run_id: str) -> tuple[dict[str, Any],
             storage_filesystem=files,
             failure_config=FailureConfig(max_failures=config.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=1),
+            # Its own lines on every report would bury ours.
+            logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
     result: Result = trainer.fit()
@@ -153,10 +155,9 @@ def _train(config: TrainConfig, name: str, run_id: str) -> tuple[dict[str, Any],
 def _register(config: TrainConfig, prepared: PreparedSet, state: State, run_id: str) -> registry.ModelVersion:
     model = build_unet(config.model, prepared.shape, policy=config.mixed_precision)
     model.set_weights(state.best_weights)
+    example = synthetic.slice_bytes()
     with tempfile.TemporaryDirectory(prefix="rayseg-bundle-") as folder:
-        bundle.save(
-            folder, model, prepared.preprocess, prepared.labels, config.threshold, example=synthetic.slice_bytes()
-        )
+        bundle.save(folder, portable(model), prepared.preprocess, prepared.labels, config.threshold, example)
         return registry.register(config.tracking_uri, run_id, folder, config.registered_model)
 
 
