@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
 SMALL = [
-    "demo.patients=12", "demo.slices=4", "demo.archive_patients=2", "demo.size=96",
+    "demo.patients=24", "demo.slices=8", "demo.archive_patients=2", "demo.size=96",
     "prepare.preprocess.size=[64, 64]", "train.model.widths=[8, 16]", "train.epochs=3", "serve.port=0",
 ]  # fmt: skip
 
@@ -73,7 +73,7 @@ def test_the_archive_has_one_valid_segmentation_a_series_and_its_rejects_in_the_
 def test_the_service_gave_the_masks_of_the_bulk_run(demo):
     assert demo["http_status"] == 200
     assert demo["online_equals_bulk"] is True
-    assert demo["slices_compared"] == 4
+    assert demo["slices_compared"] == 8
 
 
 def test_the_model_that_was_left_serves_a_local_call(demo):

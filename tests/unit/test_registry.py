@@ -132,14 +132,15 @@ def test_a_registered_version_is_found_by_every_name(
     assert (version.name, version.version, version.uri) == ("brain", "1", "models:/brain/1")
     assert version.digest == saved.digest
     assert registry.resolve(store, "models:/brain/1") == version
+    assert registry.resolve(store, "models:/brain/latest") == version
     assert registry.champion(store, "brain", "champion") is None
     registry.set_alias(store, "brain", "champion", "1")
     assert registry.champion(store, "brain", "champion") == version
     assert registry.resolve(store, "models:/brain@champion") == version
-    for unknown in ("models:/brain/2", "models:/brain@nobody", "models:/other/1"):
+    for unknown in ("models:/brain/2", "models:/brain@nobody", "models:/other/1", "models:/other/latest"):
         with pytest.raises(ValueError, match="not registered"):
             registry.resolve(store, unknown)
-    for malformed in ("runs:/1/model", "models:/brain", "models:/brain/latest", "brain"):
+    for malformed in ("runs:/1/model", "models:/brain", "models:/brain/newest", "brain"):
         with pytest.raises(ValueError, match="expected models:/NAME/VERSION"):
             registry.resolve(store, malformed)
     assert registry.champion(store, "other", "champion") is None

@@ -7,9 +7,9 @@ replica (one GPU, or its CPUs): its batch goes to `strategy.run` as it is.
 """
 
 import contextlib
+import hashlib
 import logging
 import math
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -78,6 +78,7 @@ def _run(config: TrainConfig, learner: "_Learner", state: State, run_id: str) ->
         logs = learner.train(epoch, called)
         if not math.isfinite(logs["train/loss"]):
             return epoch + 1
+        learner.check_ranks()
         logs |= learner.validate()
         called.on_epoch_end(epoch, logs)
         if learner.any_rank(learner.model.stop_training):
@@ -169,6 +170,16 @@ class _Learner:
         """Whether any rank says so: the ranks must do the same."""
         return self._over_ranks([float(flag)])[0] > 0
 
+    def check_ranks(self) -> None:
+        """Raises RuntimeError where the ranks' weights are not bit-equal: what they would train is no one model."""
+        sha256 = hashlib.sha256()
+        for weight in self.model.get_weights():
+            sha256.update(weight.tobytes())
+        # 40 bits each: their sum over thousands of ranks is exact in float64.
+        own = int.from_bytes(sha256.digest()[:5])
+        if self._over_ranks([own]) != [own * self.ranks]:
+            raise RuntimeError(f"training: the weights of rank {self.rank} are not those of the other ranks")
+
     def _over_ranks(self, values: list[float]) -> list[float]:
         """The values summed over the ranks; in float64, so counts stay exact."""
         return [float(value) for value in self._sum(np.asarray(values, np.float64))]
@@ -188,10 +199,8 @@ def _set_up(config: TrainConfig, rank: int) -> None:
     """The process's logging, threads and seeds."""
     tf.get_logger().setLevel(logging.WARNING)
     if rank == 0:
-        # Ray shows the workers' standard error where the job runs.
-        package = logging.getLogger("rayseg")
-        package.addHandler(logging.StreamHandler(sys.stderr))
-        package.setLevel(logging.INFO)
+        # Ray shows it where the job runs.
+        logging.getLogger("rayseg").setLevel(logging.INFO)
     threads = max(1, int(config.cpus_per_worker))
     tf.config.threading.set_intra_op_parallelism_threads(threads)
     tf.config.threading.set_inter_op_parallelism_threads(threads)
