@@ -33,5 +33,11 @@ def connect() -> None:
         object_store_memory=LOCAL_OBJECT_STORE_BYTES,
         include_dashboard=False,
         logging_level=logging.WARNING,
+        runtime_env={"worker_process_setup_hook": f"{__name__}.{hush.__name__}"},
     )
     logger.info("started a Ray cluster on this machine with %s CPUs", ray.cluster_resources().get("CPU"))
+
+
+def hush() -> None:
+    """Set-up hook of the private cluster's workers: Ray Train warns each second that there is no dashboard."""
+    logging.getLogger("ray.train.v2._internal.execution.controller.placement_group_cleaner").setLevel(logging.ERROR)

@@ -33,6 +33,7 @@ def run(
     )
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line a request
     try:
         result = function(
             config.load(config_class, None if whole_recipe else section, options.config, options.overrides)

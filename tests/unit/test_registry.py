@@ -158,7 +158,8 @@ def test_mlflow_shows_the_model_with_its_signature_and_its_run(
     model = client.get_logged_model(output.model_id)
     assert json.loads(model.tags["mlflow.modelVersions"]) == [{"name": "brain", "version": "1"}]
     assert (model.source_run_id, model.status, model.params) == (version.run_id, "READY", {"learning_rate": "0.1"})
-    content = mlflow.models.Model.load(client.get_model_version_download_uri("brain", "1"))
+    location = client.get_model_version_download_uri("brain", "1")
+    content = mlflow.models.Model.load(mlflow.artifacts.download_artifacts(location))
     assert [(column.name, column.type.name) for column in content.signature.inputs] == [("dicom", "binary")]
     assert [column.name for column in content.signature.outputs][:2] == ["mask_png", "foreground_pixels"]
     assert content.saved_input_example_info is not None

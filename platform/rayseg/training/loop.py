@@ -28,6 +28,7 @@ from rayseg.models.losses import batch_share, bce_dice
 from rayseg.models.metrics import confusion, pooled_dice
 from rayseg.models.unet import build_unet
 from rayseg.training.callbacks import Checkpoints, Progress, RunMetrics
+from rayseg.training.schedule import learning_rate
 from rayseg.training.settings import TrainConfig
 from rayseg.training.state import State
 
@@ -97,7 +98,7 @@ class _Learner:
         assert self.strategy.num_replicas_in_sync == ranks, "one replica a rank"
         with self.strategy.scope():
             self.model = build_unet(config.model, prepared.shape, policy=config.mixed_precision)
-            self.model.compile(optimizer=keras.optimizers.Adam(config.learning_rate))
+            self.model.compile(optimizer=keras.optimizers.Adam(learning_rate(config, self.steps)))
             self.model.optimizer.build(self.model.trainable_variables)
         height, width, channels = prepared.shape
         per_rank = config.batch_size // ranks
@@ -198,9 +199,9 @@ def _sum_over_ranks(values: tf.Tensor) -> tf.Tensor:
 def _set_up(config: TrainConfig, rank: int) -> None:
     """The process's logging, threads and seeds."""
     tf.get_logger().setLevel(logging.WARNING)
-    if rank == 0:
-        # Ray shows it where the job runs.
-        logging.getLogger("rayseg").setLevel(logging.INFO)
+    # Ray shows what is logged here where the job runs: our words of rank 0, not each report of each rank.
+    logging.getLogger().setLevel(logging.WARNING)
+    logging.getLogger("rayseg").setLevel(logging.INFO if rank == 0 else logging.WARNING)
     threads = max(1, int(config.cpus_per_worker))
     tf.config.threading.set_intra_op_parallelism_threads(threads)
     tf.config.threading.set_inter_op_parallelism_threads(threads)

@@ -22,7 +22,9 @@ class TrainConfig:
     model: UNetConfig = field(default_factory=UNetConfig)
     batch_size: int = 8  # over all workers
     epochs: int = 10
-    learning_rate: float = 1e-3
+    learning_rate: float = 1e-3  # the highest
+    schedule: Literal["constant", "cosine"] = "cosine"
+    warmup_epochs: int = 1  # of the cosine schedule
     seed: int = 1
     num_workers: int = 2
     cpus_per_worker: float = 1.0
@@ -43,7 +45,7 @@ class TrainConfig:
         for key in ("learning_rate", "cpus_per_worker"):
             if not getattr(self, key) > 0:
                 raise ValueError(f"train.{key}: a positive number expected, got {getattr(self, key)}")
-        for key in ("seed", "max_failures"):
+        for key in ("seed", "max_failures", "warmup_epochs"):
             if getattr(self, key) < 0:
                 raise ValueError(f"train.{key}: 0 or more expected, got {getattr(self, key)}")
         if not 0 < self.threshold < 1:
