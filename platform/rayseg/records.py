@@ -29,6 +29,7 @@ class Reason(StrEnum):
     NOT_AN_IMAGE = "not_an_image"  # an image file (PNG, JPEG, TIFF) that cannot be decoded
     NO_MASK = "no_mask"  # the layout asks for a mask and none pairs with this image
     MASK_MISMATCH = "mask_mismatch"  # the mask's size is not its image's size
+    MASK_VALUES = "mask_values"  # the mask holds a value, colour or segment that no class is named for
     SERIES_MIXED = "series_mixed"  # a series with several sizes or orientations
     SERIES_DUPLICATES = "series_duplicates"  # several different slices at one position
     WRITE_FAILED = "write_failed"  # the result could not be made or stored
@@ -43,6 +44,9 @@ class Reject:
     detail: str = ""
 
 
+# The masks of an image, none or several; `label` is what the `{label}` of the layout's pattern has in its path.
+MASKS = pa.list_(pa.struct([("uri", pa.string()), ("label", pa.string())]))
+
 # Lists have no fixed size in the type: Parquet readers disagree about fixed-size lists with nulls between.
 # One row per object of the source: a DICOM instance or an image file.
 MANIFEST = pa.schema(
@@ -53,7 +57,7 @@ MANIFEST = pa.schema(
         ("reason", pa.string()),  # a Reason value; null where ok
         ("detail", pa.string()),  # null where ok
         ("kind", pa.string()),  # "dicom" or "image"; null where rejected before that was known
-        ("mask_uri", pa.string()),  # null: no mask (an empty one where the layout says so)
+        ("masks", MASKS),  # empty: no mask (one without foreground where the layout says so)
         ("patient_key", pa.string()),
         ("study_key", pa.string()),
         ("series_key", pa.string()),
@@ -79,7 +83,7 @@ PREPARED = pa.schema(
         ("patient_key", pa.string()),
         ("series_key", pa.string()),
         ("uri", pa.string()),
-        ("mask_uri", pa.string()),
+        ("masks", MASKS),
         ("split", pa.string()),  # "train", "val" or "test"
         ("foreground_pixels", pa.int64()),  # of `mask`
         ("image", pa.binary()),  # uint8, (height, width, channels)

@@ -49,7 +49,8 @@ def test_rows_say_what_the_headers_say(phantoms: Path, tmp_path: Path) -> None:
         assert row["verdict"] == "ok"
         assert row["kind"] == "dicom"
         assert row["bytes"] == path.stat().st_size
-        assert row["mask_uri"] == str(path).replace("/images/", "/masks/").replace(".dcm", ".png")
+        mask = str(path).replace("/images/", "/masks/").replace(".dcm", ".png")
+        assert row["masks"] == [{"uri": mask, "label": None}]
         assert row["patient_key"] == pseudonyms.key("patient", dataset.PatientID)
         assert row["series_key"] == pseudonyms.key("series", dataset.SeriesInstanceUID)
         assert (row["rows"], row["columns"]) == (32, 32)
@@ -62,7 +63,7 @@ def test_rows_say_what_the_headers_say(phantoms: Path, tmp_path: Path) -> None:
 
 
 def test_no_identity_is_in_the_manifest_but_in_the_paths(phantoms: Path, tmp_path: Path) -> None:
-    table = storage.read_table(catalog(config_of(phantoms, tmp_path)).manifest).drop_columns(["uri", "mask_uri"])
+    table = storage.read_table(catalog(config_of(phantoms, tmp_path)).manifest).drop_columns(["uri", "masks"])
     text = str(table.to_pylist())
     for path in (phantoms / "images").rglob("*.dcm"):
         dataset = pydicom.dcmread(path, stop_before_pixels=True)
@@ -198,7 +199,7 @@ def test_images_without_a_csv_take_the_folders(tmp_path: Path) -> None:
     assert by_path["p1/brain/1.png"]["patient_key"] == by_path["p1/bone/1.png"]["patient_key"]
     assert by_path["p1/brain/1.png"]["series_key"] != by_path["p1/bone/1.png"]["series_key"]
     assert by_path["p1/brain/1.png"]["patient_key"] != by_path["p2/brain/1.png"]["patient_key"]
-    assert {row["mask_uri"] for row in rows} == {None}
+    assert all(row["masks"] == [] for row in rows)
 
 
 @pytest.mark.parametrize(("missing_mask", "reason"), [("reject", "no_mask"), ("empty", None)])
@@ -212,7 +213,7 @@ def test_an_image_without_a_mask(tmp_path: Path, missing_mask: str, reason: str 
         catalog(config_of(source, tmp_path, layout, max_reject_fraction=0.5)).manifest
     ).to_pylist()
     assert [row["reason"] for row in rows] == [None, reason]
-    assert [row["mask_uri"] is None for row in rows] == [False, True]
+    assert [row["masks"] == [] for row in rows] == [False, True]
 
 
 @pytest.mark.parametrize(

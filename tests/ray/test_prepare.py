@@ -49,7 +49,7 @@ def manifest_of(folder: Path, patients: int = 12, slices: int = 5) -> Path:
             rows.append(
                 {
                     "uri": str(image_path),
-                    "mask_uri": str(mask_path),
+                    "masks": [{"uri": str(mask_path), "label": None}],
                     "verdict": "ok",
                     "kind": "image",
                     "patient_key": patient(number),
@@ -88,7 +88,7 @@ def test_every_accepted_row_becomes_the_sample_that_its_files_say(manifest: Path
         # Nothing is resampled at 8 x 8: the least value becomes 0, the greatest 255.
         expected = np.rint((image - image.min()) / (image.max() - image.min()) * 255)
         assert np.abs(np.frombuffer(row["image"], np.uint8).reshape(8, 8) - expected).max() <= 1
-        mask = np.asarray(Image.open(row["mask_uri"])) > 0
+        mask = np.asarray(Image.open(row["masks"][0]["uri"])) > 0
         assert np.array_equal(np.frombuffer(row["mask"], np.uint8).reshape(8, 8), mask)
         assert row["foreground_pixels"] == mask.sum()
         assert row["row_id"] == hashlib.sha256(uri.encode()).hexdigest()
@@ -262,17 +262,27 @@ def test_rows_that_were_rejected_are_left_out_and_an_archive_without_masks_is_re
 ) -> None:
     rows = pq.read_table(manifest).to_pylist()
     rows[7] |= {"verdict": "rejected", "reason": "no_mask"}
-    rows[8] |= {"mask_uri": None}  # an empty mask, as the layout has it
+    rows[8] |= {"masks": []}  # an empty mask, as the layout has it
     storage.write_table(str(tmp_path / "m.parquet"), pa.Table.from_pylist(rows, schema=MANIFEST))
     result = prepare(config_of(tmp_path / "m.parquet", tmp_path / "set"))
     table = everything(result.prepared).to_pylist()
     assert rows[7]["uri"] not in {row["uri"] for row in table}
     (empty,) = [row for row in table if row["uri"] == rows[8]["uri"]]
-    assert (empty["mask_uri"], empty["foreground_pixels"], empty["mask"]) == (None, 0, bytes(64))
-    bare = [row | {"mask_uri": None} for row in rows]
+    assert (empty["masks"], empty["foreground_pixels"], empty["mask"]) == ([], 0, bytes(64))
+    bare = [row | {"masks": []} for row in rows]
     storage.write_table(str(tmp_path / "bare.parquet"), pa.Table.from_pylist(bare, schema=MANIFEST))
     with pytest.raises(ValueError, match="no accepted row has a mask"):
         prepare(config_of(tmp_path / "bare.parquet", tmp_path / "other"))
+
+
+def test_a_source_without_a_class_is_told_before_anything_is_read(manifest: Path, tmp_path: Path) -> None:
+    rows = pq.read_table(manifest).to_pylist()
+    for number, row in enumerate(rows):
+        row["masks"][0]["label"] = ("bleed", "infarct", "spare")[number % 3]
+    storage.write_table(str(tmp_path / "m.parquet"), pa.Table.from_pylist(rows, schema=MANIFEST))
+    labels = Labels(("stroke",), sources={"bleed": "stroke"})
+    with pytest.raises(ValueError, match=r"labels\.sources: lacks infarct, spare"):
+        prepare(config_of(tmp_path / "m.parquet", tmp_path / "set", labels=labels))
 
 
 def test_no_manifest_is_an_error(tmp_path: Path) -> None:
@@ -306,7 +316,7 @@ def test_phantom_ct_goes_the_whole_way(tmp_path: Path) -> None:
         # A window of 40/80 maps 0..79 HU to 0..255.
         expected = np.rint(np.clip((hu - 0.0) / 79, 0, 1) * 255)
         assert np.abs(np.frombuffer(row["image"], np.uint8).reshape(48, 48) - expected).max() <= 1
-        truth = np.asarray(Image.open(row["mask_uri"])) > 0
+        truth = np.asarray(Image.open(row["masks"][0]["uri"])) > 0
         assert np.array_equal(np.frombuffer(row["mask"], np.uint8).reshape(48, 48), truth)
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 from rayseg import storage
 from rayseg.data.labels import Labels
 from rayseg.data.preprocess import Preprocess
+from rayseg.dicom.reading import Slice
 from rayseg.evaluation.record import Record, read_truth, set_tag
 from rayseg.records import Reason, Reject
 from rayseg.tracking import runs
@@ -30,7 +31,7 @@ def row(folder: Path, patient: str, number: int, prediction: np.ndarray, truth: 
     fp, fn = int(prediction.sum()) - tp, int(truth.sum()) - tp
     return {
         "row_id": f"id-{name}", "patient_key": patient, "reason": None, "detail": None,
-        "uri": str(folder / "images" / name), "mask_uri": str(folder / "masks" / name),
+        "uri": str(folder / "images" / name), "masks": [{"uri": str(folder / "masks" / name), "label": None}],
         "tp": tp, "fp": fp, "fn": fn, "tn": truth.size - tp - fp - fn,
         "prediction": zlib.compress(prediction.tobytes()) if tp + fp + fn else None,
     }  # fmt: skip
@@ -90,7 +91,7 @@ def test_pictures_are_of_the_largest_slices_from_the_worst_case_to_the_best(
 def test_rejects_are_listed_without_their_uris(rows: list[dict[str, Any]], tracking: str) -> None:
     record = Record("val", Labels())
     record.add(rows[0])
-    refused = {"row_id": "id-x", "patient_key": "key", "uri": "/in/DOE^JANE/1.dcm", "mask_uri": "/in/DOE^JANE/1.png"}
+    refused = {"row_id": "id-x", "patient_key": "key", "uri": "/in/DOE^JANE/1.dcm", "masks": []}
     record.add(refused | {"reason": "not_found", "detail": "object"})
     run_id = runs.start(tracking, "record", "run")
     artifacts = record.log(tracking, run_id, Preprocess(), overlays=2)
@@ -120,8 +121,10 @@ def test_the_tag_names_the_rows_and_labels_whatever_their_order(rows: list[dict[
 def test_truth_is_empty_without_a_mask_and_refused_on_another_grid(tmp_path: Path) -> None:
     Image.fromarray(block(3) * 200).save(tmp_path / "mask.png")
     uri = str(tmp_path / "mask.png")
-    assert np.array_equal(read_truth(uri, (SIDE, SIDE), Labels(threshold=127)), block(3))  # type: ignore[arg-type]
-    assert not np.any(read_truth(None, (5, 6), Labels()))
-    refused = read_truth(uri, (SIDE, SIDE + 1), Labels())
+    masks = [{"uri": uri, "label": None}]
+    slice, other = (Slice(np.zeros((SIDE, SIDE + more), np.uint8), 1.0, 0.0, None) for more in (0, 1))
+    assert np.array_equal(read_truth(masks, slice, Labels(threshold=127)), block(3))
+    assert not np.any(read_truth([], slice, Labels()))
+    refused = read_truth(masks, other, Labels())
     assert isinstance(refused, Reject)
     assert refused.reason is Reason.MASK_MISMATCH

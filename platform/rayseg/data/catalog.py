@@ -3,7 +3,7 @@
 import logging
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,9 +13,9 @@ from tqdm import tqdm
 
 from rayseg import cluster, storage
 from rayseg.data import manifest
-from rayseg.data.layouts import Layout, pair, read_groups
+from rayseg.data.layouts import Layout, plan, read_groups
 from rayseg.dicom.pseudonyms import Pseudonyms, from_environment
-from rayseg.records import MANIFEST, Reason, Reject
+from rayseg.records import MANIFEST, MASKS, Reason, Reject
 
 logger = logging.getLogger(__name__)
 
@@ -26,10 +26,10 @@ _PLAN = pa.schema(
     [
         ("index", pa.int64()),
         ("uri", pa.string()),
-        ("path", pa.string()),  # below the layout's image folder
+        ("path", pa.string()),  # below the layout's image folder, where it has one
         ("bytes", pa.int64()),
-        ("mask_uri", pa.string()),
-        ("group", pa.string()),  # of the layout's CSV
+        ("masks", MASKS),
+        ("group", pa.string()),  # the patient, where the layout names one
     ]
 )
 _FOUND = MANIFEST.insert(0, pa.field("index", pa.int64()))
@@ -74,8 +74,8 @@ def catalog(config: CatalogConfig) -> CatalogResult:
     cluster.connect()
     source, output = storage.absolute(config.source), storage.absolute(config.output)
     pseudonyms = from_environment()
-    plan = _plan(source, config.layout)
-    rows = manifest.in_series(_headers(plan, config, pseudonyms))
+    objects = _plan(source, config.layout)
+    rows = manifest.in_series(_headers(objects, config, pseudonyms))
     storage.write_table(output, pa.Table.from_pylist(rows, schema=MANIFEST))
     accepted = [row for row in rows if row["verdict"] == "ok"]
     reasons = dict(sorted(Counter(row["reason"] for row in rows if row["verdict"] != "ok").items()))
@@ -103,40 +103,32 @@ def _counted(reasons: Mapping[str, int]) -> str:
 
 
 def _plan(source: str, layout: Layout) -> pa.Table:
-    """The objects to read, by the listing, with the mask and the group of each; schema `_PLAN`."""
-    images_uri = storage.join(source, layout.images)
-    masks_uri = None if layout.masks is None else storage.join(source, layout.masks)
-    groups_uri = None if layout.groups is None else storage.join(source, layout.groups)
-    groups: Mapping[str, str] = {}
+    """The objects to read, by the listing, with the masks and the group of each; schema `_PLAN`."""
+
+    def listed() -> Iterator[tuple[str, int]]:
+        for folder in layout.folders():
+            for info in storage.list_files(storage.join(source, folder)):
+                yield info.uri[len(source.rstrip("/")) + 1 :], info.size
+
     try:
-        mask_paths = [] if masks_uri is None else [_below(masks_uri, info) for info in storage.list_files(masks_uri)]
-        groups = {} if groups_uri is None else read_groups(storage.read(groups_uri))
-        images = [
-            info
-            for info in tqdm(storage.list_files(images_uri), desc="catalog: list", unit=" objects", disable=None)
-            # Masks and groups may lie within the folder of the images, as where that is the source itself.
-            if info.uri != groups_uri and (masks_uri is None or not info.uri.startswith(masks_uri + "/"))
-        ]
+        groups = {} if layout.groups is None else read_groups(storage.read(storage.join(source, layout.groups)))
+        progress = tqdm(listed(), desc="catalog: list", unit=" objects", disable=None)
+        images = list(plan(layout, progress, groups))
     except FileNotFoundError:
         raise ValueError(f"catalog.source: {source} lacks what the layout names ({layout})") from None
     if not images:
-        raise ValueError(f"catalog.source: there are no objects below {images_uri}")
-    paths = [_below(images_uri, info) for info in images]
-    masks: Mapping[str, str] = {} if masks_uri is None else pair(paths, mask_paths)
-    mask_uris = [storage.join(masks_uri, masks[path]) if masks_uri and path in masks else None for path in paths]
+        raise ValueError(f"catalog.source: there are no objects below {source} where the layout looks ({layout})")
     columns = {
         "index": range(len(images)),
-        "uri": [info.uri for info in images],
-        "path": paths,
-        "bytes": [info.size for info in images],
-        "mask_uri": mask_uris,
-        "group": [groups.get(path) for path in paths],
+        "uri": [storage.join(source, image.path) for image in images],
+        "path": [image.name for image in images],
+        "bytes": [image.bytes for image in images],
+        "masks": [
+            [{"uri": storage.join(source, mask.path), "label": mask.label} for mask in image.masks] for image in images
+        ],
+        "group": [image.group for image in images],
     }
     return pa.table({name: pa.array(values, _PLAN.field(name).type) for name, values in columns.items()})
-
-
-def _below(folder_uri: str, info: storage.FileInfo) -> str:
-    return info.uri[len(folder_uri.rstrip("/")) + 1 :]
 
 
 def _headers(plan: pa.Table, config: CatalogConfig, pseudonyms: Pseudonyms) -> list[dict[str, Any]]:
@@ -172,7 +164,7 @@ def _read_headers(plan: pa.Table, layout: Layout, pseudonyms: Pseudonyms) -> pa.
         row = manifest.row(item, beginning, pseudonyms)
         if row["verdict"] == "ok" and layout.groups is not None and item.group is None:
             row = manifest.refused(row, Reject(Reason.MISSING_ATTRIBUTE, "not in the layout's CSV of groups"))
-        elif row["verdict"] == "ok" and needs_mask and item.mask_uri is None:
+        elif row["verdict"] == "ok" and needs_mask and not item.masks:
             row = manifest.refused(row, Reject(Reason.NO_MASK))
         rows.append({"index": index, **row})
     return pa.Table.from_pylist(rows, schema=_FOUND)

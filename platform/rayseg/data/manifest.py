@@ -20,10 +20,10 @@ class Item:
     """An object of a source as the listing and the layout give it."""
 
     uri: str
-    path: str  # below the layout's image folder
+    path: str  # below the layout's image folder, where it has one
     bytes: int
-    mask_uri: str | None
-    group: str | None  # what the layout's CSV says
+    masks: list[dict[str, Any]]  # rows of `records.MASKS`
+    group: str | None  # the patient, where the layout names one
 
 
 def row(item: Item, beginning: bytes | OSError, pseudonyms: Pseudonyms) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def row(item: Item, beginning: bytes | OSError, pseudonyms: Pseudonyms) -> dict[
         beginning: its first bytes, or all of them; the object is read whole where they do not suffice.
         pseudonyms: for the identities.
     """
-    base = {"uri": item.uri, "bytes": item.bytes, "mask_uri": item.mask_uri}
+    base = {"uri": item.uri, "bytes": item.bytes, "masks": item.masks}
     try:
         found = _describe(item, beginning, pseudonyms)
     except OSError as error:

@@ -172,13 +172,14 @@ def _clear(output: str) -> None:
 def _samples(manifest: pa.Table, config: PrepareConfig) -> list[dict[str, Any]]:
     """The rows to prepare, in the order of their shards: first all of training, then validation, then test."""
     accepted = [row for row in manifest.to_pylist() if row["verdict"] == "ok"]
-    if not any(row["mask_uri"] for row in accepted):
+    if not any(row["masks"] for row in accepted):
         raise ValueError("prepare.manifest: no accepted row has a mask; name catalog.layout.masks and catalog again")
+    config.labels.check_sources({mask["label"] for row in accepted for mask in row["masks"]} - {None})
     samples = [
         {
             "row_id": hashlib.sha256(row["uri"].encode()).hexdigest(),
             "split": config.split.assign(row["patient_key"]),
-            **{name: row[name] for name in ("patient_key", "series_key", "uri", "mask_uri")},
+            **{name: row[name] for name in ("patient_key", "series_key", "uri", "masks")},
         }
         for row in limited(accepted, config.limit)
     ]

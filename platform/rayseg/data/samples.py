@@ -1,19 +1,20 @@
 """Samples: which accepted rows are taken, and how a task turns them into a shard of pixels."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from rayseg import storage
-from rayseg.data.labels import Labels, read_mask
+from rayseg.data.labels import Labels
 from rayseg.data.manifest import read_failure
+from rayseg.data.masks import truth
 from rayseg.data.preprocess import Preprocess
 from rayseg.dicom.reading import read_slice
 from rayseg.records import PREPARED, REJECTS, Reason, Reject
 
-_SAMPLE = ("row_id", "patient_key", "series_key", "uri", "mask_uri", "split")  # known before any object is read
+_SAMPLE = ("row_id", "patient_key", "series_key", "uri", "masks", "split")  # known before any object is read
 # A shard to write.
 PLAN = pa.schema([("path", pa.string()), ("samples", pa.list_(pa.struct([PREPARED.field(name) for name in _SAMPLE])))])
 # A shard as it came out; without rows it has no file.
@@ -59,8 +60,8 @@ def write_shards(plan: pa.Table, output: str, preprocess: Preprocess, labels: La
     written = []
     for shard in plan.to_pylist():
         rows, rejects = [], []
-        for sample, image, mask in _read(shard["samples"]):
-            made = make(image, mask, preprocess, labels)
+        for sample, image, masks in _read(shard["samples"]):
+            made = make(image, masks, preprocess, labels)
             if isinstance(made, Reject):
                 told = {name: sample[name] for name in ("uri", "patient_key", "series_key")}
                 rejects.append({**told, "stage": "prepare", "reason": made.reason.value, "detail": made.detail})
@@ -74,32 +75,40 @@ def write_shards(plan: pa.Table, output: str, preprocess: Preprocess, labels: La
     return pa.Table.from_pylist(written, schema=WRITTEN)
 
 
-def _read(samples: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], bytes | OSError, bytes | OSError | None]]:
-    """Each sample with its image's and its mask's bytes (None: there is no mask), some read ahead."""
-    uris = (uri for sample in samples for uri in (sample["uri"], sample["mask_uri"]) if uri is not None)
+def _read(
+    samples: list[dict[str, Any]],
+) -> Iterator[tuple[dict[str, Any], bytes | OSError, list[tuple[bytes | OSError, str | None]]]]:
+    """Each sample with its image's bytes and its masks' bytes and labels, some read ahead."""
+    uris = (uri for sample in samples for uri in (sample["uri"], *(mask["uri"] for mask in sample["masks"])))
     objects = storage.read_each(uris)
     for sample in samples:
-        yield sample, next(objects), None if sample["mask_uri"] is None else next(objects)
+        yield sample, next(objects), [(next(objects), mask["label"]) for mask in sample["masks"]]
 
 
 def make(
-    image: bytes | OSError, mask: bytes | OSError | None, preprocess: Preprocess, labels: Labels
+    image: bytes | OSError,
+    masks: Sequence[tuple[bytes | OSError, str | None]],
+    preprocess: Preprocess,
+    labels: Labels,
 ) -> dict[str, Any] | Reject:
     """The columns foreground_pixels, image and mask of one sample, or why there are none; never raises."""
     try:
         if isinstance(image, OSError):
             return read_failure(image)
-        if isinstance(mask, OSError):
-            return read_failure(mask, "mask")
+        readable = []
+        for mask, label in masks:
+            if isinstance(mask, OSError):
+                return read_failure(mask, "mask")
+            readable.append((mask, label))
         slice = read_slice(image)
         if isinstance(slice, Reject):
             return slice
-        values = np.zeros(slice.stored.shape, np.uint8) if mask is None else read_mask(mask)
-        if isinstance(values, Reject):
-            return values
-        if values.shape != slice.stored.shape:
-            return Reject(Reason.MASK_MISMATCH, f"mask {values.shape}, image {slice.stored.shape}")
-        mask_HW = preprocess.apply_mask(labels.apply(values))
+        rows, columns = slice.stored.shape
+        classes = truth(readable, (rows, columns), labels, slice.header)
+        if isinstance(classes, Reject):
+            return classes
+        # Nearest neighbour picks pixels: classes before it or after are the same, a mean of classes would be none.
+        mask_HW = preprocess.apply_mask(classes)
         return {
             "foreground_pixels": int(np.count_nonzero(mask_HW)),
             "image": preprocess.apply(slice).tobytes(),

@@ -27,18 +27,18 @@ from rayseg.data.labels import Labels
 from rayseg.evaluation.record import Record, read_truth
 from rayseg.evaluation.scores import counts
 from rayseg.inference.predictor import Predictor, limit_threads
-from rayseg.records import Reason, Reject
+from rayseg.records import PREPARED, Reason, Reject
 from rayseg.tracking import bundle as bundles
 from rayseg.tracking import registry
 
 _ROWS_PER_TASK = 32
 _CPUS_PER_ACTOR = 1
-_COLUMNS = ("row_id", "patient_key", "uri", "mask_uri")
+_COLUMNS = ("row_id", "patient_key", "uri", "masks")
 # A row with its counts, or with the reason why there are none. `prediction` is the mask (uint8, rows x columns, zlib)
 # where it or the truth has foreground, null elsewhere.
 SCORED = pa.schema(
     [
-        *((name, pa.string()) for name in _COLUMNS),
+        *(PREPARED.field(name) for name in _COLUMNS),
         *((name, pa.int64()) for name in ("tp", "fp", "fn", "tn")),
         ("prediction", pa.binary()),
         ("reason", pa.string()),
@@ -175,7 +175,7 @@ class _Scorer:
         (result,) = self._predictor.segment([storage.read(row["uri"])])
         if isinstance(result, Reject):
             return result
-        truth = read_truth(row["mask_uri"], result.mask.shape, self._labels)
+        truth = read_truth(row["masks"], result.slice, self._labels)
         return truth if isinstance(truth, Reject) else (result.mask, truth)
 
 

@@ -5,18 +5,20 @@ import dataclasses
 import io
 import zlib
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from rayseg import config, storage
-from rayseg.data.labels import Labels, read_mask
+from rayseg.data.labels import Labels
+from rayseg.data.masks import truth
 from rayseg.data.preprocess import Preprocess
-from rayseg.dicom.reading import read_slice
+from rayseg.dicom.reading import Slice, read_slice
 from rayseg.evaluation import scores
 from rayseg.evaluation.scores import Counts, PerCase
-from rayseg.records import Reason, Reject
+from rayseg.records import Reject
 from rayseg.tracking import figures, runs
 
 
@@ -138,20 +140,14 @@ def set_tag(split: str) -> str:
     return f"rayseg.{split}_set"
 
 
-def read_truth(mask_uri: str | None, shape: tuple[int, ...], labels: Labels) -> np.ndarray | Reject:
-    """The true classes of a slice of `shape` (rows, columns), uint8; all background without a mask.
+def read_truth(masks: Sequence[Mapping[str, Any]], slice: Slice, labels: Labels) -> np.ndarray | Reject:
+    """The true classes of a slice, uint8 (rows, columns), from its masks (rows of `records.MASKS`).
 
     Raises:
-        OSError: the mask cannot be read.
+        OSError: a mask cannot be read.
     """
-    if mask_uri is None:
-        return np.zeros(shape, np.uint8)
-    values = read_mask(storage.read(mask_uri))
-    if isinstance(values, Reject):
-        return values
-    if values.shape != shape:
-        return Reject(Reason.MASK_MISMATCH, f"mask {values.shape}, image {shape}")
-    return labels.apply(values)
+    rows, columns = slice.stored.shape
+    return truth([(storage.read(mask["uri"]), mask["label"]) for mask in masks], (rows, columns), labels, slice.header)
 
 
 def _counts(row: dict[str, Any]) -> Counts:
@@ -175,11 +171,11 @@ def _picture(row: dict[str, Any], preprocess: Preprocess, labels: Labels) -> byt
     slice = read_slice(storage.read(row["uri"]))
     assert not isinstance(slice, Reject), "was read a moment ago"
     rows, columns = slice.stored.shape
-    truth = read_truth(row["mask_uri"], (rows, columns), labels)
-    assert not isinstance(truth, Reject), "was read a moment ago"
+    classes = read_truth(row["masks"], slice, labels)
+    assert not isinstance(classes, Reject), "was read a moment ago"
     # The same grey values that the network sees, on the slice's own grid.
     grey_HW = dataclasses.replace(preprocess, size=(rows, columns)).apply(slice)[..., 0]
     prediction = np.frombuffer(zlib.decompress(row["prediction"]), np.uint8).reshape(rows, columns)
     dice = _counts(row).dice
     assert dice is not None, "only rows with foreground are shown"
-    return figures.overlay(grey_HW, truth, prediction, f"case {row['patient_key'][:10]} · Dice {dice:.2f}")
+    return figures.overlay(grey_HW, classes, prediction, f"case {row['patient_key'][:10]} · Dice {dice:.2f}")
