@@ -177,3 +177,24 @@ def test_it_goes_through_a_configuration_and_back() -> None:
 def test_wrong_settings_are_named(values: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         config.build(Preprocess, values)
+
+
+def test_a_colour_image_is_three_channels_each_by_its_own_values() -> None:
+    rng = np.random.default_rng(2)
+    stored = np.stack(
+        [rng.integers(low, high, (24, 20), np.uint8) for low, high in ((0, 90), (50, 200), (200, 255))], -1
+    )
+    preprocess = Preprocess(size=(16, 16), color=True)
+    assert preprocess.channels == 3
+    image_HWC = preprocess.apply(Slice(stored, 1.0, 0.0, None))
+    grey = Preprocess(size=(16, 16))
+    for channel in range(3):
+        alone = grey.apply(Slice(np.ascontiguousarray(stored[..., channel]), 1.0, 0.0, None))
+        assert np.array_equal(image_HWC[..., channel], alone[..., 0])
+
+
+def test_a_grey_slice_stands_three_times_where_colours_are_wanted() -> None:
+    slice = Slice(np.arange(60, dtype=np.uint8).reshape(6, 10), 1.0, 0.0, None)
+    image_HWC = Preprocess(size=(8, 8), color=True).apply(slice)
+    assert image_HWC.shape == (8, 8, 3)
+    assert np.array_equal(image_HWC, np.repeat(Preprocess(size=(8, 8)).apply(slice), 3, axis=2))

@@ -5,6 +5,7 @@ Geometry: the slice is scaled by one factor so that it fits `size`, and centred 
 centres lie at half-integers in both grids, so nothing shifts, neither there nor back.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -43,6 +44,7 @@ class Preprocess:
     size: tuple[int, int] = (256, 256)  # height, width of the network's input
     window: Window | None = None
     percentiles: tuple[float, float] | None = (0.5, 99.5)  # mapped to 0 and 255
+    color: bool = False  # red, green and blue as three channels, each by its own values; a grey slice three times
 
     def __post_init__(self) -> None:
         if (self.window is None) == (self.percentiles is None):
@@ -55,16 +57,24 @@ class Preprocess:
     @property
     def channels(self) -> int:
         """Channels of what `apply` gives."""
-        return 1
+        return 3 if self.color else 1
 
     def apply(self, slice: Slice) -> np.ndarray:
         """The slice as uint8 (height, width, channels): intensities to 0..255, scaled with anti-aliasing, padded."""
+        if slice.stored.ndim == 3:
+            assert self.color, "a colour image is read where its colours are wanted"
+            channels = [dataclasses.replace(slice, stored=slice.stored[..., channel]) for channel in range(3)]
+            return np.stack([self._plane(channel) for channel in channels], axis=-1)
+        return np.repeat(self._plane(slice)[..., np.newaxis], self.channels, axis=-1)
+
+    def _plane(self, slice: Slice) -> np.ndarray:
+        """A grey slice as uint8 (height, width)."""
         grey = self._intensities(slice)
         height, width = self._fitted(*grey.shape)
         if grey.shape != (height, width):
             # Pillow's filters widen with the scale when shrinking, which is the anti-aliasing.
             grey = np.asarray(Image.fromarray(grey).resize((width, height), Image.Resampling.BILINEAR))
-        return self._pad(grey)[..., np.newaxis]
+        return self._pad(grey)
 
     def apply_mask(self, mask: np.ndarray) -> np.ndarray:
         """A uint8 label map (rows, columns) on the grid of `apply`: uint8 (height, width), nearest neighbour.

@@ -100,11 +100,10 @@ def make(
             if isinstance(mask, OSError):
                 return read_failure(mask, "mask")
             readable.append((mask, label))
-        slice = read_slice(image)
+        slice = read_slice(image, preprocess.color)
         if isinstance(slice, Reject):
             return slice
-        rows, columns = slice.stored.shape
-        classes = truth(readable, (rows, columns), labels, slice.header)
+        classes = truth(readable, slice.shape, labels, slice.header)
         if isinstance(classes, Reject):
             return classes
         # Nearest neighbour picks pixels: classes before it or after are the same, a mean of classes would be none.

@@ -57,10 +57,11 @@ class Header:
 
 @dataclass(frozen=True, eq=False)
 class Slice:
-    """One grey image.
+    """One image, grey unless colours were asked for.
 
     stored: (rows, columns) uint8, int16, uint16 or int32, larger is brighter (MONOCHROME1 comes inverted), unused bits
-        removed. Pixels of the padding value or range hold the smallest real value. May be read-only.
+        removed. Pixels of the padding value or range hold the smallest real value. May be read-only. Of a colour image
+        (rows, columns, 3) uint8: red, green, blue.
     header: None for image files.
     """
 
@@ -68,6 +69,11 @@ class Slice:
     rescale_slope: float
     rescale_intercept: float
     header: Header | None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.stored.shape[0], self.stored.shape[1]
 
     def values(self) -> np.ndarray:
         """Returns float32 (rows, columns): stored values times slope plus intercept; HU for CT."""
@@ -115,12 +121,15 @@ def read_header(data: bytes, object_bytes: int | None = None) -> Header | Reject
         return Reject(Reason.INTERNAL, type(error).__name__)
 
 
-def read_slice(data: bytes) -> Slice | Reject:
-    """Reads one grey image: a DICOM object or, by its first bytes, a PNG, JPEG or TIFF file."""
+def read_slice(data: bytes, color: bool = False) -> Slice | Reject:
+    """Reads one image: a DICOM object or, by its first bytes, a PNG, JPEG or TIFF file.
+
+    `color` says whether a colour PNG, JPEG or TIFF file is wanted as such; grey ones stay grey.
+    """
     try:
         silence_libraries()
         if image_files.is_image(data):
-            stored = image_files.decode(data, MAX_PIXELS)
+            stored = image_files.decode(data, MAX_PIXELS, color)
             return stored if isinstance(stored, Reject) else Slice(stored, 1.0, 0.0, None)
         parsed = parse(data)
         if isinstance(parsed, Reject):

@@ -146,8 +146,7 @@ def read_truth(masks: Sequence[Mapping[str, Any]], slice: Slice, labels: Labels)
     Raises:
         OSError: a mask cannot be read.
     """
-    rows, columns = slice.stored.shape
-    return truth([(storage.read(mask["uri"]), mask["label"]) for mask in masks], (rows, columns), labels, slice.header)
+    return truth([(storage.read(mask["uri"]), mask["label"]) for mask in masks], slice.shape, labels, slice.header)
 
 
 def _counts(row: dict[str, Any]) -> Counts:
@@ -168,9 +167,9 @@ def _spread(rows: list[dict[str, Any]], wanted: int) -> list[dict[str, Any]]:
 
 
 def _picture(row: dict[str, Any], preprocess: Preprocess, labels: Labels) -> bytes:
-    slice = read_slice(storage.read(row["uri"]))
+    slice = read_slice(storage.read(row["uri"]), preprocess.color)
     assert not isinstance(slice, Reject), "was read a moment ago"
-    rows, columns = slice.stored.shape
+    rows, columns = slice.shape
     classes = read_truth(row["masks"], slice, labels)
     assert not isinstance(classes, Reject), "was read a moment ago"
     # The same grey values that the network sees, on the slice's own grid.

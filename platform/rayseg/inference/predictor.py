@@ -53,7 +53,7 @@ class Predictor:
 
     def segment(self, blobs: Sequence[bytes]) -> list[Prediction | Reject]:
         """For each object's bytes (DICOM, PNG, JPEG or TIFF) the slice with its mask, or why there is none."""
-        slices = [read_slice(blob) for blob in blobs]
+        slices = [read_slice(blob, self.bundle.preprocess.color) for blob in blobs]
         return [slice if isinstance(slice, Reject) else Prediction(slice, self._mask(slice)) for slice in slices]
 
 

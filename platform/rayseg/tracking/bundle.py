@@ -61,7 +61,7 @@ class Bundle:
         def mask(slice: Slice) -> np.ndarray:
             image_HWC = self.preprocess.apply(slice)
             probabilities_HW = network(image_HWC[np.newaxis]).numpy()[0, :, :, 0]
-            restored = self.preprocess.restore(np.ascontiguousarray(probabilities_HW), *slice.stored.shape)
+            restored = self.preprocess.restore(np.ascontiguousarray(probabilities_HW), *slice.shape)
             return (restored >= np.float32(self.threshold)).astype(np.uint8)
 
         network(np.zeros(shape_NHWC, np.uint8))
