@@ -1,13 +1,16 @@
 """Each layout that the README shows, from the raw folder through catalog and prepare, against the files as they are."""
 
+import contextlib
 import io
 import re
 from pathlib import Path
 from typing import Any
 
+import keras
 import numpy as np
 import pydicom
 import pytest
+import tensorflow as tf
 import yaml
 from PIL import Image
 from pydicom.uid import SecondaryCaptureImageStorage
@@ -15,6 +18,7 @@ from pydicom.uid import SecondaryCaptureImageStorage
 from rayseg import config, storage
 from rayseg.data import prepared, synthetic
 from rayseg.data.catalog import CatalogConfig, catalog
+from rayseg.data.feed import batches
 from rayseg.data.labels import Labels
 from rayseg.data.layouts import Layout
 from rayseg.data.prepare import PrepareConfig, prepare
@@ -22,6 +26,12 @@ from rayseg.data.preprocess import Preprocess
 from rayseg.data.split import Split
 from rayseg.dicom import segmentation
 from rayseg.dicom.pseudonyms import from_environment
+from rayseg.evaluation.evaluate import EvaluateConfig, evaluate
+from rayseg.inference.predictor import Prediction, Predictor
+from rayseg.models.losses import batch_share, bce_dice, ce_dice
+from rayseg.models.unet import UNetConfig, build_unet
+from rayseg.tracking import registry, runs
+from rayseg.training.trainer import TrainConfig, fit
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
@@ -54,12 +64,35 @@ def run(
     )
     assert result.rejected == 0, result.reasons
     found = prepared.describe(result.prepared)
+    train_a_little(found)
     rows = {}
     for row in found.read_rows("train").to_pylist():
         row["image"] = np.frombuffer(row["image"], np.uint8).reshape(found.shape)
         row["mask"] = np.frombuffer(row["mask"], np.uint8).reshape(found.shape[:2])
         rows[row["uri"].removeprefix(f"{source}/")] = row
     return rows
+
+
+def train_a_little(found: prepared.PreparedSet) -> None:
+    """Two steps of the network and the loss that the train job takes for these classes and channels."""
+    classes = len(found.labels.names)
+    model = build_unet(UNetConfig(widths=(2, 4), convolutions=1), found.shape, classes)
+    optimizer = keras.optimizers.SGD(0.1)
+    before = model.get_weights()
+    feed = batches(found, "train", global_batch=2, rank=0, world_size=1, seed=1, epoch=0)
+    with contextlib.closing(feed):
+        for step, batch in enumerate(feed):
+            assert batch.mask.max() <= classes
+            with tf.GradientTape() as tape:
+                loss_N = (bce_dice if classes == 1 else ce_dice)(batch.mask, model(batch.image, training=True))
+                loss = batch_share(loss_N, batch.weight, 2)
+            assert np.isfinite(float(loss))
+            optimizer.apply(tape.gradient(loss, model.trainable_variables), model.trainable_variables)
+            if step == 1:
+                break
+    moved = [np.abs(old - new).max() for old, new in zip(before, model.get_weights(), strict=True)]
+    assert np.isfinite(moved).all()
+    assert max(moved) > 0
 
 
 def write(path: Path, values: np.ndarray, **options: Any) -> None:
@@ -220,3 +253,49 @@ def test_real_colour_coded_masks(shared_data: Path, tmp_path: Path, name: str) -
     # Counted by colour with Pillow's getcolors over all files: EDH, IPH, IVH, SAH, SDH; ischemic
     expected = {"hemorrhage-ct": [6456, 62046, 27270, 25036, 27799], "ischemic-ct": [71409]}[name]
     assert found[1:].tolist() == expected
+
+
+def test_several_classes_from_the_folder_to_a_registered_model_and_its_scores(
+    shared_data: Path, tmp_path: Path, tracking_uri: str
+) -> None:
+    layout, labels, preprocess = example("Colour-coded masks (hemorrhage-ct)")
+    manifest, output = str(tmp_path / "manifest.parquet"), str(tmp_path / "set")
+    catalog(CatalogConfig(str(shared_data / "hemorrhage-ct"), manifest, layout))
+    prepare(PrepareConfig(manifest, output, preprocess, labels, Split(val=0.3, test=0.3, seed="1")))
+    trained = fit(
+        TrainConfig(
+            output,
+            str(tmp_path / "runs"),
+            tracking_uri,
+            registered_model="bleeds",
+            model=UNetConfig(widths=(4, 8)),
+            batch_size=4,
+            epochs=2,
+            num_workers=1,
+        )
+    )
+    of_classes = {f"val/dice_pooled/{name}" for name in labels.names}
+    assert of_classes <= trained.history[-1].keys()
+    told = [value for name in of_classes if (value := trained.history[-1][name]) is not None]
+    assert trained.history[-1]["val/dice_pooled"] == pytest.approx(np.mean(told))
+
+    scored = evaluate(EvaluateConfig(output, trained.model_uri, tracking_uri, overlays=1))
+    assert tuple(scored.classes) == labels.names
+    defined = [one.dice_pooled for one in scored.classes.values() if one.dice_pooled is not None]
+    assert scored.dice_pooled == pytest.approx(np.mean(defined))
+    logged = runs.client(tracking_uri).get_run(trained.run_id).data.metrics
+    for name, one in scored.classes.items():
+        assert logged.get(f"test/dice_pooled/{name}") == one.dice_pooled
+
+    bundle_dir, version = registry.fetch(tracking_uri, trained.model_uri)
+    predictor = Predictor.load(bundle_dir)
+    assert predictor.bundle.labels == labels
+    data = synthetic.slice_bytes(0, 64)
+    (found,) = predictor.segment([data])
+    assert isinstance(found, Prediction)
+    assert found.mask.shape == (64, 64)
+    painted = np.arange(64 * 64, dtype=np.uint8).reshape(64, 64) % 6  # whatever it has learnt: all classes
+    encoded = segmentation.encode([data], [painted], labels.names, version.name, version.version, version.digest)
+    assert isinstance(encoded, bytes)
+    assert [item.SegmentLabel for item in pydicom.dcmread(io.BytesIO(encoded)).SegmentSequence] == list(labels.names)
+    assert np.array_equal(next(iter(segmentation.decode(encoded).values())), painted)

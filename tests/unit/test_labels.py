@@ -131,6 +131,7 @@ def test_real_colour_masks_hold_their_five_kinds(shared_data) -> None:  # type: 
         ({"names": [""]}, r"labels\.names"),
         ({"names": ["a", "a"]}, r"labels\.names"),
         ({"names": ["background"]}, r"labels\.names"),
+        ({"names": ["core (old)"]}, r"labels\.names: letters"),
         ({"threshold": 255}, r"labels\.threshold: 0\.\.254"),
         ({"names": ["a"], "values": {"1": "b"}}, r"labels\.values: 1 means 'b', which labels\.names lacks"),
         ({"names": ["a", "b"], "values": {"1": "b"}}, r"labels\.values: nothing means a"),

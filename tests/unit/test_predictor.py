@@ -49,6 +49,17 @@ def of_model(model: keras.Model, preprocess: Preprocess, threshold: float = 0.5)
     return Predictor(bundle.Bundle(model, preprocess, Labels(), threshold, "", b""))
 
 
+def bands(size: tuple[int, int]) -> keras.Model:
+    """Softmax over background and two classes: dark is background, middle the first class, bright the second."""
+    inputs = keras.Input((*size, 1), dtype="uint8")
+    logits = keras.layers.Conv2D(3, 1, name="logits")(keras.layers.Rescaling(1 / 255)(inputs))
+    model = keras.Model(inputs, keras.layers.Softmax()(logits))
+    low, high = 100.5 / 255, 180.5 / 255  # where the lines 60 (low - v), 0 and 60 (v - high) cross
+    weights = [np.array([[[[-60, 0, 60]]]], np.float32), np.array([60 * low, 0, -60 * high], np.float32)]
+    model.get_layer("logits").set_weights(weights)
+    return model
+
+
 def plain(stored: np.ndarray) -> Slice:
     return Slice(stored, 1.0, 0.0, None)
 
@@ -135,6 +146,22 @@ def test_the_mask_lies_on_the_native_grid(shape: tuple[int, int]) -> None:
     assert np.count_nonzero(mask != expected) <= edge * shrinking / 2
     for axis in (0, 1):  # and is not shifted
         assert np.argwhere(mask)[:, axis].mean() == pytest.approx(np.argwhere(expected)[:, axis].mean(), abs=0.51)
+
+
+def test_of_several_classes_the_most_probable_one_is_the_label() -> None:
+    labels, preprocess = Labels(("first", "second")), Preprocess((16, 16), UNITS, None)
+    predictor = Predictor(bundle.Bundle(bands((16, 16)), preprocess, labels, 0.5, "", b""))
+    ramp = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    (mask,) = predictor.predict([plain(ramp)])
+    assert mask.dtype == np.uint8
+    assert np.array_equal(mask, np.where(ramp <= 100, 0, np.where(ramp <= 180, 1, 2)))
+    # On a larger grid: the probabilities are scaled, not the labels, of which a mean would be another class.
+    edge = np.zeros((64, 64), np.uint8)
+    edge[:, 32:] = 255
+    (mask,) = predictor.predict([plain(edge)])
+    assert mask.shape == (64, 64)
+    assert set(np.unique(mask)) == {0, 2}
+    assert np.array_equal(mask == 2, edge == 255)
 
 
 def test_each_object_ends_as_a_prediction_or_a_reject_in_its_place(trained: Predictor) -> None:

@@ -32,7 +32,7 @@ def row(folder: Path, patient: str, number: int, prediction: np.ndarray, truth: 
     return {
         "row_id": f"id-{name}", "patient_key": patient, "reason": None, "detail": None,
         "uri": str(folder / "images" / name), "masks": [{"uri": str(folder / "masks" / name), "label": None}],
-        "tp": tp, "fp": fp, "fn": fn, "tn": truth.size - tp - fp - fn,
+        "tp": [tp], "fp": [fp], "fn": [fn], "tn": [truth.size - tp - fp - fn],
         "prediction": zlib.compress(prediction.tobytes()) if tp + fp + fn else None,
     }  # fmt: skip
 
@@ -86,6 +86,30 @@ def test_pictures_are_of_the_largest_slices_from_the_worst_case_to_the_best(
     assert logged["test/cases_scored"] == 4
     assert logged["test/rejected"] == 0
     assert logged["test/dice_per_case"] == pytest.approx((1 / 2 + 5 / 7 + 7 / 8 + 1) / 4)
+
+
+def test_several_classes_are_told_one_by_one_and_together(tmp_path: Path, tracking: str) -> None:
+    rows = [row(tmp_path, patient, 1, block(2), block(4)) for patient in ("one", "two")]
+    for number, one in enumerate(rows):  # a second class: found whole in the first patient, nowhere in the second
+        for name, value in (("tp", 5 if number == 0 else 0), ("fp", 0), ("fn", 0), ("tn", 251 if number == 0 else 256)):
+            one[name].append(value)
+    record = Record("test", Labels(("a", "b")))
+    for one in rows:
+        record.add(one)
+    run_id = runs.start(tracking, "record", "run")
+    artifacts = record.log(tracking, run_id, Preprocess(), overlays=1)
+    metrics = runs.client(tracking).get_run(run_id).data.metrics
+    assert metrics["test/dice_pooled/a"] == pytest.approx(2 / 3)
+    assert metrics["test/dice_pooled/b"] == 1
+    assert metrics["test/dice_pooled"] == pytest.approx(5 / 6)
+    assert (metrics["test/cases_true_negative/b"], metrics["test/cases_scored"]) == (1, 3)
+    table = [line.split(",") for line in storage.read(artifacts.cases_table).decode().splitlines()]
+    assert [(line[0], line[1], line[7]) for line in table[1:]] == [
+        ("one", "a", "0.666667"),
+        ("two", "a", "0.666667"),
+        ("one", "b", "1.000000"),
+        ("two", "b", ""),
+    ]
 
 
 def test_rejects_are_listed_without_their_uris(rows: list[dict[str, Any]], tracking: str) -> None:
