@@ -30,7 +30,7 @@ def row(folder: Path, patient: str, number: int, prediction: np.ndarray, truth: 
     fp, fn = int(prediction.sum()) - tp, int(truth.sum()) - tp
     return {
         "row_id": f"id-{name}", "patient_key": patient, "reason": None, "detail": None,
-        "uri": str(folder / "images" / name), "mask_uri": str(folder / "masks" / name),
+        "uri": str(folder / "images" / name), "frame": None, "mask_uri": str(folder / "masks" / name),
         "tp": tp, "fp": fp, "fn": fn, "tn": truth.size - tp - fp - fn,
         "prediction": zlib.compress(prediction.tobytes()) if tp + fp + fn else None,
     }  # fmt: skip

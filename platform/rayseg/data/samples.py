@@ -1,6 +1,7 @@
 """Samples: which accepted rows are taken, and how a task turns them into a shard of pixels."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,11 @@ from rayseg import storage
 from rayseg.data.labels import Labels, read_mask
 from rayseg.data.manifest import read_failure
 from rayseg.data.preprocess import Preprocess
-from rayseg.dicom.reading import read_slice
+from rayseg.dicom.reading import Slice, read_slice, read_slices
 from rayseg.records import PREPARED, REJECTS, Reason, Reject
 
-_SAMPLE = ("row_id", "patient_key", "series_key", "uri", "mask_uri", "split")  # known before any object is read
+# What is known before any object is read.
+_SAMPLE = ("row_id", "patient_key", "series_key", "uri", "frame", "mask_uri", "split")
 # A shard to write.
 PLAN = pa.schema([("path", pa.string()), ("samples", pa.list_(pa.struct([PREPARED.field(name) for name in _SAMPLE])))])
 # A shard as it came out; without rows it has no file.
@@ -58,14 +60,15 @@ def write_shards(plan: pa.Table, output: str, preprocess: Preprocess, labels: La
     """
     written = []
     for shard in plan.to_pylist():
-        rows, rejects = [], []
-        for sample, image, mask in _read(shard["samples"]):
+        samples, found, rejects = shard["samples"], {}, []
+        for place, image, mask in _read(samples):
             made = make(image, mask, preprocess, labels)
             if isinstance(made, Reject):
-                told = {name: sample[name] for name in ("uri", "patient_key", "series_key")}
+                told = {name: samples[place][name] for name in ("uri", "frame", "patient_key", "series_key")}
                 rejects.append({**told, "stage": "prepare", "reason": made.reason.value, "detail": made.detail})
             else:
-                rows.append(sample | made)
+                found[place] = samples[place] | made
+        rows = [found[place] for place in sorted(found)]
         if rows:
             table = pa.Table.from_pylist(rows, schema=PREPARED)
             storage.write_table(storage.join(output, shard["path"]), table, row_group_rows)
@@ -74,16 +77,30 @@ def write_shards(plan: pa.Table, output: str, preprocess: Preprocess, labels: La
     return pa.Table.from_pylist(written, schema=WRITTEN)
 
 
-def _read(samples: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], bytes | OSError, bytes | OSError | None]]:
-    """Each sample with its image's and its mask's bytes (None: there is no mask), some read ahead."""
-    uris = (uri for sample in samples for uri in (sample["uri"], sample["mask_uri"]) if uri is not None)
-    objects = storage.read_each(uris)
-    for sample in samples:
-        yield sample, next(objects), None if sample["mask_uri"] is None else next(objects)
+def _read(
+    samples: list[dict[str, Any]],
+) -> Iterator[tuple[int, bytes | OSError | Slice | Reject, bytes | OSError | None]]:
+    """Each sample's place, with its image and its mask's bytes (None: there is no mask), some read ahead.
+
+    The image is the object's bytes or the slice of a frame. An object of which there are several frames is read once.
+    """
+    places: dict[str, list[int]] = {}
+    for place, sample in enumerate(samples):
+        places.setdefault(sample["uri"], []).append(place)
+    masks = {uri: [samples[place]["mask_uri"] for place in of_uri] for uri, of_uri in places.items()}
+    objects = storage.read_each(uri for image in places for uri in (image, *masks[image]) if uri is not None)
+    for uri, of_uri in places.items():
+        image = next(objects)
+        frames = [samples[place]["frame"] for place in of_uri]
+        slices: Iterable[bytes | OSError | Slice | Reject] = repeat(image, len(frames))
+        if isinstance(image, bytes) and frames[0] is not None:
+            slices = read_slices(image, frames)
+        for place, slice, mask_uri in zip(of_uri, slices, masks[uri], strict=True):
+            yield place, slice, None if mask_uri is None else next(objects)
 
 
 def make(
-    image: bytes | OSError, mask: bytes | OSError | None, preprocess: Preprocess, labels: Labels
+    image: bytes | OSError | Slice | Reject, mask: bytes | OSError | None, preprocess: Preprocess, labels: Labels
 ) -> dict[str, Any] | Reject:
     """The columns foreground_pixels, image and mask of one sample, or why there are none; never raises."""
     try:
@@ -91,9 +108,11 @@ def make(
             return read_failure(image)
         if isinstance(mask, OSError):
             return read_failure(mask, "mask")
-        slice = read_slice(image)
+        slice = read_slice(image) if isinstance(image, bytes) else image
         if isinstance(slice, Reject):
             return slice
+        if mask is not None and slice.header is not None and slice.header.frame is not None:
+            return Reject(Reason.MASK_MISMATCH, "one mask for an object of several frames")
         values = np.zeros(slice.stored.shape, np.uint8) if mask is None else read_mask(mask)
         if isinstance(values, Reject):
             return values

@@ -27,18 +27,18 @@ from rayseg.data.labels import Labels
 from rayseg.evaluation.record import Record, read_truth
 from rayseg.evaluation.scores import counts
 from rayseg.inference.predictor import Predictor, limit_threads
-from rayseg.records import Reason, Reject
+from rayseg.records import PREPARED, Reason, Reject
 from rayseg.tracking import bundle as bundles
 from rayseg.tracking import registry
 
 _ROWS_PER_TASK = 32
 _CPUS_PER_ACTOR = 1
-_COLUMNS = ("row_id", "patient_key", "uri", "mask_uri")
+_COLUMNS = ("row_id", "patient_key", "uri", "frame", "mask_uri")
 # A row with its counts, or with the reason why there are none. `prediction` is the mask (uint8, rows x columns, zlib)
 # where it or the truth has foreground, null elsewhere.
 SCORED = pa.schema(
     [
-        *((name, pa.string()) for name in _COLUMNS),
+        *(PREPARED.field(name) for name in _COLUMNS),
         *((name, pa.int64()) for name in ("tp", "fp", "fn", "tn")),
         ("prediction", pa.binary()),
         ("reason", pa.string()),
@@ -153,6 +153,7 @@ class _Scorer:
             for name, content in ray.get(bundle).items():
                 Path(folder, name).write_bytes(content)
             self._predictor = Predictor.load(folder)
+        self._object = ("", b"")  # the URI and bytes of the last one: the next row may be another frame of it
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         return pa.Table.from_pylist([row | self._score(row) for row in rows.to_pylist()], schema=SCORED)
@@ -172,7 +173,9 @@ class _Scorer:
         return dataclasses.asdict(found) | {"prediction": zlib.compress(prediction.tobytes(), 1) if shown else None}
 
     def _masks(self, row: dict[str, Any]) -> tuple[np.ndarray, np.ndarray] | Reject:
-        (result,) = self._predictor.segment([storage.read(row["uri"])])
+        if self._object[0] != row["uri"]:
+            self._object = row["uri"], storage.read(row["uri"])
+        (result,) = self._predictor.segment([self._object[1]], [row["frame"]])
         if isinstance(result, Reject):
             return result
         truth = read_truth(row["mask_uri"], result.mask.shape, self._labels)

@@ -172,7 +172,7 @@ def _spread(rows: list[dict[str, Any]], wanted: int) -> list[dict[str, Any]]:
 
 
 def _picture(row: dict[str, Any], preprocess: Preprocess, labels: Labels) -> bytes:
-    slice = read_slice(storage.read(row["uri"]))
+    slice = read_slice(storage.read(row["uri"]), row["frame"])
     assert not isinstance(slice, Reject), "was read a moment ago"
     rows, columns = slice.stored.shape
     truth = read_truth(row["mask_uri"], (rows, columns), labels)
