@@ -10,7 +10,7 @@ from itertools import pairwise
 from rayseg.records import Reason, Reject
 
 MAX_SCANS = 64  # of a JPEG, each a pass over the whole image; progressive ones have about ten
-MAX_TILES = 4096  # of a JPEG 2000, for each of which decoders keep kilobytes; tiles of 128 x 128 make the largest frame
+MAX_TILES = 1024  # of a JPEG 2000, kilobytes each to a decoder; with tiles of 256 x 256 they make the largest frame
 
 _ITEM, _DELIMITER = b"\xfe\xff\x00\xe0", b"\xfe\xff\xdd\xe0"
 _SIZ = b"\xff\x4f\xff\x51"  # how a JPEG 2000 codestream begins: SOC and SIZ

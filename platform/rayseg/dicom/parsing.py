@@ -190,18 +190,18 @@ def frame_elements(dataset: Dataset, frame: int) -> dict[int, RawDataElement]:
     """What the functional groups say of one frame, the frame's own groups above those that all frames share."""
     found: dict[int, RawDataElement] = {}
     for keyword, place in (("SharedFunctionalGroupsSequence", 0), ("PerFrameFunctionalGroupsSequence", frame)):
-        for groups in _items(dataset, _TAGS[keyword])[place : place + 1]:
+        for groups in _item(dataset, _TAGS[keyword], place):
             for sequence, tags in _GROUPS.items():
-                for item in _items(groups, sequence)[:1]:
+                for item in _item(groups, sequence):
                     elements = {tag: item.get_item(tag) for tag in tags if tag in item}
                     found |= {tag: one for tag, one in elements.items() if isinstance(one, RawDataElement)}
     return found
 
 
-def _items(dataset: Dataset, tag: int) -> list[Dataset]:
-    """The items of a sequence; none where it is absent or no sequence."""
+def _item(dataset: Dataset, tag: int, place: int = 0) -> list[Dataset]:
+    """The item at `place` of a sequence; none where it has no such item or is absent or no sequence."""
     try:
-        return list(dataset[tag].value) if tag in dataset else []
+        return list(dataset[tag].value[place : place + 1]) if tag in dataset else []
     except Exception:  # pydicom parses nested sequences when they are asked for, and raises many types
         return []
 
