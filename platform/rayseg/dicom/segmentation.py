@@ -21,7 +21,7 @@ from pydicom.sr.coding import Code
 
 from rayseg.dicom.parsing import silence_libraries
 from rayseg.dicom.reading import slice_uid
-from rayseg.dicom.sources import Source, attributes, name_frames
+from rayseg.dicom.sources import PLAIN_CLASS, Source, attributes, name_sources
 from rayseg.records import Reason, Reject
 
 Kind = Literal["BINARY", "LABELMAP"]
@@ -86,21 +86,22 @@ def encode(
             raise ValueError(f"mask {mask.dtype} {mask.shape}: expected uint8 {(dataset.Rows, dataset.Columns)}")
         if mask.max() > len(labels):
             raise ValueError(f"mask holds {mask.max()}, labels name 1 to {len(labels)}")
-        slices.append(Source(dataset, mask, dataset.SOPInstanceUID, frame))
+        slices.append(Source(dataset, mask, str(dataset.SOPClassUID), str(dataset.SOPInstanceUID), frame))
     datasets = [one.dataset for one in slices]
     if len({(s.StudyInstanceUID, s.SeriesInstanceUID, s.FrameOfReferenceUID, s.Rows, s.Columns) for s in datasets}) > 1:
         return Reject(Reason.SERIES_MIXED, "slices of several series, frames of reference or sizes")
-    slices.sort(key=lambda one: (_along_normal_mm(one.dataset), one.instance_uid, one.frame or 0))
+    slices.sort(key=lambda one: (_along_normal_mm(one.dataset), one.sop_instance_uid, one.frame or 0))
     datasets = [one.dataset for one in slices]
     if "SliceThickness" not in datasets[0]:
         datasets[0].SliceThickness = _nominal_thickness(datasets)
     name, version = _long_string(model_name), _long_string(model_version)
-    named = sorted(slice_uid(one.instance_uid, one.frame) for one in slices)
+    named = sorted(slice_uid(one.sop_instance_uid, one.frame) for one in slices)
     identity = [named, model_name, model_version, digest, kind]
     content_date, content_time = _content_time(datasets)
     for one in slices:
+        one.dataset.SOPClassUID = PLAIN_CLASS
         if one.frame is not None:
-            one.dataset.SOPInstanceUID = _uid("frame", [one.instance_uid, one.frame])
+            one.dataset.SOPInstanceUID = _uid("frame", [one.sop_instance_uid, one.frame])
     try:
         segmentation = highdicom.seg.Segmentation(
             source_images=datasets,
@@ -124,7 +125,7 @@ def encode(
             omit_empty_frames=False,
             transfer_syntax_uid=uid.RLELossless if kind == "LABELMAP" else uid.ExplicitVRLittleEndian,
         )
-        name_frames(segmentation, slices)
+        name_sources(segmentation, slices)
         return _fixed_bytes(segmentation, identity)
     except Exception as error:  # highdicom refuses what it cannot express by many types; its text may identify
         return Reject(Reason.WRITE_FAILED, f"the segmentation cannot be made: {type(error).__name__}")

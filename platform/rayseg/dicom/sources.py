@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pydicom
+from pydicom import uid
 from pydicom.datadict import dictionary_VM, dictionary_VR
 from pydicom.dataset import Dataset
 from pydicom.valuerep import validate_value
@@ -58,16 +59,21 @@ _GROUPS = {
 }
 
 
+PLAIN_CLASS = str(uid.CTImageStorage)  # of a stand-in
+
+
 @dataclass(frozen=True, eq=False)
 class Source:
-    """A slice to encode. To highdicom a frame is an object of its own, under a UID that `name_frames` replaces.
+    """A slice to encode. To highdicom a frame is an object of its own, of a class of single images.
 
     So one segmentation can be of some frames only, of several multi-frame objects, and of objects of both kinds.
+    `name_sources` puts the names right in the end.
     """
 
-    dataset: Dataset
+    dataset: Dataset  # what `attributes` gives, under the stand-in's names
     mask: np.ndarray
-    instance_uid: str
+    sop_class_uid: str
+    sop_instance_uid: str
     frame: int | None
 
 
@@ -124,30 +130,32 @@ def _value(dataset: Dataset, keyword: str) -> Any | None:
         return None
 
 
-def name_frames(segmentation: Dataset, slices: Sequence[Source]) -> None:
-    """Replaces the UIDs that stand for frames by the objects' own ones and the frames' numbers."""
-    frames = {one.dataset.SOPInstanceUID: one for one in slices if one.frame is not None}
-    if not frames:
-        return
+def name_sources(segmentation: Dataset, sources: Sequence[Source]) -> None:
+    """Replaces the names that stand for sources by their own ones, with the numbers of frames."""
+    by_name = {source.dataset.SOPInstanceUID: source for source in sources}
     groups = [*segmentation.SharedFunctionalGroupsSequence, *segmentation.PerFrameFunctionalGroupsSequence]
-    derivations = [item for group in groups for item in group.get("DerivationImageSequence", [])]
-    sources = [item for derivation in derivations for item in derivation.SourceImageSequence]
-    listed = [series.ReferencedInstanceSequence for series in segmentation.ReferencedSeriesSequence]
+    for derivation in (item for group in groups for item in group.get("DerivationImageSequence", [])):
+        for item in derivation.SourceImageSequence:
+            source = by_name.get(item.ReferencedSOPInstanceUID)
+            if source is not None:  # else done already: the frames of several segments share their items
+                item.update(_reference(source, [source.frame]))
+    objects: dict[str, list[Source]] = {}
+    for one in sources:
+        objects.setdefault(one.sop_instance_uid, []).append(one)
+    for series in segmentation.ReferencedSeriesSequence:
+        series.ReferencedInstanceSequence = [_reference(found[0], []) for found in objects.values()]
     if "SourceImageSequence" in segmentation:
-        listed.append(segmentation.SourceImageSequence)
-    for item in [*sources, *(item for items in listed for item in items)]:
-        one = frames.get(item.ReferencedSOPInstanceUID)
-        if one is not None:
-            item.ReferencedSOPInstanceUID = one.instance_uid
-            item.ReferencedFrameNumber = (one.frame or 0) + 1
-    for items in listed:  # each object once, with all of its frames
-        numbers: dict[str, list[int]] = {}
-        kept: dict[str, Dataset] = {}
-        for item in items:
-            kept.setdefault(item.ReferencedSOPInstanceUID, item)
-            if "ReferencedFrameNumber" in item:
-                numbers.setdefault(item.ReferencedSOPInstanceUID, []).append(int(item.ReferencedFrameNumber))
-        items[:] = kept.values()
-        for item in items:
-            if "ReferencedFrameNumber" in item:
-                item.ReferencedFrameNumber = sorted(numbers[item.ReferencedSOPInstanceUID])
+        segmentation.SourceImageSequence = [
+            _reference(found[0], [source.frame for source in found]) for found in objects.values()
+        ]
+
+
+def _reference(source: Source, frames: Sequence[int | None]) -> Dataset:
+    """A reference to the source's object, or to frames of it, which are counted from 1."""
+    reference = Dataset()
+    reference.ReferencedSOPClassUID = source.sop_class_uid
+    reference.ReferencedSOPInstanceUID = source.sop_instance_uid
+    numbers = sorted(frame + 1 for frame in frames if frame is not None)
+    if numbers:
+        reference.ReferencedFrameNumber = numbers if len(numbers) > 1 else numbers[0]
+    return reference
