@@ -305,9 +305,9 @@ def test_segmentation_refers_to_frames(enhanced: Enhanced, as_file: AsFile, kind
 def test_one_segmentation_of_several_objects(enhanced: Enhanced, as_file: AsFile, tmp_path: Path) -> None:
     """Two multi-frame objects and one of a single frame make one series."""
     sources = [
-        as_file(enhanced(WORDS_NHW[:2], [(0, 0, 0), (0, 0, 1)], SOPInstanceUID="1.1")),
-        as_file(enhanced(WORDS_NHW[:2], [(0, 0, 2), (0, 0, 3)], SOPInstanceUID="1.2")),
-        as_file(enhanced(WORDS_NHW[:1], [(0, 0, 4)], SOPInstanceUID="1.3")),
+        as_file(enhanced(WORDS_NHW[:2], [(0, 0, 0), (0, 0, 1)], SOPInstanceUID="1.2.3.11")),
+        as_file(enhanced(WORDS_NHW[:2], [(0, 0, 2), (0, 0, 3)], SOPInstanceUID="1.2.3.12")),
+        as_file(enhanced(WORDS_NHW[:1], [(0, 0, 4)], SOPInstanceUID="1.2.3.13")),
     ]
     masks = masks_of(5)
     frames = [0, 1, 0, 1, None]
@@ -315,7 +315,7 @@ def test_one_segmentation_of_several_objects(enhanced: Enhanced, as_file: AsFile
     assert isinstance(data, bytes), data
     assert_valid(data, tmp_path / "seg.dcm")
     own = decode(data)
-    for name, mask in zip(("1.1#0", "1.1#1", "1.2#0", "1.2#1", "1.3"), masks, strict=True):
+    for name, mask in zip(("1.2.3.11#0", "1.2.3.11#1", "1.2.3.12#0", "1.2.3.12#1", "1.2.3.13"), masks, strict=True):
         np.testing.assert_array_equal(own[name], mask)
 
 

@@ -1,10 +1,11 @@
-"""Grey PNG, JPEG and TIFF images: bytes to stored values, or a reason why not."""
+"""PNG, JPEG and TIFF images: bytes to stored values, or a reason why not."""
 
 from io import BytesIO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from rayseg.dicom.pixels import luminance
 from rayseg.records import Reason, Reject
 
 _MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"II*\0", b"MM\0*")
@@ -17,7 +18,7 @@ def is_image(data: bytes) -> bool:
 
 
 def decode(data: bytes, max_pixels: int) -> np.ndarray | Reject:
-    """Decodes one grey image, or a colour one whose three channels are equal; transparency is ignored.
+    """Decodes one image; colours become their luminance as those of DICOM objects do, transparency is ignored.
 
     Returns:
         (rows, columns) uint8, uint16 or int32.
@@ -45,7 +46,4 @@ def _grey(image: Image.Image) -> np.ndarray | Reject:
         return np.asarray(image.convert("L"))
     if image.mode not in ("RGB", "RGBA", "P", "RGBX"):
         return Reject(Reason.UNSUPPORTED_PIXELS, f"an image of mode {image.mode}")
-    red_HW, green_HW, blue_HW = (np.asarray(channel) for channel in image.convert("RGB").split())
-    if not (np.array_equal(red_HW, green_HW) and np.array_equal(red_HW, blue_HW)):
-        return Reject(Reason.UNSUPPORTED_PIXELS, "a colour image")
-    return red_HW
+    return luminance(np.asarray(image.convert("RGB")))
