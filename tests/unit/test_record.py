@@ -31,7 +31,8 @@ def row(folder: Path, patient: str, number: int, prediction: np.ndarray, truth: 
     fp, fn = int(prediction.sum()) - tp, int(truth.sum()) - tp
     return {
         "row_id": f"id-{name}", "patient_key": patient, "reason": None, "detail": None,
-        "uri": str(folder / "images" / name), "masks": [{"uri": str(folder / "masks" / name), "label": None}],
+        "uri": str(folder / "images" / name), "frame": None,
+        "masks": [{"uri": str(folder / "masks" / name), "label": None}],
         "tp": [tp], "fp": [fp], "fn": [fn], "tn": [truth.size - tp - fp - fn],
         "prediction": zlib.compress(prediction.tobytes()) if tp + fp + fn else None,
     }  # fmt: skip
@@ -145,10 +146,10 @@ def test_the_tag_names_the_rows_and_labels_whatever_their_order(rows: list[dict[
 def test_truth_is_empty_without_a_mask_and_refused_on_another_grid(tmp_path: Path) -> None:
     Image.fromarray(block(3) * 200).save(tmp_path / "mask.png")
     uri = str(tmp_path / "mask.png")
-    masks = [{"uri": uri, "label": None}]
+    row = {"masks": [{"uri": uri, "label": None}], "frame": None}
     slice, other = (Slice(np.zeros((SIDE, SIDE + more), np.uint8), 1.0, 0.0, None) for more in (0, 1))
-    assert np.array_equal(read_truth(masks, slice, Labels(threshold=127)), block(3))
-    assert not np.any(read_truth([], slice, Labels()))
-    refused = read_truth(masks, other, Labels())
+    assert np.array_equal(read_truth(row, slice, Labels(threshold=127)), block(3))
+    assert not np.any(read_truth(row | {"masks": []}, slice, Labels()))
+    refused = read_truth(row, other, Labels())
     assert isinstance(refused, Reject)
     assert refused.reason is Reason.MASK_MISMATCH

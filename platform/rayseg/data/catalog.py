@@ -48,7 +48,10 @@ class CatalogConfig:
 
 @dataclass(frozen=True)
 class CatalogResult:
-    """What was found; `patients` and `series` count those with an accepted object."""
+    """What was found; `accepted` and `rejected` count rows of the manifest, which are slices: a frame each.
+
+    `patients` and `series` count those with an accepted slice.
+    """
 
     manifest: str
     objects: int
@@ -61,7 +64,7 @@ class CatalogResult:
 
 
 def catalog(config: CatalogConfig) -> CatalogResult:
-    """Reads the header of every object below the source and writes the manifest, one row an object.
+    """Reads the header of every object below the source and writes the manifest, one row an object or frame.
 
     The rows of a series stand together in the order of its slices, series in the order of their first URI. All objects
     of a series that cannot be used as one are rejected with the series' reason.
@@ -80,15 +83,15 @@ def catalog(config: CatalogConfig) -> CatalogResult:
     accepted = [row for row in rows if row["verdict"] == "ok"]
     reasons = dict(sorted(Counter(row["reason"] for row in rows if row["verdict"] != "ok").items()))
     rejected = len(rows) - len(accepted)
-    logger.info("catalog: %d objects, %d accepted, rejected: %s", len(rows), len(accepted), reasons or "none")
+    logger.info("catalog: %d objects, %d accepted, rejected: %s", len(objects), len(accepted), reasons or "none")
     if rejected > config.max_reject_fraction * len(rows):
         raise ValueError(
-            f"catalog: {rejected} of {len(rows)} objects rejected, over max_reject_fraction "
+            f"catalog: {rejected} of {len(rows)} rows rejected, over max_reject_fraction "
             f"{config.max_reject_fraction}: {_counted(reasons)}; the manifest {output} names each"
         )
     return CatalogResult(
         manifest=output,
-        objects=len(rows),
+        objects=len(objects),
         accepted=len(accepted),
         rejected=rejected,
         reasons=reasons,
@@ -147,8 +150,8 @@ def _headers(plan: pa.Table, config: CatalogConfig, pseudonyms: Pseudonyms) -> l
     with tqdm(total=len(plan), desc="catalog: headers", unit=" objects", disable=None) as progress:
         for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
             rows.extend(batch.to_pylist())
-            progress.update(len(batch))
-    assert len(rows) == len(plan), "every object is one row"
+            progress.update(len(batch["index"].unique()))
+    assert len({row["index"] for row in rows}) == len(plan), "every object is one row or, of frames, several"
     rows.sort(key=lambda row: row.pop("index"))
     return rows
 
@@ -161,10 +164,10 @@ def _read_headers(plan: pa.Table, layout: Layout, pseudonyms: Pseudonyms) -> pa.
     needs_mask = layout.masks is not None and layout.missing_mask == "reject"
     rows = []
     for index, item, beginning in zip(indexes, items, beginnings, strict=True):
-        row = manifest.row(item, beginning, pseudonyms)
-        if row["verdict"] == "ok" and layout.groups is not None and item.group is None:
-            row = manifest.refused(row, Reject(Reason.MISSING_ATTRIBUTE, "not in the layout's CSV of groups"))
-        elif row["verdict"] == "ok" and needs_mask and not item.masks:
-            row = manifest.refused(row, Reject(Reason.NO_MASK))
-        rows.append({"index": index, **row})
+        for row in manifest.rows(item, beginning, pseudonyms):
+            if row["verdict"] == "ok" and layout.groups is not None and item.group is None:
+                row = manifest.refused(row, Reject(Reason.MISSING_ATTRIBUTE, "not in the layout's CSV of groups"))
+            elif row["verdict"] == "ok" and needs_mask and not item.masks:
+                row = manifest.refused(row, Reject(Reason.NO_MASK))
+            rows.append({"index": index, **row})
     return pa.Table.from_pylist(rows, schema=_FOUND)

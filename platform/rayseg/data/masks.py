@@ -8,6 +8,7 @@ import numpy as np
 import pydicom
 from PIL import Image
 from pydicom import uid
+from pydicom.pixels import pixel_array
 
 from rayseg.data.labels import Labels
 from rayseg.dicom import image_files, segments
@@ -36,7 +37,11 @@ class Layer:
 
 
 def truth(
-    masks: Sequence[tuple[bytes, str | None]], shape: tuple[int, int], labels: Labels, header: Header | None = None
+    masks: Sequence[tuple[bytes, str | None]],
+    shape: tuple[int, int],
+    labels: Labels,
+    header: Header | None = None,
+    frame: int | None = None,
 ) -> np.ndarray | Reject:
     """The classes of a slice from its masks; all background where it has none.
 
@@ -45,6 +50,7 @@ def truth(
         shape: rows and columns of the slice.
         labels: the classes.
         header: of the slice, where it is a DICOM object: a segmentation's frames refer to it.
+        frame: of the slice in an object of several; a mask that is no segmentation has as many, in the same order.
 
     Returns:
         uint8 (rows, columns), class indices; of overlapping classes the later one.
@@ -52,7 +58,7 @@ def truth(
     classes = np.zeros(shape, np.uint8)
     uncovered = 0
     for data, source in masks:
-        layers = read_mask(data, source, labels.by_value, header)
+        layers = read_mask(data, source, labels.by_value, header, frame)
         if isinstance(layers, Reject):
             if layers.reason != Reason.NO_MASK:
                 return layers
@@ -71,7 +77,11 @@ def truth(
 
 
 def read_mask(
-    data: bytes, source: str | None = None, by_value: bool = False, header: Header | None = None
+    data: bytes,
+    source: str | None = None,
+    by_value: bool = False,
+    header: Header | None = None,
+    frame: int | None = None,
 ) -> list[Layer] | Reject:
     """The layers of a mask: one, or as many as a segmentation has segments in the slice.
 
@@ -80,6 +90,7 @@ def read_mask(
         source: the `{label}` of its path.
         by_value: whether a palette's indices are wanted, and not the colours that they show.
         header: of the slice, for a segmentation.
+        frame: of the slice, in an object of several.
 
     Returns:
         The layers, none where a segmentation that refers to the slice has nothing in it; NO_MASK where it does not
@@ -89,6 +100,8 @@ def read_mask(
         return Reject(Reason.EMPTY_OBJECT, "mask")
     silence_libraries()
     if image_files.is_image(data) or data.startswith(b"BM"):
+        if frame is not None:
+            return Reject(Reason.MASK_MISMATCH, "one mask image for an object of several frames")
         return _of_image(data, source, by_value)
     parsed = parse(data)
     if isinstance(parsed, Reject):
@@ -96,7 +109,7 @@ def read_mask(
     try:
         if str(parsed.dataset.get("SOPClassUID", "")) in segments.SOP_CLASSES:
             return _of_segmentation(parsed.data, header)
-        return _of_dicom(parsed.data, parsed.transfer_syntax_uid, source)
+        return _of_dicom(parsed.data, parsed.transfer_syntax_uid, source, frame)
     except Exception as error:  # pydicom's decoders raise a dozen types on bad bytes
         return Reject(Reason.DECODE_FAILED, f"mask: {type(error).__name__}")
 
@@ -120,24 +133,25 @@ def _of_image(data: bytes, source: str | None, by_value: bool) -> list[Layer] | 
     return [Layer(values, source, lossy)]
 
 
-def _of_dicom(data: bytes, transfer_syntax_uid: str, source: str | None) -> list[Layer] | Reject:
+def _of_dicom(data: bytes, transfer_syntax_uid: str, source: str | None, frame: int | None) -> list[Layer] | Reject:
     """Stored values: neither rescaled nor inverted nor padded, which all are about showing an image."""
     dataset = pydicom.dcmread(io.BytesIO(data), force=True)
     if "PixelData" not in dataset:
         return Reject(Reason.NO_PIXELS, "mask")
     if dataset.Rows * dataset.Columns > _MAX_PIXELS:
         return Reject(Reason.TOO_LARGE, f"mask of {dataset.Rows} x {dataset.Columns} pixels")
-    if int(dataset.get("NumberOfFrames") or 1) > 1:
-        return Reject(Reason.UNSUPPORTED_MULTIFRAME, "mask")
+    frames = int(dataset.get("NumberOfFrames") or 1)
+    if (frame is None and frames > 1) or (frame is not None and frame >= frames):
+        return Reject(Reason.MASK_MISMATCH, f"a mask of {frames} frames")
     if "TransferSyntaxUID" not in dataset.file_meta:
         dataset.file_meta.TransferSyntaxUID = transfer_syntax_uid
-    return [Layer(dataset.pixel_array, source, transfer_syntax_uid in _LOSSY)]
+    return [Layer(pixel_array(dataset, index=frame or 0), source, transfer_syntax_uid in _LOSSY)]
 
 
 def _of_segmentation(data: bytes, header: Header | None) -> list[Layer] | Reject:
     if header is None:
         return Reject(Reason.NO_MASK, "a DICOM segmentation refers to DICOM instances, and the image is none")
-    found = segments.of_instance(data, header.sop_instance_uid)
+    found = segments.of_instance(data, header.sop_instance_uid, header.frame)
     if isinstance(found, Reject):
         return found
     return [Layer(np.where(inside, np.int32(number), 0), label) for number, label, inside in found]

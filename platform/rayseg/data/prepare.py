@@ -20,6 +20,7 @@ from rayseg.data.prepared import DESCRIPTION, VERSION
 from rayseg.data.preprocess import Preprocess
 from rayseg.data.samples import PLAN, limited, write_shards
 from rayseg.data.split import SPLITS, Split, check_leak
+from rayseg.dicom.reading import slice_uid
 from rayseg.records import REJECTS
 
 logger = logging.getLogger(__name__)
@@ -102,7 +103,7 @@ def prepare(config: PrepareConfig) -> PrepareResult:
     filled = [shard for shard in written if shard["rows"]]
     shards = {split: [shard for shard in filled if shard["path"].startswith(f"split={split}/")] for split in SPLITS}
     rows = {split: sum(shard["rows"] for shard in shards[split]) for split in SPLITS}
-    refused = {reject["uri"] for reject in rejects}
+    refused = {(reject["uri"], reject["frame"]) for reject in rejects}
     description = {
         "version": VERSION,
         "digest": digest,
@@ -115,7 +116,7 @@ def prepare(config: PrepareConfig) -> PrepareResult:
         "rows": rows,
         "shards": {split: [shard["path"] for shard in shards[split]] for split in SPLITS},
         "positive": sum(shard["positive"] for shard in written),
-        "patients": len({sample["patient_key"] for sample in samples if sample["uri"] not in refused}),
+        "patients": len({sample["patient_key"] for sample in samples if _slice(sample) not in refused}),
         "reasons": reasons,
     }
     _refuse_empty(rows, config.split, "rows are left")
@@ -177,9 +178,9 @@ def _samples(manifest: pa.Table, config: PrepareConfig) -> list[dict[str, Any]]:
     config.labels.check_sources({mask["label"] for row in accepted for mask in row["masks"]} - {None})
     samples = [
         {
-            "row_id": hashlib.sha256(row["uri"].encode()).hexdigest(),
+            "row_id": hashlib.sha256(slice_uid(row["uri"], row["frame"]).encode()).hexdigest(),
             "split": config.split.assign(row["patient_key"]),
-            **{name: row[name] for name in ("patient_key", "series_key", "uri", "masks")},
+            **{name: row[name] for name in ("patient_key", "series_key", "uri", "frame", "masks")},
         }
         for row in limited(accepted, config.limit)
     ]
@@ -189,6 +190,10 @@ def _samples(manifest: pa.Table, config: PrepareConfig) -> list[dict[str, Any]]:
     # Training reads neighbouring rows together: they should not be neighbouring slices of one patient.
     by_split["train"].sort(key=lambda sample: sample["row_id"])
     return [sample for split in SPLITS for sample in by_split[split]]
+
+
+def _slice(row: dict[str, Any]) -> tuple[str, int | None]:
+    return row["uri"], row["frame"]
 
 
 def _refuse_empty(rows: Counter[str] | dict[str, int], split: Split, what: str) -> None:

@@ -11,7 +11,7 @@ from rayseg.data.preprocess import Preprocess
 from rayseg.records import PREPARED
 
 DESCRIPTION = "_prepared.json"
-VERSION = 1  # of the format and of what preparing does: another number makes older sets stale
+VERSION = 2  # of the format and of what preparing does: another number makes older sets stale
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Samples: which accepted rows are taken, and how a task turns them into a shard of pixels."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,11 @@ from rayseg.data.labels import Labels
 from rayseg.data.manifest import read_failure
 from rayseg.data.masks import truth
 from rayseg.data.preprocess import Preprocess
-from rayseg.dicom.reading import read_slice
+from rayseg.dicom.reading import Slice, read_slice, read_slices
 from rayseg.records import PREPARED, REJECTS, Reason, Reject
 
-_SAMPLE = ("row_id", "patient_key", "series_key", "uri", "masks", "split")  # known before any object is read
+# What is known before any object is read.
+_SAMPLE = ("row_id", "patient_key", "series_key", "uri", "frame", "masks", "split")
 # A shard to write.
 PLAN = pa.schema([("path", pa.string()), ("samples", pa.list_(pa.struct([PREPARED.field(name) for name in _SAMPLE])))])
 # A shard as it came out; without rows it has no file.
@@ -59,14 +61,15 @@ def write_shards(plan: pa.Table, output: str, preprocess: Preprocess, labels: La
     """
     written = []
     for shard in plan.to_pylist():
-        rows, rejects = [], []
-        for sample, image, masks in _read(shard["samples"]):
-            made = make(image, masks, preprocess, labels)
+        samples, found, rejects = shard["samples"], {}, []
+        for place, image, masks in _read(samples, preprocess.color):
+            made = make(image, masks, preprocess, labels, samples[place]["frame"])
             if isinstance(made, Reject):
-                told = {name: sample[name] for name in ("uri", "patient_key", "series_key")}
+                told = {name: samples[place][name] for name in ("uri", "frame", "patient_key", "series_key")}
                 rejects.append({**told, "stage": "prepare", "reason": made.reason.value, "detail": made.detail})
             else:
-                rows.append(sample | made)
+                found[place] = samples[place] | made
+        rows = [found[place] for place in sorted(found)]
         if rows:
             table = pa.Table.from_pylist(rows, schema=PREPARED)
             storage.write_table(storage.join(output, shard["path"]), table, row_group_rows)
@@ -77,19 +80,42 @@ def write_shards(plan: pa.Table, output: str, preprocess: Preprocess, labels: La
 
 def _read(
     samples: list[dict[str, Any]],
-) -> Iterator[tuple[dict[str, Any], bytes | OSError, list[tuple[bytes | OSError, str | None]]]]:
-    """Each sample with its image's bytes and its masks' bytes and labels, some read ahead."""
-    uris = (uri for sample in samples for uri in (sample["uri"], *(mask["uri"] for mask in sample["masks"])))
-    objects = storage.read_each(uris)
-    for sample in samples:
-        yield sample, next(objects), [(next(objects), mask["label"]) for mask in sample["masks"]]
+    color: bool,
+) -> Iterator[tuple[int, bytes | OSError | Slice | Reject, list[tuple[bytes | OSError, str | None]]]]:
+    """Each sample's place, with its image, and its masks' bytes and labels, some read ahead.
+
+    The image is the object's bytes or the slice of a frame. An object of which there are several frames is read once,
+    and so is a mask that the next image has too.
+    """
+    places: dict[str, list[int]] = {}
+    for place, sample in enumerate(samples):
+        places.setdefault(sample["uri"], []).append(place)
+    masks = {
+        uri: dict.fromkeys(mask["uri"] for place in of_uri for mask in samples[place]["masks"])
+        for uri, of_uri in places.items()
+    }
+    before: list[dict[str, None]] = [{}, *masks.values()]
+    fresh = {uri: [mask for mask in masks[uri] if mask not in last] for uri, last in zip(places, before, strict=False)}
+    objects = storage.read_each(uri for image in places for uri in (image, *fresh[image]))
+    held: dict[str, bytes | OSError] = {}
+    for uri, of_uri in places.items():
+        image = next(objects)
+        held = {mask: data for mask, data in held.items() if mask in masks[uri]}
+        held |= {mask: next(objects) for mask in fresh[uri]}
+        frames = [samples[place]["frame"] for place in of_uri]
+        slices: Iterable[bytes | OSError | Slice | Reject] = repeat(image, len(frames))
+        if isinstance(image, bytes) and frames[0] is not None:
+            slices = read_slices(image, frames, color)
+        for place, slice in zip(of_uri, slices, strict=True):
+            yield place, slice, [(held[mask["uri"]], mask["label"]) for mask in samples[place]["masks"]]
 
 
 def make(
-    image: bytes | OSError,
+    image: bytes | OSError | Slice | Reject,
     masks: Sequence[tuple[bytes | OSError, str | None]],
     preprocess: Preprocess,
     labels: Labels,
+    frame: int | None = None,
 ) -> dict[str, Any] | Reject:
     """The columns foreground_pixels, image and mask of one sample, or why there are none; never raises."""
     try:
@@ -100,10 +126,10 @@ def make(
             if isinstance(mask, OSError):
                 return read_failure(mask, "mask")
             readable.append((mask, label))
-        slice = read_slice(image, preprocess.color)
+        slice = read_slice(image, color=preprocess.color) if isinstance(image, bytes) else image
         if isinstance(slice, Reject):
             return slice
-        classes = truth(readable, slice.shape, labels, slice.header)
+        classes = truth(readable, slice.shape, labels, slice.header, frame)
         if isinstance(classes, Reject):
             return classes
         # Nearest neighbour picks pixels: classes before it or after are the same, a mean of classes would be none.

@@ -5,6 +5,7 @@ from io import BytesIO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from rayseg.dicom.pixels import luminance
 from rayseg.records import Reason, Reject
 
 _MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"II*\0", b"MM\0*")
@@ -17,7 +18,9 @@ def is_image(data: bytes) -> bool:
 
 
 def decode(data: bytes, max_pixels: int, color: bool = False) -> np.ndarray | Reject:
-    """Decodes one grey image, or a colour one whose three channels are equal; transparency is ignored.
+    """Decodes one image; transparency is ignored.
+
+    Colours become their luminance, as those of DICOM objects do, unless `color` is set.
 
     Args:
         data: the file.
@@ -51,6 +54,5 @@ def _pixels(image: Image.Image, color: bool) -> np.ndarray | Reject:
     if image.mode not in ("RGB", "RGBA", "P", "RGBX"):
         return Reject(Reason.UNSUPPORTED_PIXELS, f"an image of mode {image.mode}")
     channels_HWC = np.asarray(image.convert("RGB"))
-    if all(np.array_equal(channels_HWC[..., 0], channels_HWC[..., other]) for other in (1, 2)):
-        return np.ascontiguousarray(channels_HWC[..., 0])
-    return channels_HWC if color else Reject(Reason.UNSUPPORTED_PIXELS, "a colour image: preprocess.color reads these")
+    grey = all(np.array_equal(channels_HWC[..., 0], channels_HWC[..., other]) for other in (1, 2))
+    return channels_HWC if color and not grey else luminance(channels_HWC)

@@ -27,18 +27,22 @@ class _Segmentation:
 
     dataset: Dataset
     labels: dict[int, str]  # SegmentLabel by SegmentNumber
-    frames: dict[str, list[tuple[int, int | None]]] = field(repr=False)  # by source: frame, segment (None: label map)
+    # By source instance: own frame, segment (None: a label map), and the frames of the source (empty: all of it)
+    frames: dict[str, list[tuple[int, int | None, frozenset[int]]]] = field(repr=False)
     sources: frozenset[str] = field(repr=False)  # instances that it says it is of, in a frame or not
 
 
-def of_instance(data: bytes, sop_instance_uid: str) -> list[tuple[int, str, np.ndarray]] | Reject:
-    """The segments in the plane of a source instance, in the order of their numbers.
+def of_instance(
+    data: bytes, sop_instance_uid: str, frame: int | None = None
+) -> list[tuple[int, str, np.ndarray]] | Reject:
+    """The segments in the plane of a source instance, or of one of its frames, in the order of their numbers.
 
     A fractional segment is where its value is at least half of the largest possible one.
 
     Args:
         data: BINARY, FRACTIONAL or LABELMAP, whose frames name their source images.
         sop_instance_uid: of the source instance.
+        frame: of a source of several frames, from 0.
 
     Returns:
         SegmentNumber, SegmentLabel and bool (rows, columns) of each segment with a frame there; NO_MASK where the
@@ -50,17 +54,19 @@ def of_instance(data: bytes, sop_instance_uid: str) -> list[tuple[int, str, np.n
     if sop_instance_uid not in found.sources:
         return Reject(Reason.NO_MASK, "the segmentation does not refer to the image")
     inside: dict[int, np.ndarray] = {}
-    for index, number in found.frames.get(sop_instance_uid, []):
-        frame = _frame(found.dataset, index)
-        if isinstance(frame, Reject):
-            return frame
+    for index, number, of_frames in found.frames.get(sop_instance_uid, []):
+        if frame is not None and of_frames and frame not in of_frames:
+            continue
+        values = _frame(found.dataset, index)
+        if isinstance(values, Reject):
+            return values
         if number is None:
-            planes = {int(value): frame == value for value in np.unique(frame) if value}
+            planes = {int(value): values == value for value in np.unique(values) if value}
         else:
             least = 1
             if found.dataset.SegmentationType == "FRACTIONAL":
                 least = max(1, -(-int(found.dataset.MaximumFractionalValue) // 2))
-            planes = {number: frame >= least}
+            planes = {number: values >= least}
         for segment, plane in planes.items():
             inside[segment] = inside[segment] | plane if segment in inside else plane
     return [(number, found.labels.get(number, ""), inside[number]) for number in sorted(inside)]
@@ -76,7 +82,7 @@ def _indexed(data: bytes) -> _Segmentation | Reject:
     if dataset.Rows * dataset.Columns > _MAX_PIXELS:
         return Reject(Reason.TOO_LARGE, f"mask of {dataset.Rows} x {dataset.Columns} pixels")
     shared = (dataset.get("SharedFunctionalGroupsSequence") or [Dataset()])[0]
-    frames: dict[str, list[tuple[int, int | None]]] = defaultdict(list)
+    frames: dict[str, list[tuple[int, int | None, frozenset[int]]]] = defaultdict(list)
     for index, groups in enumerate(dataset.get("PerFrameFunctionalGroupsSequence") or []):
         number = None
         if kind != "LABELMAP":
@@ -84,7 +90,11 @@ def _indexed(data: bytes) -> _Segmentation | Reject:
             number = int(identification[0].ReferencedSegmentNumber)
         for derivation in groups.get("DerivationImageSequence") or shared.get("DerivationImageSequence") or []:
             for source in derivation.get("SourceImageSequence") or []:
-                frames[str(source.ReferencedSOPInstanceUID)].append((index, number))
+                numbers = source.get("ReferencedFrameNumber") or []
+                of_frames = [numbers] if isinstance(numbers, int) else numbers
+                frames[str(source.ReferencedSOPInstanceUID)].append(
+                    (index, number, frozenset(int(one) - 1 for one in of_frames))
+                )
     if not frames:
         return Reject(Reason.MISSING_ATTRIBUTE, "mask: no frame has a DerivationImageSequence with a source image")
     listed = {

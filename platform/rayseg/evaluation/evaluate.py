@@ -33,7 +33,7 @@ from rayseg.tracking import registry
 
 _ROWS_PER_TASK = 32
 _CPUS_PER_ACTOR = 1
-_COLUMNS = ("row_id", "patient_key", "uri", "masks")
+_COLUMNS = ("row_id", "patient_key", "uri", "frame", "masks")
 # A row with its counts, one of each class, or with the reason why there are none. `prediction` is the mask (uint8,
 # rows x columns, zlib) where it or the truth has foreground, null elsewhere.
 SCORED = pa.schema(
@@ -149,6 +149,7 @@ class _Scorer:
             for name, content in ray.get(bundle).items():
                 Path(folder, name).write_bytes(content)
             self._predictor = Predictor.load(folder)
+        self._object = ("", b"")  # the URI and bytes of the last one: the next row may be another frame of it
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         return pa.Table.from_pylist([row | self._score(row) for row in rows.to_pylist()], schema=SCORED)
@@ -171,10 +172,12 @@ class _Scorer:
         }
 
     def _masks(self, row: dict[str, Any]) -> tuple[np.ndarray, np.ndarray] | Reject:
-        (result,) = self._predictor.segment([storage.read(row["uri"])])
+        if self._object[0] != row["uri"]:
+            self._object = row["uri"], storage.read(row["uri"])
+        (result,) = self._predictor.segment([self._object[1]], [row["frame"]])
         if isinstance(result, Reject):
             return result
-        truth = read_truth(row["masks"], result.slice, self._labels)
+        truth = read_truth(row, result.slice, self._labels)
         return truth if isinstance(truth, Reject) else (result.mask, truth)
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import io
 import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,13 +139,14 @@ def set_tag(split: str) -> str:
     return f"rayseg.{split}_set"
 
 
-def read_truth(masks: Sequence[Mapping[str, Any]], slice: Slice, labels: Labels) -> np.ndarray | Reject:
-    """The true classes of a slice, uint8 (rows, columns), from its masks (rows of `records.MASKS`).
+def read_truth(row: Mapping[str, Any], slice: Slice, labels: Labels) -> np.ndarray | Reject:
+    """The true classes of a slice, uint8 (rows, columns), by `masks` and `frame` of its prepared row.
 
     Raises:
         OSError: a mask cannot be read.
     """
-    return truth([(storage.read(mask["uri"]), mask["label"]) for mask in masks], slice.shape, labels, slice.header)
+    masks = [(storage.read(mask["uri"]), mask["label"]) for mask in row["masks"]]
+    return truth(masks, slice.shape, labels, slice.header, row["frame"])
 
 
 def _counts(row: dict[str, Any]) -> list[Counts]:
@@ -173,10 +174,10 @@ def _spread(rows: list[dict[str, Any]], wanted: int) -> list[dict[str, Any]]:
 
 
 def _picture(row: dict[str, Any], preprocess: Preprocess, labels: Labels) -> bytes:
-    slice = read_slice(storage.read(row["uri"]), preprocess.color)
+    slice = read_slice(storage.read(row["uri"]), row["frame"], preprocess.color)
     assert not isinstance(slice, Reject), "was read a moment ago"
     rows, columns = slice.shape
-    classes = read_truth(row["masks"], slice, labels)
+    classes = read_truth(row, slice, labels)
     assert not isinstance(classes, Reject), "was read a moment ago"
     # The same grey values that the network sees, on the slice's own grid.
     grey_HW = dataclasses.replace(preprocess, size=(rows, columns)).apply(slice)[..., 0]
