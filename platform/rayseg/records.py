@@ -53,7 +53,7 @@ MASKS = pa.list_(pa.struct([("uri", pa.string()), ("label", pa.string())]))
 MANIFEST = pa.schema(
     [
         ("uri", pa.string()),
-        ("frame", pa.int32()),  # of a multi-frame DICOM instance, from 0; null: the object is one image
+        ("frame", pa.int32()),  # of a multi-frame DICOM instance or a volume, from 0; null: the object is one image
         ("bytes", pa.int64()),  # of the object
         ("verdict", pa.string()),  # "ok" or "rejected"
         ("reason", pa.string()),  # a Reason value; null where ok

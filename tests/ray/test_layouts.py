@@ -1,8 +1,11 @@
 """Each layout that the README shows, from the raw folder through catalog and prepare, against the files as they are."""
 
 import contextlib
+import gzip
 import io
+import itertools
 import re
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +56,10 @@ def example(name: str, **changes: Any) -> tuple[Layout, Labels, Preprocess]:
     )
 
 
-def run(
-    source: Path, layout: Layout, labels: Labels, preprocess: Preprocess, **values: Any
-) -> dict[str, dict[str, Any]]:
-    """Catalogs and prepares; the samples by their path, with image and mask as arrays."""
+def run(source: Path, layout: Layout, labels: Labels, preprocess: Preprocess) -> dict[str, dict[str, Any]]:
+    """Catalogs, prepares and trains a little; the samples by path (and #frame), with image and mask as arrays."""
     output = source.parent / f"{source.name}-out"
-    cataloged = catalog(CatalogConfig(str(source), str(output / "manifest.parquet"), layout, **values))
+    cataloged = catalog(CatalogConfig(str(source), str(output / "manifest.parquet"), layout))
     result = prepare(
         PrepareConfig(cataloged.manifest, str(output / "set"), preprocess, labels, Split(val=0.0, test=0.0))
     )
@@ -69,7 +70,8 @@ def run(
     for row in found.read_rows("train").to_pylist():
         row["image"] = np.frombuffer(row["image"], np.uint8).reshape(found.shape)
         row["mask"] = np.frombuffer(row["mask"], np.uint8).reshape(found.shape[:2])
-        rows[row["uri"].removeprefix(f"{source}/")] = row
+        frame = "" if row["frame"] is None else f"#{row['frame']}"
+        rows[row["uri"].removeprefix(f"{source}/") + frame] = row
     return rows
 
 
@@ -235,6 +237,43 @@ def test_dicom_segmentations(tmp_path: Path, slices: list[tuple[bytes, np.ndarra
     assert {int(row["mask"].max()) for row in rows.values()} >= {1, 2}
     for number, (_, mask) in enumerate(slices):
         assert np.array_equal(rows[f"p{number // 3}/ct/{number % 3}.dcm"]["mask"], mask)
+
+
+def nifti(values: np.ndarray, affine: np.ndarray) -> bytes:
+    """A .nii.gz by the fields of nifti1.h, the affine as sform."""
+    header = bytearray(352)
+    struct.pack_into("<i", header, 0, 348)
+    struct.pack_into("<8h", header, 40, 3, *values.shape, 1, 1, 1, 1)
+    struct.pack_into("<2h", header, 70, {"uint8": 2, "int16": 4}[values.dtype.name], values.dtype.itemsize * 8)
+    struct.pack_into("<f", header, 108, 352)
+    struct.pack_into("<2h", header, 252, 0, 1)
+    struct.pack_into("<12f", header, 280, *affine[:3].ravel())
+    header[344:348] = b"n+1\0"
+    return gzip.compress(bytes(header) + values.tobytes(order="F"))
+
+
+def test_nifti_volumes(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    random = np.random.default_rng(8)
+    # Left, back, head; images are stored so, labels with their axes in another order and towards the front and right.
+    images = {patient: random.integers(-1000, 1000, (SIDE, 28, 3), np.int16) for patient in ("a", "b")}
+    marks = {patient: random.choice(np.array([0, 1, 2, 4], np.uint8), (SIDE, 28, 3)) for patient in images}
+    to_nifti = np.diag([-1.0, -1.0, 1.0, 1.0])
+    turned = np.array([[0, -1, 0, SIDE - 1], [0, 0, -1, 27], [5, 0, 0, 0], [0, 0, 0, 1.0]])
+    for patient, values in images.items():
+        storage.write(str(source / patient / "ct.nii.gz"), nifti(values, to_nifti @ np.diag([1, 1, 5, 1])))
+        label = marks[patient].transpose(2, 0, 1)[:, ::-1, ::-1]
+        storage.write(str(source / patient / "label.nii.gz"), nifti(label, to_nifti @ turned))
+    layout, labels, preprocess = example("NIfTI volumes, label volumes", percentiles=[0, 100])
+    rows = run(source, layout, labels, preprocess)
+    assert len(rows) == 6
+    assert len({row["patient_key"] for row in rows.values()}) == 2
+    for patient, index in itertools.product(images, range(3)):
+        row = rows[f"{patient}/ct.nii.gz#{index}"]
+        values = images[patient][:, :, index].T.astype(float)
+        expected = (values - values.min()) / (values.max() - values.min()) * 255
+        assert np.abs(row["image"][2:30, :, 0] - expected).max() <= 1  # 28 rows, centred
+        assert np.array_equal(row["mask"][2:30], np.array([0, 2, 1, 0, 2])[marks[patient][:, :, index].T])
 
 
 @pytest.mark.parametrize("name", ["hemorrhage-ct", "ischemic-ct"])

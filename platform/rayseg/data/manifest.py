@@ -7,7 +7,7 @@ from typing import Any
 from PIL import Image
 
 from rayseg import storage
-from rayseg.dicom import image_files, series
+from rayseg.dicom import image_files, nifti, series
 from rayseg.dicom.pseudonyms import Pseudonyms
 from rayseg.dicom.reading import Geometry, Header, read_headers
 from rayseg.records import Reason, Reject
@@ -108,6 +108,9 @@ def _describe(item: Item, beginning: bytes | OSError, pseudonyms: Pseudonyms) ->
         if size is None and not complete:
             size = _image_size(storage.read(item.uri))
         return Reject(Reason.NOT_AN_IMAGE) if size is None else [_of_image(item, size, pseudonyms)]
+    if nifti.is_nifti(beginning):
+        volume = nifti.read_volume(beginning)
+        return volume if isinstance(volume, Reject) else _of_volume(item, volume, pseudonyms)
     headers = read_headers(beginning, item.bytes)
     for length in (MORE_BYTES, item.bytes):
         provisional = isinstance(headers, Reject) and headers.reason != Reason.NOT_DICOM
@@ -139,6 +142,18 @@ def _of_image(item: Item, size: tuple[int, int], pseudonyms: Pseudonyms) -> dict
         "columns": size[1],
         "series_verdict": "ok",
     }
+
+
+def _of_volume(item: Item, volume: nifti.Volume, pseudonyms: Pseudonyms) -> list[dict[str, Any]]:
+    """One row a slice. Without the layout's patient each volume is one."""
+    keys = {
+        "kind": "image",
+        "patient_key": pseudonyms.key("patient", item.group or item.path),
+        "series_key": pseudonyms.key("series", item.path),
+        "instance_key": pseudonyms.key("instance", item.path),
+        "series_verdict": "ok",
+    }
+    return [{**keys, "frame": index, **volume.place(index)} for index in range(volume.slices)]
 
 
 def _of_dicom(item: Item, header: Header, pseudonyms: Pseudonyms) -> dict[str, Any]:

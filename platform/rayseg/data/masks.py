@@ -1,4 +1,4 @@
-"""Masks: the bytes of image files, DICOM images and DICOM segmentations to the class indices of one slice."""
+"""Masks: the bytes of image files, volumes, DICOM images and segmentations to the class indices of one slice."""
 
 import io
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from pydicom import uid
 from pydicom.pixels import pixel_array
 
 from rayseg.data.labels import Labels
-from rayseg.dicom import image_files, segments
+from rayseg.dicom import image_files, nifti, segments
 from rayseg.dicom.parsing import parse, silence_libraries
 from rayseg.dicom.reading import Header
 from rayseg.records import Reason, Reject
@@ -86,7 +86,7 @@ def read_mask(
     """The layers of a mask: one, or as many as a segmentation has segments in the slice.
 
     Args:
-        data: an image file (PNG, JPEG, TIFF, BMP), a DICOM image or a DICOM segmentation.
+        data: an image file (PNG, JPEG, TIFF, BMP), a NIfTI volume, a DICOM image or a DICOM segmentation.
         source: the `{label}` of its path.
         by_value: whether a palette's indices are wanted, and not the colours that they show.
         header: of the slice, for a segmentation.
@@ -103,6 +103,13 @@ def read_mask(
         if frame is not None:
             return Reject(Reason.MASK_MISMATCH, "one mask image for an object of several frames")
         return _of_image(data, source, by_value)
+    if nifti.is_nifti(data):
+        volume = nifti.labels(data)
+        if isinstance(volume, Reject):
+            return volume
+        if frame is None or frame >= len(volume):
+            return Reject(Reason.MASK_MISMATCH, f"a mask volume of {len(volume)} slices")
+        return [Layer(volume[frame], source)]
     parsed = parse(data)
     if isinstance(parsed, Reject):
         return Reject(Reason.NOT_AN_IMAGE if parsed.reason == Reason.NOT_DICOM else parsed.reason, "mask")

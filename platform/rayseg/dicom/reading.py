@@ -19,7 +19,7 @@ from typing import cast
 import numpy as np
 from pydicom import uid
 
-from rayseg.dicom import image_files, pixels, tables
+from rayseg.dicom import image_files, nifti, pixels, tables
 from rayseg.dicom.parsing import PIXEL_TAGS, Elements, Parsed, frame_elements, parse, silence_libraries
 from rayseg.records import Reason, Reject
 
@@ -188,11 +188,11 @@ def read_header(data: bytes, object_bytes: int | None = None) -> Header | Reject
 
 
 def read_slice(data: bytes, frame: int | None = None, color: bool = False) -> Slice | Reject:
-    """Reads one image: a DICOM object or, by its first bytes, a PNG, JPEG or TIFF file.
+    """Reads one image: a DICOM object or, by its first bytes, a PNG, JPEG or TIFF file or a slice of a NIfTI volume.
 
     Args:
         data: the whole object.
-        frame: of a multi-frame DICOM object, from 0; None for an object of one image, else UNSUPPORTED_MULTIFRAME.
+        frame: of a multi-frame DICOM object or a volume, from 0; None for one image, else UNSUPPORTED_MULTIFRAME.
         color: whether the colours of an image file are wanted; else, and for DICOM, they become their luminance.
     """
     return next(read_slices(data, [frame], color))
@@ -200,6 +200,9 @@ def read_slice(data: bytes, frame: int | None = None, color: bool = False) -> Sl
 
 def read_slices(data: bytes, frames: Sequence[int | None], color: bool = False) -> Iterator[Slice | Reject]:
     """Reads several frames of one object, each when it is asked for; parses the object once. See `read_slice`."""
+    if nifti.is_nifti(data):
+        yield from (_of_volume(data, frame) for frame in frames)
+        return
     found = _image_or_object(data, color)
     if isinstance(found, _Object):
         source = _pixel_data(found)
@@ -207,6 +210,22 @@ def read_slices(data: bytes, frames: Sequence[int | None], color: bool = False) 
     else:
         absent = Reject(Reason.MISSING_ATTRIBUTE, "NumberOfFrames")
         yield from (found if frame is None or isinstance(found, Reject) else absent for frame in frames)
+
+
+def _of_volume(data: bytes, frame: int | None) -> Slice | Reject:
+    """An axial slice of a NIfTI volume."""
+    try:
+        found = nifti.image(data)
+        if isinstance(found, Reject):
+            return found
+        stored, slope, intercept = found
+        if frame is None and len(stored) > 1:
+            return Reject(Reason.UNSUPPORTED_MULTIFRAME, "a NIfTI volume of several slices")
+        if not 0 <= (frame or 0) < len(stored):
+            return Reject(Reason.MISSING_ATTRIBUTE, "NIfTI: dim")
+        return Slice(stored[frame or 0], slope, intercept, None)
+    except Exception as error:
+        return Reject(Reason.INTERNAL, type(error).__name__)
 
 
 def _image_or_object(data: bytes, color: bool) -> Slice | _Object | Reject:
