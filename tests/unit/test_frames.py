@@ -90,6 +90,12 @@ def test_one_image_is_asked_for_without_a_frame_and_several_are_not(enhanced: En
     assert (one.rescale_slope, one.rescale_intercept) == (2.0, 0.0)
 
 
+def test_every_frame_has_the_identity_of_its_object(enhanced: Enhanced, as_file: AsFile) -> None:
+    headers = read_headers(as_file(enhanced(WORDS_NHW, SpecificCharacterSet="ISO_IR 192", PatientID="Müller-1")))
+    assert isinstance(headers, list)
+    assert {header.patient_id for header in headers} == {"Müller-1"}
+
+
 def test_missing_rescale_is_rejected_by_name(enhanced: Enhanced, as_file: AsFile) -> None:
     dataset = enhanced(WORDS_NHW)
     del dataset.PerFrameFunctionalGroupsSequence[2].PixelValueTransformationSequence
