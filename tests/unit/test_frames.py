@@ -208,6 +208,20 @@ def test_a_row_a_frame_in_the_order_of_positions(enhanced: Enhanced, as_file: As
     assert judged[0]["series_detail"] == "slices every 10 mm, SliceThickness 1 mm: with room between them"
 
 
+def test_localizers_of_a_series_are_rejected_as_such(enhanced: Enhanced, as_file: AsFile, tmp_path: Path) -> None:
+    rows = []
+    for number in range(4):
+        image_type = ["ORIGINAL", "PRIMARY", "LOCALIZER" if number == 2 else "AXIAL"]
+        place = [(0, 0, 5 * number)]
+        changes = {"SOPInstanceUID": f"1.2.3.4.{number}", "FrameOfReferenceUID": "1.9" if number == 3 else "1.2.3.5"}
+        data = as_file(enhanced(WORDS_NHW[:1], place, ImageType=image_type, **changes))
+        rows += rows_of(tmp_path / f"{number}.dcm", data)
+    judged = {Path(row["uri"]).name: row for row in manifest.in_series(rows)}
+    assert [judged[f"{n}.dcm"]["reason"] for n in range(4)] == [None, None, "localizer", "series_mixed"]
+    assert {row["series_verdict"] for row in judged.values()} == {"salvaged"}
+    assert all("1 localizers left out; 1 of 3 slices" in row["series_detail"] for row in judged.values())
+
+
 def test_the_same_object_twice_is_copies(enhanced: Enhanced, as_file: AsFile, tmp_path: Path) -> None:
     data = as_file(enhanced(WORDS_NHW))
     judged = manifest.in_series(rows_of(tmp_path / "a.dcm", data) + rows_of(tmp_path / "b.dcm", data))
