@@ -90,6 +90,12 @@ def test_one_image_is_asked_for_without_a_frame_and_several_are_not(enhanced: En
     assert (one.rescale_slope, one.rescale_intercept) == (2.0, 0.0)
 
 
+def test_every_frame_has_the_identity_of_its_object(enhanced: Enhanced, as_file: AsFile) -> None:
+    headers = read_headers(as_file(enhanced(WORDS_NHW, SpecificCharacterSet="ISO_IR 192", PatientID="Müller-1")))
+    assert isinstance(headers, list)
+    assert {header.patient_id for header in headers} == {"Müller-1"}
+
+
 def test_missing_rescale_is_rejected_by_name(enhanced: Enhanced, as_file: AsFile) -> None:
     dataset = enhanced(WORDS_NHW)
     del dataset.PerFrameFunctionalGroupsSequence[2].PixelValueTransformationSequence
@@ -200,6 +206,20 @@ def test_a_row_a_frame_in_the_order_of_positions(enhanced: Enhanced, as_file: As
     assert [row["frame"] for row in judged] == [1, 3, 0, 2, 4]
     assert {(row["verdict"], row["series_verdict"]) for row in judged} == {("ok", "ok")}
     assert judged[0]["series_detail"] == "slices every 10 mm, SliceThickness 1 mm: with room between them"
+
+
+def test_localizers_of_a_series_are_rejected_as_such(enhanced: Enhanced, as_file: AsFile, tmp_path: Path) -> None:
+    rows = []
+    for number in range(4):
+        image_type = ["ORIGINAL", "PRIMARY", "LOCALIZER" if number == 2 else "AXIAL"]
+        place = [(0, 0, 5 * number)]
+        changes = {"SOPInstanceUID": f"1.2.3.4.{number}", "FrameOfReferenceUID": "1.9" if number == 3 else "1.2.3.5"}
+        data = as_file(enhanced(WORDS_NHW[:1], place, ImageType=image_type, **changes))
+        rows += rows_of(tmp_path / f"{number}.dcm", data)
+    judged = {Path(row["uri"]).name: row for row in manifest.in_series(rows)}
+    assert [judged[f"{n}.dcm"]["reason"] for n in range(4)] == [None, None, "localizer", "series_mixed"]
+    assert {row["series_verdict"] for row in judged.values()} == {"salvaged"}
+    assert all("1 localizers left out; 1 of 3 slices" in row["series_detail"] for row in judged.values())
 
 
 def test_the_same_object_twice_is_copies(enhanced: Enhanced, as_file: AsFile, tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ def catalog(config: CatalogConfig) -> CatalogResult:
     logger.info("catalog: %d objects, %d accepted, rejected: %s", len(objects), len(accepted), reasons or "none")
     if rejected > config.max_reject_fraction * len(rows):
         raise ValueError(
-            f"catalog: {rejected} of {len(rows)} rows rejected, over max_reject_fraction "
+            f"catalog: {rejected} of {len(rows)} objects rejected, over max_reject_fraction "
             f"{config.max_reject_fraction}: {_counted(reasons)}; the manifest {output} names each"
         )
     return CatalogResult(

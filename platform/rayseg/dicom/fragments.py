@@ -65,6 +65,18 @@ def _by_marker(data: bytes, fragments: list[Span], frames: int) -> list[int] | N
     return [0, *(last + 1 for last in lasts[:-1])] if whole else None
 
 
+def rle_refusal(codestream: bytes, segments: int) -> Reject | None:
+    """Why an RLE frame (PS3.5 annex G) is not to be decoded, or None: the decoder panics on a header that misleads."""
+    if len(codestream) < 64:
+        return Reject(Reason.DECODE_FAILED, "PixelData: no RLE header")
+    found, *offsets = struct.unpack_from("<16L", codestream)
+    if found != segments:
+        return Reject(Reason.DECODE_FAILED, "PixelData: not as many RLE segments as pixels have bytes")
+    if offsets[0] < 64 or any(a >= b for a, b in pairwise([*offsets[:segments], len(codestream)])):
+        return Reject(Reason.DECODE_FAILED, "PixelData: RLE segments that do not follow each other")
+    return None
+
+
 def refusal(codestream: bytes, rows: int, columns: int, samples: int) -> Reject | None:
     """Why a JPEG, JPEG-LS or JPEG 2000 codestream is not to be decoded, or None.
 

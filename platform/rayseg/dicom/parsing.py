@@ -228,12 +228,13 @@ class Elements:
 
     def text(self, keyword: str) -> str:
         """Text without padding; empty by default."""
-        value = self._bytes(keyword)
-        if value.isascii():
+        value, tag = self._bytes(keyword), _TAGS[keyword]
+        if value and value.isascii():
             return value.decode("ascii").strip(" \0")
-        if _TAGS[keyword] in self._of_frame:
-            return ""  # code strings, which are ASCII
-        return str(self._dataset[_TAGS[keyword]].value).strip(" \0")  # by the data set's character set
+        if tag in self._of_frame or tag not in self._dataset:  # a frame's are code strings, which are ASCII
+            return ""
+        # By the data set's character set, and then no raw element any more.
+        return str(self._dataset[tag].value or "").strip(" \0")
 
     def numbers(self, keyword: str, count: int) -> tuple[float, ...] | None:
         """Exactly `count` finite numbers of a decimal string; None by default."""

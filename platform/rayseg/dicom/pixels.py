@@ -140,11 +140,11 @@ class PixelData:
         codestream = b"".join([self.data[start:stop] for start, stop in self._fragments[index]])
         if syntax == DEFLATED_FRAMES:
             return _inflated(codestream, layout)
-        if syntax != uid.RLELossless:
+        if syntax == uid.RLELossless:
+            refusal = fragments.rle_refusal(codestream, layout.samples * layout.bits_allocated // 8)
+        else:
             refusal = fragments.refusal(codestream, layout.rows, layout.columns, layout.samples)
-            if refusal is not None:
-                return refusal
-        return _decoded(codestream, layout)
+        return refusal or _decoded(codestream, layout)
 
 
 def _words(data: bytes | np.ndarray, start: int, first_bit: int, layout: Layout, big_endian: bool) -> np.ndarray:
