@@ -62,6 +62,17 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
         assert np.array_equal(there, here)
 
 
+def test_a_bundle_from_before_a_setting_existed_is_still_read(tmp_path: Path) -> None:
+    saved = save(tmp_path)
+    told = json.loads((tmp_path / "bundle.json").read_text())
+    del told["preprocess"]["z_score"]
+    told["digest"] = bundle._digest(
+        saved.model, told["preprocess"], told["labels"], saved.threshold, told["example_mask_sha256"]
+    )
+    (tmp_path / "bundle.json").write_text(json.dumps(told))
+    assert registry.load(tmp_path).preprocess == saved.preprocess
+
+
 def test_the_digest_is_of_the_content_and_of_nothing_else(tmp_path: Path) -> None:
     first = save(tmp_path / "a")
     os.utime(tmp_path / "a" / "model.keras", (0, 0))
@@ -197,7 +208,7 @@ def test_a_bundle_that_gives_another_mask_elsewhere_gets_no_version(store: str, 
     description = tmp_path / "bundle.json"
     told = json.loads(description.read_text())
     told["example_mask_sha256"] = "0" * 64
-    told["digest"] = bundle._digest(saved.model, saved.preprocess, saved.labels, saved.threshold, "0" * 64)
+    told["digest"] = bundle._digest(saved.model, told["preprocess"], told["labels"], saved.threshold, "0" * 64)
     description.write_text(json.dumps(told))
     run_id = runs.start(store, "registry", "bad")
     with pytest.raises(RuntimeError, match=r"example_mask_sha256 is .* in a clean process, 0000"):
