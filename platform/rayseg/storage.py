@@ -190,6 +190,17 @@ def read_table(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
     return _try(call)
 
 
+def read_footer(uri: str) -> pq.FileMetaData:
+    """What the Parquet file at `uri` says of itself; raises ValueError where it is no whole Parquet file."""
+    files, path = filesystem(uri)
+
+    def call() -> pq.FileMetaData:
+        with files.open_input_file(path) as file:
+            return pq.read_metadata(file)
+
+    return _try(call)
+
+
 def write_table(uri: str, table: pa.Table, row_group_rows: int | None = None) -> None:
     """Writes `table` as one Parquet file (zstd), atomically; equal tables give equal bytes."""
     buffer = io.BytesIO()
