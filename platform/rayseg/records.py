@@ -85,11 +85,13 @@ PREPARED = pa.schema(
     [
         ("row_id", pa.string()),  # sha256 of the uri, or of uri#frame: names the sample in errors and tables
         ("patient_key", pa.string()),
+        ("study_key", pa.string()),  # null for image files
         ("series_key", pa.string()),
         ("uri", pa.string()),
         ("frame", pa.int32()),  # as in the manifest
         ("masks", MASKS),
         ("split", pa.string()),  # "train", "val" or "test"
+        ("fingerprint", pa.binary()),  # of `image`, to find near-duplicates; null where there is nothing to tell
         ("foreground_pixels", pa.int64()),  # of `mask`
         ("image", pa.binary()),  # uint8, (height, width, channels)
         ("mask", pa.binary()),  # uint8 class indices, (height, width)

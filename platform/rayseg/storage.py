@@ -29,8 +29,10 @@ import pyarrow.parquet as pq
 
 logger = logging.getLogger(__name__)
 
-ATTEMPTS = 4
+# A read is two requests: where one in ten fails, one read in 600,000 does so this often.
+ATTEMPTS = 8
 FIRST_PAUSE_S = 0.2  # doubled after each failure, with jitter
+LONGEST_PAUSE_S = 4.0
 THREADS = 8  # transfers and listings in flight of one call
 CONNECT_TIMEOUT_S = 5.0
 REQUEST_TIMEOUT_S = 30.0
@@ -190,6 +192,17 @@ def read_table(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
     return _try(call)
 
 
+def read_footer(uri: str) -> pq.FileMetaData:
+    """What the Parquet file at `uri` says of itself; raises ValueError where it is no whole Parquet file."""
+    files, path = filesystem(uri)
+
+    def call() -> pq.FileMetaData:
+        with files.open_input_file(path) as file:
+            return pq.read_metadata(file)
+
+    return _try(call)
+
+
 def write_table(uri: str, table: pa.Table, row_group_rows: int | None = None) -> None:
     """Writes `table` as one Parquet file (zstd), atomically; equal tables give equal bytes."""
     buffer = io.BytesIO()
@@ -269,6 +282,8 @@ def _s3(environment: tuple[tuple[str, str], ...]) -> pafs.S3FileSystem:
         endpoint_override=endpoint.netloc or None,
         scheme=endpoint.scheme,
         region=variables.get("AWS_REGION") or variables.get("AWS_DEFAULT_REGION") or "us-east-1",
+        # A small object is then put with one request instead of three, each of which could fail.
+        allow_delayed_open=True,
         connect_timeout=CONNECT_TIMEOUT_S,
         request_timeout=REQUEST_TIMEOUT_S,
         # One place counts attempts: `_try`.
@@ -289,5 +304,5 @@ def _try(call: Callable[[], ResultT]) -> ResultT:
                 raise
             # The text may name an object, and its name a patient: only the type is logged.
             logger.warning("storage call failed (%s), attempt %d of %d", type(error).__name__, attempt, ATTEMPTS)
-            time.sleep(FIRST_PAUSE_S * 2 ** (attempt - 1) * _JITTER.uniform(0.5, 1.5))
+            time.sleep(min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** (attempt - 1)) * _JITTER.uniform(0.5, 1.5))
     raise AssertionError("the loop returns or raises")

@@ -70,9 +70,9 @@ def test_a_bundle_of_before_labels_had_rules_is_still_read(tmp_path: Path) -> No
     told = json.loads(path.read_text())
     told["labels"] = {"names": ["lesion"], "threshold": 0}
     del told["preprocess"]["color"]
-    plain = {key: told[key] for key in ("preprocess", "labels", "threshold")}
     model = keras.saving.load_model(tmp_path / "model.keras", compile=False)
-    path.write_text(json.dumps(told | {"digest": bundle._digest(model, plain, told["example_mask_sha256"])}))
+    written = told["preprocess"], told["labels"], told["threshold"], told["example_mask_sha256"]
+    path.write_text(json.dumps(told | {"digest": bundle._digest(model, *written)}))
     assert registry.load(tmp_path).labels == Labels()
 
 
@@ -85,6 +85,17 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     assert loaded.digest == saved.digest
     for there, here in zip(loaded.model.get_weights(), saved.model.get_weights(), strict=True):
         assert np.array_equal(there, here)
+
+
+def test_a_bundle_from_before_a_setting_existed_is_still_read(tmp_path: Path) -> None:
+    saved = save(tmp_path)
+    told = json.loads((tmp_path / "bundle.json").read_text())
+    del told["preprocess"]["z_score"]
+    told["digest"] = bundle._digest(
+        saved.model, told["preprocess"], told["labels"], saved.threshold, told["example_mask_sha256"]
+    )
+    (tmp_path / "bundle.json").write_text(json.dumps(told))
+    assert registry.load(tmp_path).preprocess == saved.preprocess
 
 
 def test_the_digest_is_of_the_content_and_of_nothing_else(tmp_path: Path) -> None:
@@ -222,8 +233,7 @@ def test_a_bundle_that_gives_another_mask_elsewhere_gets_no_version(store: str, 
     description = tmp_path / "bundle.json"
     told = json.loads(description.read_text())
     told["example_mask_sha256"] = "0" * 64
-    plain = {key: told[key] for key in ("preprocess", "labels", "threshold")}
-    told["digest"] = bundle._digest(saved.model, plain, "0" * 64)
+    told["digest"] = bundle._digest(saved.model, told["preprocess"], told["labels"], saved.threshold, "0" * 64)
     description.write_text(json.dumps(told))
     run_id = runs.start(store, "registry", "bad")
     with pytest.raises(RuntimeError, match=r"example_mask_sha256 is .* in a clean process, 0000"):

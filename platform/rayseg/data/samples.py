@@ -1,5 +1,7 @@
 """Samples: which accepted rows are taken, and how a task turns them into a shard of pixels."""
 
+import hashlib
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import repeat
 from typing import Any
@@ -8,17 +10,17 @@ import numpy as np
 import pyarrow as pa
 
 from rayseg import storage
+from rayseg.data.duplicates import fingerprint
 from rayseg.data.labels import Labels
 from rayseg.data.manifest import read_failure
 from rayseg.data.masks import truth
 from rayseg.data.preprocess import Preprocess
-from rayseg.dicom.reading import Slice, read_slice, read_slices
+from rayseg.dicom.reading import Slice, read_slice, read_slices, slice_uid
 from rayseg.records import PREPARED, REJECTS, Reason, Reject
 
-# What is known before any object is read.
-_SAMPLE = ("row_id", "patient_key", "series_key", "uri", "frame", "masks", "split")
-# A shard to write.
-PLAN = pa.schema([("path", pa.string()), ("samples", pa.list_(pa.struct([PREPARED.field(name) for name in _SAMPLE])))])
+TAKEN = ("patient_key", "study_key", "series_key", "uri", "frame", "masks")  # columns of a manifest that a sample keeps
+# A shard to write; its samples (TAKEN and `split`) are a compressed Arrow stream: all of the plan is in Ray's store.
+PLAN = pa.schema([("path", pa.string()), ("samples", pa.binary())])
 # A shard as it came out; without rows it has no file.
 WRITTEN = pa.schema(
     [
@@ -30,24 +32,49 @@ WRITTEN = pa.schema(
 )
 
 
-def limited(rows: list[dict[str, Any]], limit: int | None) -> list[dict[str, Any]]:
-    """At most `limit` rows: equally many of each patient as far as it has them, spread over the patient's rows."""
-    if limit is None or limit >= len(rows):
-        return rows
+_METADATA = b"rayseg.shard"  # of a shard's file: its row of WRITTEN
+_OPTIONS = pa.ipc.IpcWriteOptions(compression="zstd")
+
+
+def row_id(uri: str, frame: int | None) -> str:
+    """The name of the sample made of an object, or of a frame of it."""
+    return hashlib.sha256(slice_uid(uri, frame).encode()).hexdigest()
+
+
+def packed(samples: pa.Table) -> bytes:
+    """Samples as a cell of `PLAN`."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, samples.schema, options=_OPTIONS) as stream:
+        stream.write_table(samples)
+    return sink.getvalue().to_pybytes()
+
+
+def _unpacked(cell: bytes) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = pa.ipc.open_stream(cell).read_all().to_pylist()
+    return [{"row_id": row_id(row["uri"], row["frame"]), **row} for row in rows]
+
+
+def limited(patient_keys: Sequence[str], limit: int | None) -> Sequence[int]:
+    """Which rows make at most `limit`: equally many of each patient as far as it has them, spread over its rows."""
+    if limit is None or limit >= len(patient_keys):
+        return range(len(patient_keys))
     members: dict[str, list[int]] = {}
-    for index, row in enumerate(rows):
-        members.setdefault(row["patient_key"], []).append(index)
+    for index, key in enumerate(patient_keys):
+        members.setdefault(key, []).append(index)
     left, kept = limit, []
     # The smallest patients first: what they cannot fill of an equal share goes to the others.
     for patients_left, indexes in zip(range(len(members), 0, -1), sorted(members.values(), key=len), strict=True):
         take = min(len(indexes), left // patients_left)
         left -= take
         kept += [indexes[(2 * k + 1) * len(indexes) // (2 * take)] for k in range(take)]
-    return [rows[index] for index in sorted(kept)]
+    return sorted(kept)
 
 
 def write_shards(plan: pa.Table, output: str, preprocess: Preprocess, labels: Labels, row_group_rows: int) -> pa.Table:
     """A task: reads the samples of each planned shard, writes it where any is left, and tells what became of each.
+
+    A shard that an earlier run wrote is kept: its name is of all that it is made from. Only where that run could not
+    read an object from the store it is made again.
 
     Args:
         plan: rows of `PLAN`.
@@ -59,9 +86,15 @@ def write_shards(plan: pa.Table, output: str, preprocess: Preprocess, labels: La
     Returns:
         Rows of `WRITTEN`, one a planned shard.
     """
-    written = []
+    written: list[dict[str, Any]] = []
     for shard in plan.to_pylist():
-        samples, found, rejects = shard["samples"], {}, []
+        standing = _standing(storage.join(output, shard["path"]))
+        if standing is not None:
+            written.append({"path": shard["path"], **standing})
+            continue
+        samples = _unpacked(shard["samples"])
+        found: dict[int, dict[str, Any]] = {}
+        rejects = []
         for place, image, masks in _read(samples, preprocess.color):
             made = make(image, masks, preprocess, labels, samples[place]["frame"])
             if isinstance(made, Reject):
@@ -70,12 +103,35 @@ def write_shards(plan: pa.Table, output: str, preprocess: Preprocess, labels: La
             else:
                 found[place] = samples[place] | made
         rows = [found[place] for place in sorted(found)]
-        if rows:
-            table = pa.Table.from_pylist(rows, schema=PREPARED)
-            storage.write_table(storage.join(output, shard["path"]), table, row_group_rows)
         positive = sum(row["foreground_pixels"] > 0 for row in rows)
-        written.append({"path": shard["path"], "rows": len(rows), "positive": positive, "rejects": rejects})
+        told_of_all = {"rows": len(rows), "positive": positive, "rejects": rejects}
+        if rows:
+            metadata = {_METADATA: json.dumps(told_of_all, sort_keys=True)}
+            table = pa.Table.from_pylist(rows, schema=PREPARED.with_metadata(metadata))
+            storage.write_table(storage.join(output, shard["path"]), table, row_group_rows)
+        written.append({"path": shard["path"], **told_of_all})
     return pa.Table.from_pylist(written, schema=WRITTEN)
+
+
+def _standing(uri: str) -> dict[str, Any] | None:
+    """What a whole shard at `uri` says became of its samples; None where there is none or another try may do better."""
+    try:
+        told: dict[str, Any] = json.loads((storage.read_footer(uri).metadata or {})[_METADATA])
+    except (OSError, ValueError, KeyError):
+        return None
+    return None if any(reject["reason"] == Reason.READ_FAILED for reject in told["rejects"]) else told
+
+
+def positive_patients(plan: pa.Table, preprocess: Preprocess, labels: Labels) -> pa.Table:
+    """A task: the patients (column `patient_key`) of the planned samples that have foreground once prepared."""
+    positive = set()
+    for cell in plan["samples"].to_pylist():
+        samples = [sample for sample in _unpacked(cell) if sample["masks"]]
+        for place, image, masks in _read(samples, preprocess.color):
+            made = make(image, masks, preprocess, labels, samples[place]["frame"])
+            if not isinstance(made, Reject) and made["foreground_pixels"]:
+                positive.add(samples[place]["patient_key"])
+    return pa.table({"patient_key": pa.array(sorted(positive), pa.string())})
 
 
 def _read(
@@ -117,7 +173,7 @@ def make(
     labels: Labels,
     frame: int | None = None,
 ) -> dict[str, Any] | Reject:
-    """The columns foreground_pixels, image and mask of one sample, or why there are none; never raises."""
+    """The columns foreground_pixels, fingerprint, image and mask of one sample, or why there are none; never raises."""
     try:
         if isinstance(image, OSError):
             return read_failure(image)
@@ -134,9 +190,11 @@ def make(
             return classes
         # Nearest neighbour picks pixels: classes before it or after are the same, a mean of classes would be none.
         mask_HW = preprocess.apply_mask(classes)
+        image_HWC = preprocess.apply(slice)
         return {
             "foreground_pixels": int(np.count_nonzero(mask_HW)),
-            "image": preprocess.apply(slice).tobytes(),
+            "fingerprint": fingerprint(image_HWC),
+            "image": image_HWC.tobytes(),
             "mask": mask_HW.tobytes(),
         }
     except Exception as error:  # a defect of ours must cost this row only

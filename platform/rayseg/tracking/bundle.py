@@ -116,15 +116,16 @@ def save(
     # As they will be read back: YAML may have given 40 for 40.0, and the digest would tell these apart.
     preprocess, threshold = config.build(Preprocess, config.plain(preprocess)), float(threshold)
     example_mask = mask_sha256(Bundle(model, preprocess, labels, threshold, "", example).compile()(slice))
-    plain = {"preprocess": config.plain(preprocess), "labels": config.plain(labels), "threshold": threshold}
-    digest = _digest(model, plain, example_mask)
+    digest = _digest(model, config.plain(preprocess), config.plain(labels), threshold, example_mask)
     folder = Path(bundle_dir)
     folder.mkdir(parents=True, exist_ok=True)
     model.save(folder / _MODEL_FILE)
     (folder / EXAMPLE_FILE).write_bytes(example)
     description = {
         "format": FORMAT,
-        **plain,
+        "preprocess": config.plain(preprocess),
+        "labels": config.plain(labels),
+        "threshold": threshold,
         "example_mask_sha256": example_mask,
         "digest": digest,
     }
@@ -145,9 +146,9 @@ def load(bundle_dir: str | Path) -> Bundle:
     except Exception as error:  # Keras raises many types on files that it cannot read
         raise ValueError(f"bundle {folder}: {_MODEL_FILE} cannot be read ({type(error).__name__})") from error
     threshold = description["threshold"]
-    # As they were written: a field that this version adds is none of an older bundle.
-    written = {key: description[key] for key in ("preprocess", "labels", "threshold")}
-    if _digest(model, written, description["example_mask_sha256"]) != description["digest"]:
+    # Of the values as they were written: a bundle made before a setting existed does not name it.
+    written = description["preprocess"], description["labels"]
+    if _digest(model, *written, threshold, description["example_mask_sha256"]) != description["digest"]:
         raise ValueError(f"bundle {folder}: its content does not have the digest that it was saved with")
     return Bundle(model, preprocess, labels, threshold, description["digest"], (folder / EXAMPLE_FILE).read_bytes())
 
@@ -163,7 +164,9 @@ def describe(folder: Path) -> dict[str, Any]:
     return description
 
 
-def _digest(model: "keras.Model", plain: dict[str, Any], example_mask: str) -> str:
+def _digest(
+    model: "keras.Model", preprocess: dict[str, Any], labels: dict[str, Any], threshold: float, example_mask: str
+) -> str:
     """The example's mask stands for how the layers are wired, which the weights do not tell."""
     weights = [
         [str(value.dtype), list(value.shape), hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()]
@@ -173,7 +176,9 @@ def _digest(model: "keras.Model", plain: dict[str, Any], example_mask: str) -> s
         {
             "format": FORMAT,
             "weights": weights,
-            **plain,
+            "preprocess": preprocess,
+            "labels": labels,
+            "threshold": threshold,
             "example_mask_sha256": example_mask,
         }
     )
