@@ -124,6 +124,17 @@ def test_a_dicom_mask_of_values_and_of_colours() -> None:
     assert np.array_equal(truth([(dicom(colours), None)], (1, 3), labels), [[0, 1, 2]])
 
 
+def test_a_mask_of_several_frames_is_that_of_the_frame() -> None:
+    frames = np.stack([VALUES, VALUES[::-1]])
+    data = dicom(VALUES, NumberOfFrames="2", PixelData=frames.tobytes())
+    for frame in range(2):
+        assert np.array_equal(truth([(data, None)], (2, 3), Labels(threshold=127), None, frame), frames[frame] > 127)
+    for mask, frame in ((data, None), (data, 2), (encoded(Image.fromarray(VALUES)), 0)):
+        refused = truth([(mask, None)], (2, 3), Labels(), None, frame)
+        assert isinstance(refused, Reject)
+        assert refused.reason == Reason.MASK_MISMATCH
+
+
 def test_of_several_masks_the_later_class_wins_whatever_their_order() -> None:
     labels = Labels(("a", "b"), sources={"x": "a", "y": "b"})
     left, middle = np.array([[9, 9, 0]], np.uint8), np.array([[0, 9, 0]], np.uint8)

@@ -6,6 +6,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pandas as pd
+import pydicom
 import pytest
 from PIL import Image
 
@@ -13,10 +14,13 @@ from rayseg.data import synthetic
 from rayseg.data.labels import Labels
 from rayseg.data.preprocess import Preprocess, Window
 from rayseg.dicom.reading import Slice, read_slice
+from rayseg.dicom.segmentation import decode
 from rayseg.inference import predictor as predictor_module
 from rayseg.inference.predictor import Prediction, Predictor, mask_png
+from rayseg.inference.series import Task, segment_series
 from rayseg.records import Reason, Reject
 from rayseg.tracking import bundle
+from rayseg.tracking.registry import ModelVersion
 
 UNITS = Window(center=128, width=256)  # stored value v of 0..255 becomes v
 
@@ -162,6 +166,27 @@ def test_of_several_classes_the_most_probable_one_is_the_label() -> None:
     assert mask.shape == (64, 64)
     assert set(np.unique(mask)) == {0, 2}
     assert np.array_equal(mask == 2, edge == 255)
+
+
+@pytest.mark.parametrize("kind", ["BINARY", "LABELMAP"])
+def test_an_archives_segmentation_has_a_segment_a_class(tmp_path: Path, kind: str) -> None:
+    labels, preprocess = Labels(("first", "second")), Preprocess((64, 64), Window(40, 80), None)
+    predictor = Predictor(bundle.Bundle(bands((64, 64)), preprocess, labels, 0.5, "", b""))
+    data = synthetic.slice_bytes(0, 64)
+    (tmp_path / "1.dcm").write_bytes(data)
+    task = Task(str(tmp_path / "out"), kind, ModelVersion("m", "1", "models:/m/1", "r", "d"), "c")  # type: ignore[arg-type]
+    row = segment_series(
+        predictor, task, series_key="s", patient_key="p", uris=[str(tmp_path / "1.dcm")], frames=[None]
+    )
+    encoded = Path(row["output_uri"]).read_bytes()
+    segments = pydicom.dcmread(io.BytesIO(encoded)).SegmentSequence
+    assert [item.SegmentLabel for item in segments if item.SegmentNumber] == ["first", "second"]
+    (found,) = predictor.segment([data])
+    assert isinstance(found, Prediction)
+    assert set(np.unique(found.mask)) == {0, 1, 2}
+    (mask,) = decode(encoded).values()
+    assert np.array_equal(mask, found.mask)
+    assert row["foreground_pixels"] == np.count_nonzero(found.mask)
 
 
 def test_each_object_ends_as_a_prediction_or_a_reject_in_its_place(trained: Predictor) -> None:

@@ -1,5 +1,6 @@
 """Segmentations of our own and of other makers give the labels of the instance that their frames refer to."""
 
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
@@ -152,3 +153,17 @@ def test_real_segmentations_of_every_encoding_agree(shared_data: Path) -> None:
             if "nonbyte" in path.name:  # its right and lower border are cut off, all of them background
                 inside = np.pad(inside, ((0, 2), (0, 2)))
             assert np.array_equal(inside, expected[index] > 0), path.name
+
+
+def test_frames_of_a_multi_frame_source_are_told_apart() -> None:
+    dataset = pydicom.dcmread(BytesIO(other_maker("BINARY", PLANES)))
+    for groups in dataset.PerFrameFunctionalGroupsSequence:
+        source = groups.DerivationImageSequence[0].SourceImageSequence[0]
+        source.ReferencedFrameNumber = int(source.ReferencedSOPInstanceUID.rpartition(".")[2]) + 1
+        source.ReferencedSOPInstanceUID = "1.2.3.4.0"
+    stream = BytesIO()
+    dataset.save_as(stream)
+    for frame in range(4):
+        of_frame = replace(header(0), frame=frame)
+        classes = truth([(stream.getvalue(), None)], (ROWS, COLUMNS), Labels(NAMES), of_frame, frame)
+        assert np.array_equal(classes, EXPECTED[frame])
