@@ -19,7 +19,7 @@ class Reason(StrEnum):
     TRUNCATED = "truncated"  # fewer bytes than the header or the pixel data's length announces
     CORRUPT = "corrupt"  # a data set that pydicom cannot parse
     NO_PIXELS = "no_pixels"  # a DICOM object without pixel data (RTSTRUCT, SR, presentation state, ...)
-    UNSUPPORTED_SOP_CLASS = "unsupported_sop_class"  # pixels that are no source image (SEG, dose, parametric map)
+    UNSUPPORTED_SOP_CLASS = "unsupported_sop_class"  # pixels of no slice (SEG, dose, parametric map, whole slide tiles)
     UNSUPPORTED_TRANSFER_SYNTAX = "unsupported_transfer_syntax"  # no maintained decoder
     UNSUPPORTED_PIXELS = "unsupported_pixels"  # float, or a layout that is not read; detail names the attribute
     UNSUPPORTED_MULTIFRAME = "unsupported_multiframe"  # several frames where one slice is expected (HTTP, TIFF)

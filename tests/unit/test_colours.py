@@ -1,5 +1,7 @@
 """Colours, palettes, look-up tables, bitmaps and overlay bits: expected values by hand or from pydicom."""
 
+import tracemalloc
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -189,8 +191,6 @@ def test_bitmaps_of_the_corpus(shared_data: Path) -> None:
 
 
 def test_deflated_frames_stop_at_their_size(secondary: Callable[..., Dataset], as_file: AsFile) -> None:
-    import zlib
-
     def of_frames(frames: list[bytes]) -> bytes:
         dataset = secondary(np.stack([RAMP_NHW[0]] * len(frames)))
         dataset.file_meta.TransferSyntaxUID = uid.JPEG2000Lossless
@@ -205,7 +205,10 @@ def test_deflated_frames_stop_at_their_size(secondary: Callable[..., Dataset], a
 
     data = of_frames([deflated(RAMP_NHW.tobytes()), deflated(bytes(10**7)), deflated(b"short"), b"\xff" * 40])
     assert np.array_equal(stored_of(data, 0), RAMP_NHW[0])
+    tracemalloc.start()
     assert not stored_of(data, 1).any()  # of ten megabytes the first few thousand bytes
+    assert tracemalloc.get_traced_memory()[1] < 10**6
+    tracemalloc.stop()
     reasons = [one.reason for one in read_slices(data, [2, 3]) if isinstance(one, Reject)]
     assert reasons == [Reason.TRUNCATED, Reason.DECODE_FAILED]
 

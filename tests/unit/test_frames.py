@@ -141,7 +141,9 @@ def test_fragments_are_dealt_to_frames(enhanced: Enhanced, as_file: AsFile, frag
 def test_fragments_that_belong_to_no_frame_for_sure_are_rejected(enhanced: Enhanced, as_file: AsFile) -> None:
     dataset = pydicom.dcmread(BytesIO(as_file(enhanced(WORDS_NHW), uid.RLELossless)))
     frames = list(generate_frames(dataset.PixelData, number_of_frames=5))
-    dataset.PixelData = encapsulate(frames, fragments_per_frame=2, has_bot=False)
+    dataset.PixelData = encapsulate(frames, fragments_per_frame=2, has_bot=True)
+    assert np.array_equal(all_slices(as_file(dataset))[3].stored, WORDS_NHW[3])
+    dataset.PixelData = encapsulate(frames, fragments_per_frame=2, has_bot=False)  # RLE has no mark at its end
     found = read_slice(as_file(dataset), 0)
     assert isinstance(found, Reject)
     assert found.reason == Reason.CORRUPT
