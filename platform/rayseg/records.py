@@ -49,6 +49,7 @@ MANIFEST = pa.schema(
     [
         ("uri", pa.string()),
         ("bytes", pa.int64()),
+        ("modified", pa.timestamp("us", "UTC")),  # null where the store does not tell
         ("verdict", pa.string()),  # "ok" or "rejected"
         ("reason", pa.string()),  # a Reason value; null where ok
         ("detail", pa.string()),  # null where ok

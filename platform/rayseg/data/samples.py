@@ -13,11 +13,12 @@ from rayseg.data.duplicates import fingerprint
 from rayseg.data.labels import Labels, read_mask
 from rayseg.data.manifest import read_failure
 from rayseg.data.preprocess import Preprocess
+from rayseg.data.spool import unpacked
 from rayseg.dicom.reading import read_slice
 from rayseg.records import PREPARED, REJECTS, Reason, Reject
 
 TAKEN = ("patient_key", "study_key", "series_key", "uri", "mask_uri")  # columns of a manifest that a sample keeps
-# A shard to write; its samples (TAKEN and `split`) are a compressed Arrow stream: all of the plan is in Ray's store.
+# A shard to write; its samples (TAKEN and `split`) are packed: all of the plan is in Ray's store.
 PLAN = pa.schema([("path", pa.string()), ("samples", pa.binary())])
 # A shard as it came out; without rows it has no file.
 WRITTEN = pa.schema(
@@ -31,7 +32,6 @@ WRITTEN = pa.schema(
 
 
 _METADATA = b"rayseg.shard"  # of a shard's file: its row of WRITTEN
-_OPTIONS = pa.ipc.IpcWriteOptions(compression="zstd")
 
 
 def row_id(uri: str) -> str:
@@ -39,17 +39,8 @@ def row_id(uri: str) -> str:
     return hashlib.sha256(uri.encode()).hexdigest()
 
 
-def packed(samples: pa.Table) -> bytes:
-    """Samples as a cell of `PLAN`."""
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, samples.schema, options=_OPTIONS) as stream:
-        stream.write_table(samples)
-    return sink.getvalue().to_pybytes()
-
-
 def _unpacked(cell: bytes) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = pa.ipc.open_stream(cell).read_all().to_pylist()
-    return [{"row_id": row_id(row["uri"]), **row} for row in rows]
+    return [{"row_id": row_id(row["uri"]), **row} for row in unpacked(cell).to_pylist()]
 
 
 def limited(patient_keys: Sequence[str], limit: int | None) -> Sequence[int]:
