@@ -12,6 +12,7 @@ import logging
 import os
 import random
 import secrets
+import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -36,6 +37,7 @@ LONGEST_PAUSE_S = 4.0
 THREADS = 8  # transfers and listings in flight of one call
 CONNECT_TIMEOUT_S = 5.0
 REQUEST_TIMEOUT_S = 30.0
+_COPY_BYTES = 2**23
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
@@ -172,6 +174,20 @@ def write(uri: str, data: bytes) -> None:
     _try(call)
 
 
+def write_file(uri: str, path: Path) -> None:
+    """Writes the local file `path`, which may be large, as the object `uri`: `write` without its bytes in memory."""
+    files, target = filesystem(uri)
+
+    def call() -> None:
+        if isinstance(files, pafs.LocalFileSystem):
+            _write_local(Path(target), path)
+            return
+        with path.open("rb") as source, files.open_output_stream(target, compression=None) as file:
+            shutil.copyfileobj(source, file, _COPY_BYTES)
+
+    _try(call)
+
+
 def delete(uri: str) -> None:
     """Removes the object at `uri` if it is there."""
     files, path = filesystem(uri)
@@ -201,6 +217,18 @@ def read_footer(uri: str) -> pq.FileMetaData:
             return pq.read_metadata(file)
 
     return _try(call)
+
+
+def read_row_groups(uri: str, columns: Sequence[str]) -> Iterator[pa.Table]:
+    """`columns` of the Parquet file at `uri`, a row group at a time."""
+    files, path = filesystem(uri)
+    for number in range(read_footer(uri).num_row_groups):
+
+        def call(number: int = number) -> pa.Table:
+            with files.open_input_file(path) as file:
+                return pq.ParquetFile(file).read_row_group(number, list(columns))
+
+        yield _try(call)
 
 
 def write_table(uri: str, table: pa.Table, row_group_rows: int | None = None) -> None:
@@ -259,13 +287,17 @@ def _local(path: str) -> str:
     return os.path.abspath(path)  # noqa: PTH100 (unlike Path.resolve it leaves links as they are)
 
 
-def _write_local(path: Path, data: bytes) -> None:
+def _write_local(path: Path, data: bytes | Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     prefix, suffix = _TEMPORARY
     temporary = path.parent / f"{prefix}{secrets.token_hex(8)}{suffix}"
     try:
         with temporary.open("xb") as file:
-            file.write(data)
+            if isinstance(data, Path):
+                with data.open("rb") as source:
+                    shutil.copyfileobj(source, file, _COPY_BYTES)
+            else:
+                file.write(data)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -1,5 +1,7 @@
 """The catalog on a Ray cluster: one row an object whatever it is, and the same bytes each time."""
 
+import dataclasses
+import os
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -123,7 +125,7 @@ def test_an_object_that_vanishes_is_a_row(phantoms: Path, tmp_path: Path, monkey
     victim = next(iter(sorted(source.rglob("*.dcm"))))
     planned = module._plan
 
-    def vanishing(*arguments: object) -> pa.Table:
+    def vanishing(*arguments: object) -> object:
         plan = planned(*arguments)
         victim.unlink()
         return plan
@@ -133,6 +135,75 @@ def test_an_object_that_vanishes_is_a_row(phantoms: Path, tmp_path: Path, monkey
     (row,) = [row for row in rows if row["verdict"] == "rejected"]
     assert (row["uri"], row["reason"], row["patient_key"]) == (str(victim), "not_found", None)
     assert len(rows) == 12
+
+
+def changed(path: Path, data: bytes, seconds: float) -> None:
+    """Other content, with the time of change moved."""
+    at_ns = path.stat().st_mtime_ns + int(seconds * 1e9)
+    path.write_bytes(data)
+    os.utime(path, ns=(at_ns, at_ns))
+
+
+def test_unchanged_objects_are_not_read_again(phantoms: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(phantoms / "images", source)
+    good = sorted(source.rglob("*.dcm"))
+    (source / "copy.dcm").write_bytes(good[0].read_bytes())  # rejected by the verdict on its series
+    (source / "note.txt").write_bytes(b"a note")
+    config = config_of(source, tmp_path, Layout(), max_reject_fraction=1.0)
+    assert catalog(config).unchanged == 0
+    first = storage.read(config.output)
+    again = catalog(config)
+    assert (again.objects, again.unchanged, again.rejected) == (14, 14, 2)
+    assert storage.read(config.output) == first
+
+    whole = {path: path.read_bytes() for path in good}
+    for path in good[1:]:  # of the same size and time: whoever read them would find nothing in them
+        changed(path, bytes(len(whole[path])), 0)
+    assert catalog(config).unchanged == 14
+    assert storage.read(config.output) == first
+
+    for path in good[1:]:
+        changed(path, whole[path], 0)
+    changed(good[4], whole[good[4]][:-300], 0)  # another size
+    changed(good[5], whole[good[6]], 60)  # another time
+    good[7].unlink()
+    (source / "new.dcm").write_bytes(whole[good[7]])
+    third = catalog(config)
+    assert (third.objects, third.unchanged) == (14, 11)
+    assert third.reasons == {"not_dicom": 1, "series_duplicates": 2, "truncated": 1}
+    fresh = catalog(dataclasses.replace(config, output=str(tmp_path / "fresh.parquet")))
+    assert fresh.unchanged == 0
+    assert storage.read(fresh.manifest) == storage.read(third.manifest)
+
+
+@pytest.mark.parametrize("change", ["key", "layout", "foreign"])
+def test_rows_made_otherwise_are_not_taken_over(
+    phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    config = config_of(phantoms / "images", tmp_path, Layout())
+    catalog(config)
+    if change == "key":
+        monkeypatch.setenv("RAYSEG_PSEUDONYM_KEY", "another key")
+    elif change == "layout":
+        config = dataclasses.replace(config, layout=Layout(missing_mask="empty"))
+    else:  # a manifest that something else wrote
+        storage.write_table(config.output, storage.read_table(config.output).replace_schema_metadata())
+    result = catalog(config)
+    assert (result.objects, result.unchanged) == (12, 0)
+
+
+def test_a_failed_read_is_tried_again(phantoms: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(phantoms / "images", source)
+    config = config_of(source, tmp_path, Layout())
+    catalog(config)
+    table = storage.read_table(config.output)
+    rows = table.to_pylist()
+    rows[3] |= {"verdict": "rejected", "reason": "read_failed", "detail": "object: OSError"}
+    storage.write_table(config.output, pa.Table.from_pylist(rows, schema=table.schema))
+    result = catalog(config)
+    assert (result.objects, result.unchanged, result.accepted) == (12, 11, 12)
 
 
 def test_too_many_rejects_fail_after_the_manifest_is_written(phantoms: Path, tmp_path: Path) -> None:
@@ -149,7 +220,7 @@ def test_the_same_source_gives_the_same_bytes_however_it_is_cut_into_tasks(
     phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = catalog(config_of(phantoms, tmp_path / "one"))
-    monkeypatch.setattr(module, "_ROWS_PER_TASK", (1, 3))
+    monkeypatch.setattr(module, "_ROWS_PER_TASK", 3)
     second = catalog(config_of(phantoms, tmp_path / "two", concurrency=2))
     assert storage.read(first.manifest) == storage.read(second.manifest)
 

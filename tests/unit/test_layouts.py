@@ -11,7 +11,7 @@ from rayseg.data.layouts import Layout, Mask, Planned, plan, read_groups
 FOLDERS = Layout(images="images", masks="masks")
 
 
-def planned(layout: Layout, paths: Sequence[str], groups: dict[str, str] | None = None) -> list[Planned]:
+def planned(layout: Layout, paths: Sequence[str], groups: dict[str, str] | None = None) -> list[Planned[int]]:
     return list(plan(layout, [(path, 1) for path in paths], groups or {}))
 
 
@@ -164,7 +164,7 @@ def test_without_masks_images_come_as_the_listing_does() -> None:
         raise AssertionError("read ahead of the listing")
 
     first = next(plan(Layout(), listing(), {}))  # type: ignore[arg-type]
-    assert (first.path, first.bytes, first.group, first.masks) == ("1.dcm", 5, None, ())
+    assert (first.path, first.file, first.group, first.masks) == ("1.dcm", 5, None, ())
 
 
 @pytest.mark.parametrize(

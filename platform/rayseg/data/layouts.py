@@ -16,9 +16,11 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
 logger = logging.getLogger(__name__)
+
+FileT = TypeVar("FileT")
 
 _SHOWN = 3
 _TOKEN = re.compile(r"\{([a-z_]+)(\*\*|:[1-9]\d?)?\}|(\*\*)|(\*)")
@@ -71,24 +73,24 @@ class Mask:
 
 
 @dataclass(frozen=True)
-class Planned:
+class Planned(Generic[FileT]):
     """An image as the layout has it."""
 
+    file: FileT  # what the listing gave with the path
     path: str  # below the source
     name: str  # below the images' folder, where the layout has one
-    bytes: int
     group: str | None  # the patient by the CSV or by the path; None where neither names one
     masks: tuple[Mask, ...]
 
 
-def plan(layout: Layout, objects: Iterable[tuple[str, int]], groups: Mapping[str, str]) -> Iterator[Planned]:
+def plan(layout: Layout, objects: Iterable[tuple[str, FileT]], groups: Mapping[str, str]) -> Iterator[Planned[FileT]]:
     """The images among the objects, with what belongs to each, in their order; without masks, as the objects come.
 
     What is left over is logged at the end: as a warning where images and masks do not pair, else as information.
 
     Args:
         layout: the patterns.
-        objects: paths below the source, with the bytes of each.
+        objects: paths below the source, each with whatever the caller wants back.
         groups: the CSV of groups.
 
     Raises:
@@ -97,17 +99,17 @@ def plan(layout: Layout, objects: Iterable[tuple[str, int]], groups: Mapping[str
     """
     told = _Told()
     masks = _Masks(layout)
-    held: list[tuple[str, int]] = []
-    for path, size in objects:
+    held: list[tuple[str, FileT]] = []
+    for path, file in objects:
         if path == layout.groups:
             continue
         if layout.mask_patterns:
             if not masks.add(path):
-                held.append((path, size))
+                held.append((path, file))
         else:
-            yield from _image(layout, path, size, groups, masks, told)
-    for path, size in held:
-        yield from _image(layout, path, size, groups, masks, told)
+            yield from _image(layout, path, file, groups, masks, told)
+    for path, file in held:
+        yield from _image(layout, path, file, groups, masks, told)
     _tell(layout, masks, told)
 
 
@@ -244,8 +246,8 @@ class _Told:
 
 
 def _image(
-    layout: Layout, path: str, size: int, groups: Mapping[str, str], masks: _Masks, told: _Told
-) -> Iterator[Planned]:
+    layout: Layout, path: str, file: FileT, groups: Mapping[str, str], masks: _Masks, told: _Told
+) -> Iterator[Planned[FileT]]:
     """The object where it is an image, nothing where it is none."""
     for number, pattern in enumerate(layout.image_patterns):
         compiled = _compiled(pattern)
@@ -261,7 +263,7 @@ def _image(
             told.bare += [path] if len(told.bare) < _SHOWN else []
         below = path[len(compiled.folder) + 1 :] if compiled.folder else path
         group = parts.get("patient") if layout.groups is None else groups.get(below) or groups.get(path)
-        yield Planned(path, below if len(layout.image_patterns) == 1 else path, size, group, found)
+        yield Planned(file, path, below if len(layout.image_patterns) == 1 else path, group, found)
         return
     told.ignored_count += 1
     told.ignored += [path] if len(told.ignored) < _SHOWN else []

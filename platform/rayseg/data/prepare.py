@@ -21,8 +21,9 @@ from rayseg import config as configuration
 from rayseg.data.labels import Labels
 from rayseg.data.prepared import DESCRIPTION, PATIENTS, VERSION
 from rayseg.data.preprocess import Preprocess
-from rayseg.data.samples import PLAN, TAKEN, limited, packed, positive_patients, row_id, write_shards
+from rayseg.data.samples import PLAN, TAKEN, limited, positive_patients, row_id, write_shards
 from rayseg.data.split import LEAK_COLUMNS, SPLITS, Split, check_leak, read_standing, to_csv
+from rayseg.data.spool import packed
 from rayseg.records import REJECTS
 
 logger = logging.getLogger(__name__)

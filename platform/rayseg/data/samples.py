@@ -15,11 +15,12 @@ from rayseg.data.labels import Labels
 from rayseg.data.manifest import read_failure
 from rayseg.data.masks import truth
 from rayseg.data.preprocess import Preprocess
+from rayseg.data.spool import unpacked
 from rayseg.dicom.reading import Slice, read_slice, read_slices, slice_uid
 from rayseg.records import PREPARED, REJECTS, Reason, Reject
 
 TAKEN = ("patient_key", "study_key", "series_key", "uri", "frame", "masks")  # columns of a manifest that a sample keeps
-# A shard to write; its samples (TAKEN and `split`) are a compressed Arrow stream: all of the plan is in Ray's store.
+# A shard to write; its samples (TAKEN and `split`) are packed: all of the plan is in Ray's store.
 PLAN = pa.schema([("path", pa.string()), ("samples", pa.binary())])
 # A shard as it came out; without rows it has no file.
 WRITTEN = pa.schema(
@@ -33,7 +34,6 @@ WRITTEN = pa.schema(
 
 
 _METADATA = b"rayseg.shard"  # of a shard's file: its row of WRITTEN
-_OPTIONS = pa.ipc.IpcWriteOptions(compression="zstd")
 
 
 def row_id(uri: str, frame: int | None) -> str:
@@ -41,17 +41,8 @@ def row_id(uri: str, frame: int | None) -> str:
     return hashlib.sha256(slice_uid(uri, frame).encode()).hexdigest()
 
 
-def packed(samples: pa.Table) -> bytes:
-    """Samples as a cell of `PLAN`."""
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, samples.schema, options=_OPTIONS) as stream:
-        stream.write_table(samples)
-    return sink.getvalue().to_pybytes()
-
-
 def _unpacked(cell: bytes) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = pa.ipc.open_stream(cell).read_all().to_pylist()
-    return [{"row_id": row_id(row["uri"], row["frame"]), **row} for row in rows]
+    return [{"row_id": row_id(row["uri"], row["frame"]), **row} for row in unpacked(cell).to_pylist()]
 
 
 def limited(patient_keys: Sequence[str], limit: int | None) -> Sequence[int]:
