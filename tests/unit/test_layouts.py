@@ -109,6 +109,15 @@ def test_one_mask_image_for_several_images_is_refused() -> None:
         planned(layout, ["a/ct/1.dcm", "a/ct/2.dcm", "a/mask.png"])
 
 
+def test_images_of_two_patterns_may_have_one_mask() -> None:
+    layout = Layout(("{patient}/brain/{slice}.jpg", "{patient}/bone/{slice}.jpg"), "{patient}/{slice}_seg.png")
+    found = planned(layout, ["a/brain/1.jpg", "a/bone/1.jpg", "a/1_seg.png"])
+    assert [(image.path, image.name, len(image.masks)) for image in found] == [
+        ("a/brain/1.jpg", "a/brain/1.jpg", 1),
+        ("a/bone/1.jpg", "a/bone/1.jpg", 1),
+    ]
+
+
 def test_all_paired_is_silent(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         planned(FOLDERS, ["images/1.png", "masks/1.png"])

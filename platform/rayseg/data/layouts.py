@@ -190,7 +190,8 @@ class _Masks:
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
         self.paths: list[str] = []
-        self._uses: Counter[str] = Counter()
+        self._uses: Counter[tuple[int, str]] = Counter()  # by the pattern of the images
+        self._used: set[str] = set()
         self._by_parts: dict[tuple[int, int], dict[tuple[str, ...], list[Mask]]] = defaultdict(
             lambda: defaultdict(list)
         )
@@ -222,15 +223,16 @@ class _Masks:
             shared = _shared(self._layout.image_patterns[image_number], pattern)
             of_pattern = self._by_parts[image_number, number].get(tuple(parts[name] for name in shared), [])
             for mask in of_pattern:
-                self._uses[mask.path] += 1
-                if self._uses[mask.path] > 1 and mask.path.lower().endswith(_FLAT):
+                self._used.add(mask.path)
+                self._uses[image_number, mask.path] += 1
+                if self._uses[image_number, mask.path] > 1 and mask.path.lower().endswith(_FLAT):
                     raise ValueError(f"layout.masks: {mask.path} would be the mask of several images; name more parts")
             found += of_pattern
         return tuple(found)
 
     def lonely(self) -> list[str]:
         """The masks that no image has."""
-        return [path for path in self.paths if not self._uses[path]]
+        return [path for path in self.paths if path not in self._used]
 
 
 @dataclass
