@@ -84,6 +84,8 @@ def attributes(source: bytes | Dataset, frame: int | None) -> Dataset | Reject:
             source = pydicom.dcmread(BytesIO(source), stop_before_pixels=True, force=True)
         except Exception as error:
             return Reject(Reason.CORRUPT, type(error).__name__)
+    if frame is None and int(source.get("NumberOfFrames") or 1) > 1:
+        return Reject(Reason.UNSUPPORTED_MULTIFRAME, "NumberOfFrames")
     clean = Dataset()
     for keyword in (*_NEEDED, *_TYPE_2, *_TYPE_3, *_SERIES):
         value = _of_frame(source, keyword, frame) if keyword in _GROUPS else _value(source, keyword)
