@@ -1,5 +1,6 @@
 """Multi-frame objects: each frame a slice with its own place and rescale, read, catalogued and segmented as others."""
 
+import io
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
@@ -10,6 +11,7 @@ import highdicom
 import numpy as np
 import pydicom
 import pytest
+from PIL import Image
 from pydicom import uid
 from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate, generate_frames
@@ -17,7 +19,7 @@ from pydicom.encaps import encapsulate, generate_frames
 from rayseg.data import manifest
 from rayseg.data.labels import Labels
 from rayseg.data.preprocess import Preprocess
-from rayseg.data.samples import PLAN, write_shards
+from rayseg.data.samples import PLAN, make, write_shards
 from rayseg.dicom import pixels
 from rayseg.dicom.pseudonyms import Pseudonyms
 from rayseg.dicom.reading import Geometry, Header, Slice, read_header, read_headers, read_slice, read_slices
@@ -245,26 +247,35 @@ def test_prepare_reads_an_object_once_and_keeps_the_order(
 
     from rayseg import storage
 
-    uri = str(tmp_path / "a.dcm")
+    uri, other = str(tmp_path / "a.dcm"), str(tmp_path / "b.dcm")
     Path(uri).write_bytes(as_file(enhanced(WORDS_NHW)))
+    Path(other).write_bytes(as_file(enhanced(WORDS_NHW[:1])))
     reads = []
     read_each = storage.read_each
     monkeypatch.setattr(storage, "read_each", lambda uris: read_each(reads.append(uri) or uri for uri in uris))
     samples = [
-        {"row_id": str(frame), "patient_key": "p", "series_key": "s", "uri": uri, "frame": frame, "split": "train"}
-        for frame in (3, 0, 7, 4)
+        {"row_id": str(frame), "patient_key": "p", "series_key": "s", "uri": at, "frame": frame, "split": "train"}
+        for at, frame in ((uri, 3), (other, None), (uri, 0), (uri, 7), (uri, 4))
     ]
     plan = pa.Table.from_pylist([{"path": "x.parquet", "samples": samples}], schema=PLAN)
     preprocess = Preprocess(size=(12, 10), percentiles=(0, 100))
     (shard,) = write_shards(plan, str(tmp_path), preprocess, Labels(), 16).to_pylist()
-    assert reads == [uri]
+    assert reads == [uri, other]
     assert [(reject["frame"], reject["reason"]) for reject in shard["rejects"]] == [(7, "missing_attribute")]
     rows = storage.read_table(str(tmp_path / "x.parquet")).to_pylist()
-    assert [row["frame"] for row in rows] == [3, 0, 4]
+    assert [row["frame"] for row in rows] == [3, None, 0, 4]
     for row in rows:
-        one = read_slice(Path(uri).read_bytes(), row["frame"])
+        one = read_slice(Path(row["uri"]).read_bytes(), row["frame"])
         assert isinstance(one, Slice)
         assert row["image"] == preprocess.apply(one).tobytes()
+
+
+def test_one_mask_is_not_that_of_every_frame(enhanced: Enhanced, as_file: AsFile) -> None:
+    one = read_slice(as_file(enhanced(WORDS_NHW)), 1)
+    mask = io.BytesIO()
+    Image.fromarray(np.zeros((36, 40), np.uint8)).save(mask, "PNG")
+    made = make(one, mask.getvalue(), Preprocess(size=(8, 8)), Labels())
+    assert made == Reject(Reason.MASK_MISMATCH, "one mask for an object of several frames")
 
 
 # The segmentation
@@ -339,6 +350,11 @@ def test_one_segmentation_of_several_objects(enhanced: Enhanced, as_file: AsFile
     own = decode(data)
     for name, mask in zip(("1.2.3.11#0", "1.2.3.11#1", "1.2.3.12#0", "1.2.3.12#1", "1.2.3.13"), masks, strict=True):
         np.testing.assert_array_equal(own[name], mask)
+
+
+def test_a_multi_frame_source_asks_for_its_frames(enhanced: Enhanced) -> None:
+    found = encode([enhanced(WORDS_NHW)], masks_of(1), ("a", "b"), "m", "1", "0")
+    assert found == Reject(Reason.UNSUPPORTED_MULTIFRAME, "NumberOfFrames")
 
 
 def test_frames_without_a_place_have_no_segmentation(enhanced: Enhanced) -> None:

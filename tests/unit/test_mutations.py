@@ -16,6 +16,7 @@ from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate
 
 from rayseg.dicom.reading import Header, Slice, read_headers, read_slices
+from rayseg.dicom.segmentation import encode
 from rayseg.records import Reason, Reject
 
 MUTATIONS = 10_000
@@ -87,7 +88,7 @@ def test_no_mutation_crashes_or_raises(
     chance = random.Random(1)
     objects = bases(enhanced, as_file)
     reasons: dict[Reason | None, int] = {}
-    told = []
+    told, segmentations = [], 0
     for number in range(MUTATIONS):
         data = mutated(objects[number % len(objects)], chance)
         headers = read_headers(data, len(data))
@@ -102,11 +103,17 @@ def test_no_mutation_crashes_or_raises(
                 assert found.stored.ndim == 2
                 if isinstance(headers, list):
                     assert found.header == headers[-1]
+                if number % 20 == 0 and found.header is not None:
+                    mask_HW = np.zeros(found.stored.shape, np.uint8)
+                    encoded = encode([data], [mask_HW], ("lesion",), "m", "1", "0", frames=[found.header.frame])
+                    segmentations += isinstance(encoded, bytes)
+                    told.append(str(encoded) if isinstance(encoded, Reject) else "")
             told.append(repr(found.header) if isinstance(found, Slice) else str(found))
         assert not isinstance(headers, Reject) or headers.reason != Reason.INTERNAL, (number, headers)
     # The mutations reach everything: whole slices, and each kind of fault.
     assert reasons[None] > MUTATIONS / 4
     faults = (Reason.TRUNCATED, Reason.DECODE_FAILED, Reason.CORRUPT, Reason.MISSING_ATTRIBUTE)
     assert all(reasons.get(fault, 0) > 20 for fault in faults), reasons
+    assert segmentations > 20
     told += [str(warning.message) for warning in recwarn]
     assert not any("SECRET" in text for text in told)

@@ -190,16 +190,16 @@ def frame_elements(dataset: Dataset, frame: int) -> dict[int, RawDataElement]:
     """What the functional groups say of one frame, the frame's own groups above those that all frames share."""
     found: dict[int, RawDataElement] = {}
     for keyword, place in (("SharedFunctionalGroupsSequence", 0), ("PerFrameFunctionalGroupsSequence", frame)):
-        for groups in _item(dataset, _TAGS[keyword], place):
+        for groups in sequence_item(dataset, _TAGS[keyword], place):
             for sequence, tags in _GROUPS.items():
-                for item in _item(groups, sequence):
+                for item in sequence_item(groups, sequence):
                     elements = {tag: item.get_item(tag) for tag in tags if tag in item}
                     found |= {tag: one for tag, one in elements.items() if isinstance(one, RawDataElement)}
     return found
 
 
-def _item(dataset: Dataset, tag: int, place: int = 0) -> list[Dataset]:
-    """The item at `place` of a sequence; none where it has no such item or is absent or no sequence."""
+def sequence_item(dataset: Dataset, tag: int | str, place: int = 0) -> list[Dataset]:
+    """The item at `place` of a sequence, by tag or keyword; none where there is no such item or no such sequence."""
     try:
         return list(dataset[tag].value[place : place + 1]) if tag in dataset else []
     except Exception:  # pydicom parses nested sequences when they are asked for, and raises many types

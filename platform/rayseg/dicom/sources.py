@@ -13,6 +13,7 @@ from pydicom.datadict import dictionary_VM, dictionary_VR
 from pydicom.dataset import Dataset
 from pydicom.valuerep import validate_value
 
+from rayseg.dicom.parsing import sequence_item
 from rayseg.records import Reason, Reject
 
 _NEEDED = (
@@ -84,6 +85,8 @@ def attributes(source: bytes | Dataset, frame: int | None) -> Dataset | Reject:
             source = pydicom.dcmread(BytesIO(source), stop_before_pixels=True, force=True)
         except Exception as error:
             return Reject(Reason.CORRUPT, type(error).__name__)
+    if frame is None and int(_value(source, "NumberOfFrames") or 1) > 1:
+        return Reject(Reason.UNSUPPORTED_MULTIFRAME, "NumberOfFrames")
     clean = Dataset()
     for keyword in (*_NEEDED, *_TYPE_2, *_TYPE_3, *_SERIES):
         value = _of_frame(source, keyword, frame) if keyword in _GROUPS else _value(source, keyword)
@@ -102,11 +105,11 @@ def _of_frame(dataset: Dataset, keyword: str, frame: int | None) -> Any | None:
     """An attribute of a frame by its functional groups, the frame's own before the shared ones, else the object's."""
     places = (("PerFrameFunctionalGroupsSequence", frame or 0), ("SharedFunctionalGroupsSequence", 0))
     for sequence, place in places:
-        groups = dataset.get(sequence) or []
-        for item in (groups[place].get(_GROUPS[keyword]) or []) if place < len(groups) else []:
-            value = _value(item, keyword)
-            if value is not None:
-                return value
+        for groups in sequence_item(dataset, sequence, place):
+            for item in sequence_item(groups, _GROUPS[keyword]):
+                value = _value(item, keyword)
+                if value is not None:
+                    return value
     return _value(dataset, keyword) if frame is None else None
 
 
