@@ -206,7 +206,9 @@ def _encode(
         return answers.png(result.mask)
     if kind == DICOM:
         return _accepted(answers.dicom_seg(body, result))
-    pictures = answers.preview(_accepted(read_slice(body)), result) if preview else None
+    pictures = (
+        answers.preview(_accepted(read_slice(body, color=result.model.preprocess.color)), result) if preview else None
+    )
     timings_ms["total"] = 1000 * (time.perf_counter() - started)
     rounded = {name: round(value, 2) for name, value in timings_ms.items()}
     return answers.measure(result, rounded, pictures).model_dump_json().encode()

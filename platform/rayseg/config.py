@@ -7,6 +7,7 @@ its dataclass; `--set a.b=c` changes single values, parsed as YAML. Every error 
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -46,8 +47,10 @@ def build(config_class: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
         # JSON mode is strict about types (no "3" for 3) yet takes a list for a tuple, which YAML needs.
         return TypeAdapter(config_class).validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in first["loc"]) or "(top level)"
+        # Where several types are allowed, what is wrong is told best by the one that fits furthest.
+        first = max(error.errors(include_url=False), key=lambda found: len(found["loc"]))
+        # The names of such types, `Window` or `tuple[...]`, stand between the keys.
+        key = ".".join(str(part) for part in first["loc"] if re.fullmatch(r"[a-z0-9_]+", str(part))) or "(top level)"
         given = "" if first["type"] == "missing" else f", got {first['input']!r}"
         raise ValueError(f"config key {key}: {first['msg'].removeprefix('Value error, ')}{given}") from None
     except TypeError as error:
@@ -123,7 +126,10 @@ def _override(values: dict[str, Any], override: str) -> None:
 
 
 def _refuse_unknown(config_class: Any, values: Any, prefix: str) -> None:
-    """Walks nested dataclasses and refuses keys that they lack, with the near ones named."""
+    """Walks nested dataclasses, lists of them too, and refuses keys that they lack, with the near ones named."""
+    if isinstance(values, list):
+        for number, value in enumerate(values):
+            _refuse_unknown(config_class, value, f"{prefix}{number}.")
     if not (dataclasses.is_dataclass(config_class) and isinstance(values, Mapping)):
         return
     hints = {field.name: field.type for field in dataclasses.fields(config_class)}

@@ -19,18 +19,20 @@ class Reason(StrEnum):
     TRUNCATED = "truncated"  # fewer bytes than the header or the pixel data's length announces
     CORRUPT = "corrupt"  # a data set that pydicom cannot parse
     NO_PIXELS = "no_pixels"  # a DICOM object without pixel data (RTSTRUCT, SR, presentation state, ...)
-    UNSUPPORTED_SOP_CLASS = "unsupported_sop_class"  # pixels that are no source image (SEG, dose, parametric map)
+    UNSUPPORTED_SOP_CLASS = "unsupported_sop_class"  # pixels of no slice (SEG, dose, parametric map, whole slide tiles)
     UNSUPPORTED_TRANSFER_SYNTAX = "unsupported_transfer_syntax"  # no maintained decoder
-    UNSUPPORTED_PIXELS = "unsupported_pixels"  # colour, palette, float or otherwise not one grey sample a pixel
-    UNSUPPORTED_MULTIFRAME = "unsupported_multiframe"  # more than one frame in the object
+    UNSUPPORTED_PIXELS = "unsupported_pixels"  # float, or a layout that is not read; detail names the attribute
+    UNSUPPORTED_MULTIFRAME = "unsupported_multiframe"  # several frames where one slice is expected (HTTP, TIFF)
     DECODE_FAILED = "decode_failed"  # the decoder refused the pixel data
     MISSING_ATTRIBUTE = "missing_attribute"  # an attribute that is needed is absent or unusable; detail names it
-    TOO_LARGE = "too_large"  # declared pixels over the limit
+    TOO_LARGE = "too_large"  # over a limit of pixels, frames, inflated bytes, scans or tiles; detail names it
     NOT_AN_IMAGE = "not_an_image"  # an image file (PNG, JPEG, TIFF) that cannot be decoded
     NO_MASK = "no_mask"  # the layout asks for a mask and none pairs with this image
     MASK_MISMATCH = "mask_mismatch"  # the mask's size is not its image's size
+    MASK_VALUES = "mask_values"  # the mask holds a value, colour or segment that no class is named for
+    LOCALIZER = "localizer"  # a scout view, no part of a stack
     SERIES_MIXED = "series_mixed"  # a series with several sizes or orientations
-    SERIES_DUPLICATES = "series_duplicates"  # several different slices at one position
+    SERIES_DUPLICATES = "series_duplicates"  # a copy, or several different slices at one position
     WRITE_FAILED = "write_failed"  # the result could not be made or stored
     INTERNAL = "internal"  # anything unforeseen: the detail names the exception's type only
 
@@ -43,21 +45,27 @@ class Reject:
     detail: str = ""
 
 
+# The masks of an image, none or several; `label` is what the `{label}` of the layout's pattern has in its path.
+MASKS = pa.list_(pa.struct([("uri", pa.string()), ("label", pa.string())]))
+
 # Lists have no fixed size in the type: Parquet readers disagree about fixed-size lists with nulls between.
-# One row per object of the source: a DICOM instance or an image file.
+# One row per slice of the source: a DICOM instance, a frame of one, or an image file.
 MANIFEST = pa.schema(
     [
         ("uri", pa.string()),
-        ("bytes", pa.int64()),
+        ("frame", pa.int32()),  # of a multi-frame DICOM instance or a volume, from 0; null: the object is one image
+        ("bytes", pa.int64()),  # of the object
+        ("modified", pa.timestamp("us", "UTC")),  # null where the store does not tell
         ("verdict", pa.string()),  # "ok" or "rejected"
         ("reason", pa.string()),  # a Reason value; null where ok
         ("detail", pa.string()),  # null where ok
         ("kind", pa.string()),  # "dicom" or "image"; null where rejected before that was known
-        ("mask_uri", pa.string()),  # null: no mask (an empty one where the layout says so)
+        ("masks", MASKS),  # empty: no mask (one without foreground where the layout says so)
         ("patient_key", pa.string()),
         ("study_key", pa.string()),
         ("series_key", pa.string()),
         ("instance_key", pa.string()),
+        ("frame_of_reference_key", pa.string()),
         ("modality", pa.string()),
         ("transfer_syntax_uid", pa.string()),
         ("rows", pa.int32()),
@@ -67,6 +75,7 @@ MANIFEST = pa.schema(
         ("slice_thickness_mm", pa.float64()),
         ("image_position_mm", pa.list_(pa.float64())),  # 3
         ("image_orientation", pa.list_(pa.float64())),  # 6: along a row, along a column
+        ("localizer", pa.bool_()),
         ("series_verdict", pa.string()),  # "ok", "salvaged" or "rejected"
         ("series_detail", pa.string()),  # what was done or why
     ]
@@ -75,22 +84,26 @@ MANIFEST = pa.schema(
 # One row per training sample. Image and mask are raw C-ordered bytes; the set's `_prepared.json` tells their shapes.
 PREPARED = pa.schema(
     [
-        ("row_id", pa.string()),  # sha256 of the uri: names the sample in errors and tables
+        ("row_id", pa.string()),  # sha256 of the uri, or of uri#frame: names the sample in errors and tables
         ("patient_key", pa.string()),
+        ("study_key", pa.string()),  # null for image files
         ("series_key", pa.string()),
         ("uri", pa.string()),
-        ("mask_uri", pa.string()),
+        ("frame", pa.int32()),  # as in the manifest
+        ("masks", MASKS),
         ("split", pa.string()),  # "train", "val" or "test"
+        ("fingerprint", pa.binary()),  # of `image`, to find near-duplicates; null where there is nothing to tell
         ("foreground_pixels", pa.int64()),  # of `mask`
         ("image", pa.binary()),  # uint8, (height, width, channels)
         ("mask", pa.binary()),  # uint8 class indices, (height, width)
     ]
 )
 
-# One row per rejected object of a stage.
+# One row per rejected slice of a stage.
 REJECTS = pa.schema(
     [
         ("uri", pa.string()),
+        ("frame", pa.int32()),  # as in the manifest
         ("stage", pa.string()),
         ("reason", pa.string()),
         ("detail", pa.string()),

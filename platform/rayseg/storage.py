@@ -12,6 +12,7 @@ import logging
 import os
 import random
 import secrets
+import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,11 +30,14 @@ import pyarrow.parquet as pq
 
 logger = logging.getLogger(__name__)
 
-ATTEMPTS = 4
+# A read is two requests: where one in ten fails, one read in 600,000 does so this often.
+ATTEMPTS = 8
 FIRST_PAUSE_S = 0.2  # doubled after each failure, with jitter
+LONGEST_PAUSE_S = 4.0
 THREADS = 8  # transfers and listings in flight of one call
 CONNECT_TIMEOUT_S = 5.0
 REQUEST_TIMEOUT_S = 30.0
+_COPY_BYTES = 2**23
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
@@ -170,6 +174,20 @@ def write(uri: str, data: bytes) -> None:
     _try(call)
 
 
+def write_file(uri: str, path: Path) -> None:
+    """Writes the local file `path`, which may be large, as the object `uri`: `write` without its bytes in memory."""
+    files, target = filesystem(uri)
+
+    def call() -> None:
+        if isinstance(files, pafs.LocalFileSystem):
+            _write_local(Path(target), path)
+            return
+        with path.open("rb") as source, files.open_output_stream(target, compression=None) as file:
+            shutil.copyfileobj(source, file, _COPY_BYTES)
+
+    _try(call)
+
+
 def delete(uri: str) -> None:
     """Removes the object at `uri` if it is there."""
     files, path = filesystem(uri)
@@ -188,6 +206,29 @@ def read_table(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
             return pq.ParquetFile(file).read(columns=None if columns is None else list(columns))
 
     return _try(call)
+
+
+def read_footer(uri: str) -> pq.FileMetaData:
+    """What the Parquet file at `uri` says of itself; raises ValueError where it is no whole Parquet file."""
+    files, path = filesystem(uri)
+
+    def call() -> pq.FileMetaData:
+        with files.open_input_file(path) as file:
+            return pq.read_metadata(file)
+
+    return _try(call)
+
+
+def read_row_groups(uri: str, columns: Sequence[str]) -> Iterator[pa.Table]:
+    """`columns` of the Parquet file at `uri`, a row group at a time."""
+    files, path = filesystem(uri)
+    for number in range(read_footer(uri).num_row_groups):
+
+        def call(number: int = number) -> pa.Table:
+            with files.open_input_file(path) as file:
+                return pq.ParquetFile(file).read_row_group(number, list(columns))
+
+        yield _try(call)
 
 
 def write_table(uri: str, table: pa.Table, row_group_rows: int | None = None) -> None:
@@ -246,13 +287,17 @@ def _local(path: str) -> str:
     return os.path.abspath(path)  # noqa: PTH100 (unlike Path.resolve it leaves links as they are)
 
 
-def _write_local(path: Path, data: bytes) -> None:
+def _write_local(path: Path, data: bytes | Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     prefix, suffix = _TEMPORARY
     temporary = path.parent / f"{prefix}{secrets.token_hex(8)}{suffix}"
     try:
         with temporary.open("xb") as file:
-            file.write(data)
+            if isinstance(data, Path):
+                with data.open("rb") as source:
+                    shutil.copyfileobj(source, file, _COPY_BYTES)
+            else:
+                file.write(data)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -269,6 +314,8 @@ def _s3(environment: tuple[tuple[str, str], ...]) -> pafs.S3FileSystem:
         endpoint_override=endpoint.netloc or None,
         scheme=endpoint.scheme,
         region=variables.get("AWS_REGION") or variables.get("AWS_DEFAULT_REGION") or "us-east-1",
+        # A small object is then put with one request instead of three, each of which could fail.
+        allow_delayed_open=True,
         connect_timeout=CONNECT_TIMEOUT_S,
         request_timeout=REQUEST_TIMEOUT_S,
         # One place counts attempts: `_try`.
@@ -289,5 +336,5 @@ def _try(call: Callable[[], ResultT]) -> ResultT:
                 raise
             # The text may name an object, and its name a patient: only the type is logged.
             logger.warning("storage call failed (%s), attempt %d of %d", type(error).__name__, attempt, ATTEMPTS)
-            time.sleep(FIRST_PAUSE_S * 2 ** (attempt - 1) * _JITTER.uniform(0.5, 1.5))
+            time.sleep(min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** (attempt - 1)) * _JITTER.uniform(0.5, 1.5))
     raise AssertionError("the loop returns or raises")

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import highdicom
 import keras
 import numpy as np
 import pyarrow.dataset as ds
@@ -155,6 +156,40 @@ def test_the_archive_holds_the_masks_of_the_predictor(archive: SegmentConfig, mo
         voxel_mm3 = float(first.PixelSpacing[0]) * float(first.PixelSpacing[1]) * distance_mm
         assert row["volume_ml"] == pytest.approx(row["foreground_pixels"] * voxel_mm3 / 1000, rel=1e-3)
         assert (row["model_name"], row["model_version"]) == ("brain", "1")
+
+
+def test_a_multi_frame_object_gets_the_masks_of_the_slices_it_was_made_of(
+    archive: SegmentConfig, models: Models, tmp_path: Path
+) -> None:
+    folder = Path(archive.manifest).parent
+    paths = sorted(next(iter(sorted((folder / "archive" / "images").iterdir()))).iterdir())
+    classic = [pydicom.dcmread(path) for path in paths]
+    masks = {
+        tuple(dataset.ImagePositionPatient): result.mask
+        for dataset, result in zip(
+            classic, models.predictor(1).segment([path.read_bytes() for path in paths]), strict=True
+        )
+        if isinstance(result, Prediction)
+    }
+    joined = highdicom.legacy.LegacyConvertedEnhancedCTImage(
+        legacy_datasets=classic,
+        series_instance_uid="1.2.3",
+        series_number=1,
+        sop_instance_uid="1.2.3.4",
+        instance_number=1,
+    )
+    shutil.rmtree(folder / "archive" / "images")
+    joined.save_as(folder / "archive" / "joined.dcm", enforce_file_format=True)
+    result = segment(cataloged(models, folder))
+    assert (result.series, result.segmented, result.slices, result.rejected_slices) == (1, 1, SLICES, 0)
+    found = masks_of(result.seg_paths)
+    assert len(found) == len(masks) == SLICES
+    for number, groups in enumerate(joined.PerFrameFunctionalGroupsSequence):
+        place = tuple(groups.PlanePositionSequence[0].ImagePositionPatient)
+        assert found[f"1.2.3.4#{number}"].tobytes() == masks[place].tobytes()
+    (row,) = ledger.read(archive.output).to_pylist()
+    assert row["volume_ml"] is not None
+    assert segment(cataloged(models, folder)).skipped == 1
 
 
 def test_every_seg_passes_dciodvfy(archive: SegmentConfig) -> None:

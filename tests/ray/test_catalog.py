@@ -1,5 +1,7 @@
 """The catalog on a Ray cluster: one row an object whatever it is, and the same bytes each time."""
 
+import dataclasses
+import os
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -49,7 +51,8 @@ def test_rows_say_what_the_headers_say(phantoms: Path, tmp_path: Path) -> None:
         assert row["verdict"] == "ok"
         assert row["kind"] == "dicom"
         assert row["bytes"] == path.stat().st_size
-        assert row["mask_uri"] == str(path).replace("/images/", "/masks/").replace(".dcm", ".png")
+        mask = str(path).replace("/images/", "/masks/").replace(".dcm", ".png")
+        assert row["masks"] == [{"uri": mask, "label": None}]
         assert row["patient_key"] == pseudonyms.key("patient", dataset.PatientID)
         assert row["series_key"] == pseudonyms.key("series", dataset.SeriesInstanceUID)
         assert (row["rows"], row["columns"]) == (32, 32)
@@ -62,7 +65,7 @@ def test_rows_say_what_the_headers_say(phantoms: Path, tmp_path: Path) -> None:
 
 
 def test_no_identity_is_in_the_manifest_but_in_the_paths(phantoms: Path, tmp_path: Path) -> None:
-    table = storage.read_table(catalog(config_of(phantoms, tmp_path)).manifest).drop_columns(["uri", "mask_uri"])
+    table = storage.read_table(catalog(config_of(phantoms, tmp_path)).manifest).drop_columns(["uri", "masks"])
     text = str(table.to_pylist())
     for path in (phantoms / "images").rglob("*.dcm"):
         dataset = pydicom.dcmread(path, stop_before_pixels=True)
@@ -122,7 +125,7 @@ def test_an_object_that_vanishes_is_a_row(phantoms: Path, tmp_path: Path, monkey
     victim = next(iter(sorted(source.rglob("*.dcm"))))
     planned = module._plan
 
-    def vanishing(*arguments: object) -> pa.Table:
+    def vanishing(*arguments: object) -> object:
         plan = planned(*arguments)
         victim.unlink()
         return plan
@@ -132,6 +135,75 @@ def test_an_object_that_vanishes_is_a_row(phantoms: Path, tmp_path: Path, monkey
     (row,) = [row for row in rows if row["verdict"] == "rejected"]
     assert (row["uri"], row["reason"], row["patient_key"]) == (str(victim), "not_found", None)
     assert len(rows) == 12
+
+
+def changed(path: Path, data: bytes, seconds: float) -> None:
+    """Other content, with the time of change moved."""
+    at_ns = path.stat().st_mtime_ns + int(seconds * 1e9)
+    path.write_bytes(data)
+    os.utime(path, ns=(at_ns, at_ns))
+
+
+def test_unchanged_objects_are_not_read_again(phantoms: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(phantoms / "images", source)
+    good = sorted(source.rglob("*.dcm"))
+    (source / "copy.dcm").write_bytes(good[0].read_bytes())  # rejected by the verdict on its series
+    (source / "note.txt").write_bytes(b"a note")
+    config = config_of(source, tmp_path, Layout(), max_reject_fraction=1.0)
+    assert catalog(config).unchanged == 0
+    first = storage.read(config.output)
+    again = catalog(config)
+    assert (again.objects, again.unchanged, again.rejected) == (14, 14, 2)
+    assert storage.read(config.output) == first
+
+    whole = {path: path.read_bytes() for path in good}
+    for path in good[1:]:  # of the same size and time: whoever read them would find nothing in them
+        changed(path, bytes(len(whole[path])), 0)
+    assert catalog(config).unchanged == 14
+    assert storage.read(config.output) == first
+
+    for path in good[1:]:
+        changed(path, whole[path], 0)
+    changed(good[4], whole[good[4]][:-300], 0)  # another size
+    changed(good[5], whole[good[6]], 60)  # another time
+    good[7].unlink()
+    (source / "new.dcm").write_bytes(whole[good[7]])
+    third = catalog(config)
+    assert (third.objects, third.unchanged) == (14, 11)
+    assert third.reasons == {"not_dicom": 1, "series_duplicates": 2, "truncated": 1}
+    fresh = catalog(dataclasses.replace(config, output=str(tmp_path / "fresh.parquet")))
+    assert fresh.unchanged == 0
+    assert storage.read(fresh.manifest) == storage.read(third.manifest)
+
+
+@pytest.mark.parametrize("change", ["key", "layout", "foreign"])
+def test_rows_made_otherwise_are_not_taken_over(
+    phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    config = config_of(phantoms / "images", tmp_path, Layout())
+    catalog(config)
+    if change == "key":
+        monkeypatch.setenv("RAYSEG_PSEUDONYM_KEY", "another key")
+    elif change == "layout":
+        config = dataclasses.replace(config, layout=Layout(missing_mask="empty"))
+    else:  # a manifest that something else wrote
+        storage.write_table(config.output, storage.read_table(config.output).replace_schema_metadata())
+    result = catalog(config)
+    assert (result.objects, result.unchanged) == (12, 0)
+
+
+def test_a_failed_read_is_tried_again(phantoms: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(phantoms / "images", source)
+    config = config_of(source, tmp_path, Layout())
+    catalog(config)
+    table = storage.read_table(config.output)
+    rows = table.to_pylist()
+    rows[3] |= {"verdict": "rejected", "reason": "read_failed", "detail": "object: OSError"}
+    storage.write_table(config.output, pa.Table.from_pylist(rows, schema=table.schema))
+    result = catalog(config)
+    assert (result.objects, result.unchanged, result.accepted) == (12, 11, 12)
 
 
 def test_too_many_rejects_fail_after_the_manifest_is_written(phantoms: Path, tmp_path: Path) -> None:
@@ -148,7 +220,7 @@ def test_the_same_source_gives_the_same_bytes_however_it_is_cut_into_tasks(
     phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = catalog(config_of(phantoms, tmp_path / "one"))
-    monkeypatch.setattr(module, "_ROWS_PER_TASK", (1, 3))
+    monkeypatch.setattr(module, "_ROWS_PER_TASK", 3)
     second = catalog(config_of(phantoms, tmp_path / "two", concurrency=2))
     assert storage.read(first.manifest) == storage.read(second.manifest)
 
@@ -198,7 +270,7 @@ def test_images_without_a_csv_take_the_folders(tmp_path: Path) -> None:
     assert by_path["p1/brain/1.png"]["patient_key"] == by_path["p1/bone/1.png"]["patient_key"]
     assert by_path["p1/brain/1.png"]["series_key"] != by_path["p1/bone/1.png"]["series_key"]
     assert by_path["p1/brain/1.png"]["patient_key"] != by_path["p2/brain/1.png"]["patient_key"]
-    assert {row["mask_uri"] for row in rows} == {None}
+    assert all(row["masks"] == [] for row in rows)
 
 
 @pytest.mark.parametrize(("missing_mask", "reason"), [("reject", "no_mask"), ("empty", None)])
@@ -212,7 +284,7 @@ def test_an_image_without_a_mask(tmp_path: Path, missing_mask: str, reason: str 
         catalog(config_of(source, tmp_path, layout, max_reject_fraction=0.5)).manifest
     ).to_pylist()
     assert [row["reason"] for row in rows] == [None, reason]
-    assert [row["mask_uri"] is None for row in rows] == [False, True]
+    assert [row["masks"] == [] for row in rows] == [False, True]
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def test_scores_are_those_of_the_source_objects_on_their_own_grid(world: World) 
         (found,) = predictor.segment([Path(row["uri"]).read_bytes()])
         assert isinstance(found, Prediction)
         predictions.setdefault(row["patient_key"], []).append(found.mask.ravel() > 0)
-        truths.setdefault(row["patient_key"], []).append(np.asarray(Image.open(row["mask_uri"])).ravel() > 0)
+        truths.setdefault(row["patient_key"], []).append(np.asarray(Image.open(row["masks"][0]["uri"])).ravel() > 0)
     all_truth, all_predicted = (
         np.concatenate([mask for slices in masks.values() for mask in slices]) for masks in (truths, predictions)
     )
@@ -113,7 +113,7 @@ def test_scores_are_those_of_the_source_objects_on_their_own_grid(world: World) 
 
 def test_rows_that_cannot_be_read_any_more_end_the_job_by_the_budget_with_their_reasons(world: World) -> None:
     rows = describe(world.prepared).read_rows("test").to_pylist()
-    gone, changed = Path(rows[0]["uri"]), Path(rows[1]["mask_uri"])
+    gone, changed = Path(rows[0]["uri"]), Path(rows[1]["masks"][0]["uri"])
     kept = gone.read_bytes(), changed.read_bytes()
     try:
         gone.unlink()

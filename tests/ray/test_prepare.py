@@ -1,8 +1,13 @@
 """Preparing on a Ray cluster: samples as computed by hand, splits by patient, equal bytes, rejects as rows."""
 
+import csv
 import dataclasses
 import hashlib
 import io
+import itertools
+import os
+import subprocess
+import sys
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -12,8 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pydicom
 import pytest
+import ray
+import yaml
 from PIL import Image
 
+from rayseg import config as configuration
 from rayseg import storage
 from rayseg.data import prepared, synthetic
 from rayseg.data import split as splitting
@@ -49,7 +57,7 @@ def manifest_of(folder: Path, patients: int = 12, slices: int = 5) -> Path:
             rows.append(
                 {
                     "uri": str(image_path),
-                    "mask_uri": str(mask_path),
+                    "masks": [{"uri": str(mask_path), "label": None}],
                     "verdict": "ok",
                     "kind": "image",
                     "patient_key": patient(number),
@@ -79,6 +87,10 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def shards_of(folder: Path) -> list[Path]:
+    return sorted(folder.glob("split=*/part-*.parquet"))
+
+
 def test_every_accepted_row_becomes_the_sample_that_its_files_say(manifest: Path, tmp_path: Path) -> None:
     result = prepare(config_of(manifest, tmp_path, rows_per_shard=7))
     rows = {row["uri"]: row for row in everything(result.prepared).to_pylist()}
@@ -88,7 +100,7 @@ def test_every_accepted_row_becomes_the_sample_that_its_files_say(manifest: Path
         # Nothing is resampled at 8 x 8: the least value becomes 0, the greatest 255.
         expected = np.rint((image - image.min()) / (image.max() - image.min()) * 255)
         assert np.abs(np.frombuffer(row["image"], np.uint8).reshape(8, 8) - expected).max() <= 1
-        mask = np.asarray(Image.open(row["mask_uri"])) > 0
+        mask = np.asarray(Image.open(row["masks"][0]["uri"])) > 0
         assert np.array_equal(np.frombuffer(row["mask"], np.uint8).reshape(8, 8), mask)
         assert row["foreground_pixels"] == mask.sum()
         assert row["row_id"] == hashlib.sha256(uri.encode()).hexdigest()
@@ -111,7 +123,8 @@ def test_shards_have_the_schema_the_names_and_the_row_groups(manifest: Path, tmp
     result = prepare(config_of(manifest, tmp_path, rows_per_shard=10, row_group_rows=4))
     for split in ("train", "val", "test"):
         found = sorted((tmp_path / f"split={split}").iterdir())
-        assert [path.name for path in found] == [f"part-{number:05d}.parquet" for number in range(len(found))]
+        assert [path.name[:10] for path in found] == [f"part-{number:05d}" for number in range(len(found))]
+        assert len({path.name[10:] for path in found}) == len(found)  # by content
         assert prepared.describe(str(tmp_path)).files(split) == [str(path) for path in found]
         for path in found:
             file = pq.ParquetFile(path)
@@ -146,10 +159,115 @@ def test_an_equal_set_is_not_made_again(manifest: Path, tmp_path: Path) -> None:
     assert second.cached
     assert dataclasses.replace(second, cached=False, seconds=0.0) == dataclasses.replace(first, seconds=0.0)
     assert times == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
-    # A shard that was lost is noticed, and the set made again.
-    (tmp_path / "split=train/part-00000.parquet").unlink()
+    # A shard that was lost is noticed, and made again.
+    lost = next((tmp_path / "split=train").glob("part-00000-*.parquet"))
+    lost.unlink()
     assert not prepare(config).cached
-    assert (tmp_path / "split=train/part-00000.parquet").exists()
+    assert lost.exists()
+
+
+def test_what_a_killed_run_has_written_is_not_made_again(manifest: Path, tmp_path: Path) -> None:
+    whole = config_of(manifest, tmp_path / "whole", rows_per_shard=2)
+    prepare(whole)
+    output, recipe = tmp_path / "killed", tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"prepare": configuration.plain(whole) | {"output": str(output)}}))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jobs.prepare", "--config", str(recipe)],
+        env={
+            **os.environ,
+            "RAY_ADDRESS": ray.get_runtime_context().gcs_address,
+            "PYTHONPATH": os.pathsep.join(sys.path),
+        },
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        while not len(found := shards_of(output)) >= 3:
+            assert process.poll() is None, "killed before it ended"
+    finally:
+        process.kill()
+        process.wait()
+    assert not (output / "_prepared.json").exists()
+    times = {path: path.stat().st_mtime_ns for path in found}
+    torn = found[0]
+    torn.write_bytes(torn.read_bytes()[:-9])
+    result = prepare(dataclasses.replace(whole, output=str(output)))
+    assert not result.cached
+    assert files(output) == files(tmp_path / "whole")
+    assert {path: path.stat().st_mtime_ns for path in found[1:]} == {path: times[path] for path in found[1:]}
+    assert torn.stat().st_mtime_ns != times[torn]
+
+
+def test_rejects_of_a_kept_shard_are_kept_and_failed_reads_are_tried_again(tmp_path: Path) -> None:
+    manifest = manifest_of(tmp_path)
+    (tmp_path / "images/0/0.png").write_bytes(b"broken")
+    config = config_of(manifest, tmp_path / "set", rows_per_shard=60)
+    first = prepare(config)
+    (tmp_path / "set/_prepared.json").unlink()
+    times = {path: path.stat().st_mtime_ns for path in shards_of(tmp_path / "set")}
+    second = prepare(config)
+    assert (first.rejected, first.reasons) == (second.rejected, second.reasons) == (1, {"not_dicom": 1})
+    assert len(pq.read_table(tmp_path / "set/rejects.parquet")) == 1
+    assert times == {path: path.stat().st_mtime_ns for path in shards_of(tmp_path / "set")}
+
+    # As if the store had failed in the first run.
+    for path in shards_of(tmp_path / "set"):
+        table = pq.read_table(path)
+        told = {key: value.replace(b"not_dicom", b"read_failed") for key, value in table.schema.metadata.items()}
+        pq.write_table(table.replace_schema_metadata(told), path)
+    (tmp_path / "images/0/0.png").write_bytes((tmp_path / "images/0/1.png").read_bytes())
+    (tmp_path / "set/_prepared.json").unlink()
+    third = prepare(config)
+    assert (third.rows, third.rejected) == (60, 0)
+
+
+def test_the_split_is_a_table_of_patients(manifest: Path, tmp_path: Path) -> None:
+    result = prepare(config_of(manifest, tmp_path))
+    rows = list(csv.DictReader(io.StringIO(prepared.describe(result.prepared).read_split().decode())))
+    assert [row["patient_key"] for row in rows] == [patient(number) for number in range(12)]
+    split = Split(val=0.25, test=0.25, seed="1")
+    for row in rows:
+        assert row["part"] == row["split"] == split.assign(row["patient_key"])
+        assert (row["rows"], row["positive"]) == ("5", "2")
+
+
+def test_a_stratified_split_is_by_what_the_masks_say_and_keeps_who_stood(tmp_path: Path) -> None:
+    manifest = manifest_of(tmp_path)
+    for number in range(0, 12, 2):  # six patients without foreground
+        for index in range(5):
+            Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / f"masks/{number}/{index}.png")
+    split = Split(val=0.2, test=0.2, stratify=True)
+    rows = pq.read_table(manifest)
+    storage.write_table(str(tmp_path / "few.parquet"), rows.slice(0, 40))
+    few = prepare(config_of(tmp_path / "few.parquet", tmp_path / "few", split=split))
+    standing = dataclasses.replace(split, standing=f"{few.prepared}/split.csv")
+    many = prepare(config_of(manifest, tmp_path / "many", split=standing))
+    dealt = {}
+    for result in (few, many):
+        table = list(csv.DictReader(io.StringIO(prepared.describe(result.prepared).read_split().decode())))
+        dealt[result.prepared] = {row["patient_key"]: row["split"] for row in table}
+        for positive in (True, False):
+            places = Counter(row["split"] for row in table if (row["positive"] != "0") == positive)
+            assert places["val"] >= 1 <= places["test"]
+    assert dealt[few.prepared] == {key: dealt[many.prepared][key] for key in dealt[few.prepared]}
+    lost = dataclasses.replace(split, standing=str(tmp_path / "absent.csv"))
+    with pytest.raises(ValueError, match=r"split.standing: there is no .*absent.csv"):
+        prepare(config_of(manifest, tmp_path / "many", split=lost))
+
+
+def test_the_same_picture_of_two_patients_fails(tmp_path: Path) -> None:
+    manifest = manifest_of(tmp_path)
+    split = Split(val=0.25, test=0.25, seed="1")
+    by_place = {split.assign(patient(number)): number for number in range(12)}
+    train, test = by_place["train"], by_place["test"]
+    picture = Image.open(tmp_path / f"images/{train}/3.png")
+    picture.save(tmp_path / f"images/{test}/4.png")
+    with pytest.raises(ValueError, match="1 pairs of rows in different splits show the same picture") as told:
+        prepare(config_of(manifest, tmp_path / "set"))
+    for number, index in ((train, 3), (test, 4)):
+        row_id = hashlib.sha256(str(tmp_path / f"images/{number}/{index}.png").encode()).hexdigest()
+        assert f"row {row_id[:12]} of patient {patient(number)}" in str(told.value)
+    with pytest.raises(ValueError, match="no finished prepared set"):
+        prepared.describe(str(tmp_path / "set"))
 
 
 @pytest.mark.parametrize(
@@ -174,7 +292,8 @@ def test_a_smaller_set_in_the_place_of_a_larger_leaves_no_shard_behind(manifest:
     foreign = tmp_path / "split=train" / "notes.txt"
     foreign.write_text("not ours")
     prepare(config_of(manifest, tmp_path, rows_per_shard=100))
-    assert [path.name for path in sorted((tmp_path / "split=train").iterdir())] == ["notes.txt", "part-00000.parquet"]
+    names = [path.name for path in sorted((tmp_path / "split=train").iterdir())]
+    assert [name[:10] for name in names] == ["notes.txt", "part-00000"]
     assert len(everything(str(tmp_path))) == 60
 
 
@@ -240,8 +359,8 @@ def test_a_split_that_loses_all_its_rows_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_leak_in_what_was_written_fails(manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    dealt = iter(["train", "val", "test"] * 20)
-    monkeypatch.setattr(splitting.Split, "assign", lambda self, key: next(dealt))  # by slice, as one should not
+    dealt = itertools.cycle(["train", "val", "test"])
+    monkeypatch.setattr(splitting.Split, "split_of", lambda self, part: next(dealt))  # by slice, as one should not
     with pytest.raises(ValueError, match="12 patients are in more than one split"):
         prepare(config_of(manifest, tmp_path))
     with pytest.raises(ValueError, match="no finished prepared set"):
@@ -262,17 +381,27 @@ def test_rows_that_were_rejected_are_left_out_and_an_archive_without_masks_is_re
 ) -> None:
     rows = pq.read_table(manifest).to_pylist()
     rows[7] |= {"verdict": "rejected", "reason": "no_mask"}
-    rows[8] |= {"mask_uri": None}  # an empty mask, as the layout has it
+    rows[8] |= {"masks": []}  # an empty mask, as the layout has it
     storage.write_table(str(tmp_path / "m.parquet"), pa.Table.from_pylist(rows, schema=MANIFEST))
     result = prepare(config_of(tmp_path / "m.parquet", tmp_path / "set"))
     table = everything(result.prepared).to_pylist()
     assert rows[7]["uri"] not in {row["uri"] for row in table}
     (empty,) = [row for row in table if row["uri"] == rows[8]["uri"]]
-    assert (empty["mask_uri"], empty["foreground_pixels"], empty["mask"]) == (None, 0, bytes(64))
-    bare = [row | {"mask_uri": None} for row in rows]
+    assert (empty["masks"], empty["foreground_pixels"], empty["mask"]) == ([], 0, bytes(64))
+    bare = [row | {"masks": []} for row in rows]
     storage.write_table(str(tmp_path / "bare.parquet"), pa.Table.from_pylist(bare, schema=MANIFEST))
     with pytest.raises(ValueError, match="no accepted row has a mask"):
         prepare(config_of(tmp_path / "bare.parquet", tmp_path / "other"))
+
+
+def test_a_source_without_a_class_is_told_before_anything_is_read(manifest: Path, tmp_path: Path) -> None:
+    rows = pq.read_table(manifest).to_pylist()
+    for number, row in enumerate(rows):
+        row["masks"][0]["label"] = ("bleed", "infarct", "spare")[number % 3]
+    storage.write_table(str(tmp_path / "m.parquet"), pa.Table.from_pylist(rows, schema=MANIFEST))
+    labels = Labels(("stroke",), sources={"bleed": "stroke"})
+    with pytest.raises(ValueError, match=r"labels\.sources: lacks infarct, spare"):
+        prepare(config_of(tmp_path / "m.parquet", tmp_path / "set", labels=labels))
 
 
 def test_no_manifest_is_an_error(tmp_path: Path) -> None:
@@ -306,7 +435,7 @@ def test_phantom_ct_goes_the_whole_way(tmp_path: Path) -> None:
         # A window of 40/80 maps 0..79 HU to 0..255.
         expected = np.rint(np.clip((hu - 0.0) / 79, 0, 1) * 255)
         assert np.abs(np.frombuffer(row["image"], np.uint8).reshape(48, 48) - expected).max() <= 1
-        truth = np.asarray(Image.open(row["mask_uri"])) > 0
+        truth = np.asarray(Image.open(row["masks"][0]["uri"])) > 0
         assert np.array_equal(np.frombuffer(row["mask"], np.uint8).reshape(48, 48), truth)
 
 

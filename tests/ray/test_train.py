@@ -12,7 +12,7 @@ import pytest
 from rayseg import storage
 from rayseg.config import plain
 from rayseg.data.labels import Labels
-from rayseg.data.prepared import DESCRIPTION, VERSION, describe
+from rayseg.data.prepared import DESCRIPTION, PATIENTS, VERSION, describe
 from rayseg.data.preprocess import Preprocess
 from rayseg.models.unet import UNetConfig
 from rayseg.records import PREPARED
@@ -26,6 +26,7 @@ ROWS = {"train": 22, "val": 7, "test": 3}
 EPOCHS = 3
 # Adam turns rounding noise of small gradients into steps of its own; a wrong loss is off by 0.01 and more.
 TOLERANCE = 2e-3
+SPLIT_CSV = b"patient_key,part,split,rows,positive\ntrain0,train,train,1,1\n"
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +63,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> str:
         "shards": {split: [f"split={split}/part-00000.parquet"] for split in ROWS},
     }
     storage.write_json(storage.join(root, DESCRIPTION), description)
+    storage.write(storage.join(root, PATIENTS), SPLIT_CSV)
     return root
 
 
@@ -95,7 +97,7 @@ def undisturbed(prepared: str, tmp_path_factory: pytest.TempPathFactory) -> tupl
     return job, fit(job)
 
 
-def test_a_run_ends_registered_and_has_learnt(undisturbed: tuple[TrainConfig, TrainResult]) -> None:
+def test_a_run_ends_registered_and_has_learnt(undisturbed: tuple[TrainConfig, TrainResult], tmp_path: Path) -> None:
     job, result = undisturbed
     assert (result.model_uri, result.epochs, result.rows, result.restarts) == ("models:/rayseg/1", EPOCHS, 22, 0)
     assert [row["epoch"] for row in result.history] == list(range(1, EPOCHS + 1))
@@ -104,7 +106,9 @@ def test_a_run_ends_registered_and_has_learnt(undisturbed: tuple[TrainConfig, Tr
     assert result.history[result.best_epoch - 1]["val/dice_pooled"] == result.val_dice
     assert result.val_dice > 0.7 > 0.5 > result.untrained_val_dice
     assert runs.metric(job.tracking_uri, result.run_id, "val/dice_pooled") == result.history[-1]["val/dice_pooled"]
-    assert runs.client(job.tracking_uri).get_run(result.run_id).info.status == "FINISHED"
+    mlflow = runs.client(job.tracking_uri)
+    assert mlflow.get_run(result.run_id).info.status == "FINISHED"
+    assert Path(mlflow.download_artifacts(result.run_id, "split.csv", str(tmp_path))).read_bytes() == SPLIT_CSV
     assert not list(Path(job.storage).glob("*.unfinished.json"))
 
 

@@ -1,99 +1,149 @@
-"""Mask files become label maps; bytes that are no mask become a reason."""
+"""Values, colours and sources of masks become class indices; what no class is named for is an error of the mask."""
 
 import io
-import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from rayseg.data.labels import Labels, read_mask
+from rayseg import config
+from rayseg.data.labels import Labels
+from rayseg.data.masks import truth
 from rayseg.records import Reason, Reject
 
-
-def encoded(image: Image.Image, file_format: str = "PNG", **options: object) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, file_format, **options)
-    return buffer.getvalue()
-
-
 VALUES = np.array([[0, 1, 2], [127, 128, 255]], np.uint8)
+BLEEDS = Labels(
+    names=("EDH", "IPH", "IVH", "SAH", "SDH"),
+    colors={"#ff0000": "EDH", "#0000ff": "IPH", "#ffff00": "IVH", "#00ffff": "SAH", "#00ff00": "SDH"},
+)
 
 
-@pytest.mark.parametrize("file_format", ["PNG", "TIFF", "BMP"])
-def test_grey_values_are_kept(file_format: str) -> None:
-    mask = read_mask(encoded(Image.fromarray(VALUES), file_format))
-    assert isinstance(mask, np.ndarray)
-    assert mask.dtype == np.uint8
-    assert np.array_equal(mask, VALUES)
-
-
-def test_a_bilevel_mask_is_0_and_255() -> None:
-    assert np.array_equal(read_mask(encoded(Image.fromarray(VALUES > 100))), (VALUES > 100) * 255)
-
-
-def test_a_16_bit_mask_is_clipped_not_wrapped() -> None:
-    # 256 and 65535 would wrap to 0 and 255; both are foreground.
-    assert read_mask(encoded(Image.fromarray(np.array([[0, 7, 256, 65535]], np.uint16)))).tolist() == [[0, 7, 255, 255]]
-
-
-def test_any_colour_is_foreground_and_transparency_does_not_count() -> None:
-    colours = np.array([[[0, 0, 0, 255], [255, 0, 0, 255], [0, 0, 9, 0]]], np.uint8)
-    assert read_mask(encoded(Image.fromarray(colours))).tolist() == [[0, 255, 9]]
-
-
-def test_a_palette_counts_by_the_colours_it_shows() -> None:
-    image = Image.fromarray(np.array([[5, 6]], np.uint8), "L").convert("P")
-    image.putdata([5, 6])
-    image.putpalette([0, 0, 0] * 6 + [200, 10, 10])  # index 5 shows black, index 6 red
-    assert read_mask(encoded(image)).tolist() == [[0, 200]]
-
-
-def test_a_threshold_takes_jpeg_noise_away() -> None:
-    rr, cc = np.mgrid[:64, :64]
-    truth = (((rr - 30) ** 2 + (cc - 35) ** 2 < 15**2) * 255).astype(np.uint8)
-    noisy = read_mask(encoded(Image.fromarray(truth), "JPEG", quality=75))
-    assert len(np.unique(noisy)) > 2  # the noise is there
-    classes = Labels(threshold=127).apply(noisy)
+def applied(labels: Labels, mask: np.ndarray, **options: object) -> list[list[int]]:
+    classes = labels.apply(mask, **options)  # type: ignore[arg-type]
+    assert not isinstance(classes, Reject), classes
     assert classes.dtype == np.uint8
-    assert np.array_equal(classes, truth // 255)
-    assert Labels(threshold=0).apply(noisy).sum() > classes.sum() + 100
+    return classes.tolist()
+
+
+def refused(labels: Labels, mask: np.ndarray, **options: object) -> str:
+    reject = labels.apply(mask, **options)  # type: ignore[arg-type]
+    assert isinstance(reject, Reject)
+    assert reject.reason == Reason.MASK_VALUES
+    return reject.detail
 
 
 def test_a_threshold_is_the_last_value_of_the_background() -> None:
-    assert Labels().apply(VALUES).tolist() == [[0, 1, 1], [1, 1, 1]]
-    assert Labels(threshold=127).apply(VALUES).tolist() == [[0, 0, 0], [0, 1, 1]]
+    assert applied(Labels(), VALUES) == [[0, 1, 1], [1, 1, 1]]
+    assert applied(Labels(threshold=127), VALUES) == [[0, 0, 0], [0, 1, 1]]
 
 
-def test_bytes_that_are_no_mask_are_rejected() -> None:
-    good = encoded(Image.fromarray(np.tile(VALUES, (50, 50))))
-    for data, reason in [
-        (b"", Reason.EMPTY_OBJECT),
-        (b"not an image", Reason.NOT_AN_IMAGE),
-        (good[: len(good) // 2], Reason.NOT_AN_IMAGE),
-        (encoded(Image.fromarray(VALUES.astype(np.float32)), "TIFF"), Reason.UNSUPPORTED_PIXELS),
-    ]:
-        mask = read_mask(data)
-        assert isinstance(mask, Reject)
-        assert mask.reason == reason
+def test_signed_and_deep_masks_are_binary_by_the_threshold() -> None:
+    assert applied(Labels(), np.array([[-32768, 32767, 0]], np.int16)) == [[0, 1, 0]]
+    assert applied(Labels(threshold=127), np.array([[0, 255, 256, 65535]], np.uint16)) == [[0, 1, 1, 1]]
 
 
-@pytest.mark.parametrize("side", [9_000, 20_000])  # over our limit, over Pillow's
-def test_a_declared_size_over_the_limit_is_refused_before_decoding(side: int) -> None:
-    huge = bytearray(encoded(Image.fromarray(VALUES)))
-    huge[16:24] = side.to_bytes(4) + side.to_bytes(4)  # width and height in the PNG's IHDR
-    huge[29:33] = zlib.crc32(bytes(huge[12:29])).to_bytes(4)
-    mask = read_mask(bytes(huge))
-    assert isinstance(mask, Reject)
-    assert mask.reason == Reason.TOO_LARGE
+def test_one_name_takes_all_colours_and_all_sources() -> None:
+    colours = np.array([[[0, 0, 0], [0, 255, 0], [255, 0, 0]]], np.uint8)
+    assert applied(Labels(("stroke",)), colours, source="hemorrhagic") == [[0, 1, 1]]
 
 
-@pytest.mark.parametrize("names", [(), ("a", "b"), ("",)])
-def test_labels_are_binary_for_now(names: tuple[str, ...]) -> None:
-    with pytest.raises(ValueError, match=r"labels\.names: exactly one"):
-        Labels(names=names)
+def test_several_names_are_the_values_1_2_and_so_on() -> None:
+    labels = Labels(names=("hemorrhage", "infarct"))
+    assert applied(labels, np.array([[0, 1, 2]], np.uint8)) == [[0, 1, 2]]
+    assert "value 3" in refused(labels, np.array([[0, 1, 3]], np.uint8))
+    assert "labels.colors" in refused(labels, np.array([[[255, 0, 0]]], np.uint8))
 
 
-def test_a_threshold_of_255_would_leave_nothing() -> None:
-    with pytest.raises(ValueError, match=r"labels\.threshold: 0\.\.254"):
-        Labels(threshold=255)
+def test_values_map_to_classes_several_to_one_and_to_the_background() -> None:
+    labels = Labels(("edema", "core"), values={1: "core", 1000: "core", 2: "edema", 255: "background"})
+    assert applied(labels, np.array([[0, 1, 1000, 2, 255]], np.uint16)) == [[0, 2, 2, 1, 0]]
+    grey = np.repeat(np.array([[0, 2, 1]], np.uint8)[..., np.newaxis], 3, axis=2)
+    assert applied(labels, grey) == [[0, 1, 2]]
+
+
+def test_values_of_a_lossy_mask_are_the_nearest() -> None:
+    labels = Labels(("a", "b"), values={127: "a", 255: "b"})
+    noisy = np.array([[3, 120, 140, 249]], np.uint8)
+    assert applied(labels, noisy, lossy=True) == [[0, 1, 1, 2]]
+    assert "value 3" in refused(labels, noisy)
+
+
+def test_colours_map_to_classes_and_may_be_merged() -> None:
+    colours = np.array([[[0, 0, 0], [255, 0, 0], [0, 0, 255], [255, 255, 0], [0, 255, 255], [0, 255, 0]]], np.uint8)
+    assert applied(BLEEDS, colours) == [[0, 1, 2, 3, 4, 5]]
+    merged = Labels(("outside", "inside"), colors=dict.fromkeys(("#ff0000", "#00ffff", "#00ff00"), "outside") | {
+        "#0000ff": "inside", "#ffff00": "background"})  # fmt: skip
+    assert applied(merged, colours) == [[0, 1, 2, 0, 1, 1]]
+    assert applied(Labels(("any",), colors=dict.fromkeys(BLEEDS.colors or {}, "any")), colours) == [[0, 1, 1, 1, 1, 1]]
+
+
+def test_an_area_of_a_colour_without_class_is_an_error_an_edge_is_not() -> None:
+    colours = np.zeros((20, 20, 3), np.uint8)
+    colours[4:12, 4:12] = (255, 0, 0)
+    colours[4:12, 12:14] = (255, 0, 255)  # two pixels of something between
+    assert np.array_equal(np.array(applied(BLEEDS, colours))[4:12, 4:12], np.ones((8, 8)))
+    colours[12:18, 4:12] = (255, 0, 255)
+    assert "colour #ff00ff" in refused(BLEEDS, colours)
+
+
+@pytest.mark.parametrize(("quality", "least"), [(95, 0.99), (75, 0.98), (50, 0.96)])
+def test_the_nearest_colour_takes_jpeg_noise_away(quality: int, least: float) -> None:
+    rr, cc = np.mgrid[:128, :128]
+    colours = np.zeros((128, 128, 3), np.uint8)
+    colours[(rr - 40) ** 2 + (cc - 40) ** 2 < 20**2] = (0, 0, 255)
+    colours[(rr - 80) ** 2 + (cc - 60) ** 2 < 15**2] = (255, 255, 0)
+    colours[(rr - 60) ** 2 + (cc - 100) ** 2 < 9**2] = (255, 0, 0)
+    exact = np.array(applied(BLEEDS, colours))
+    buffer = io.BytesIO()
+    Image.fromarray(colours).save(buffer, "JPEG", quality=quality)
+    noisy = truth([(buffer.getvalue(), None)], (128, 128), BLEEDS)
+    assert isinstance(noisy, np.ndarray)
+    assert set(np.unique(noisy)) == {0, 1, 2, 3}  # no class comes from a blend of two others
+    for index in (1, 2, 3):
+        both = np.count_nonzero((noisy == index) & (exact == index))
+        assert 2 * both / (np.count_nonzero(noisy == index) + np.count_nonzero(exact == index)) > least
+
+
+def test_sources_map_to_classes() -> None:
+    labels = Labels(
+        ("bleed", "infarct"), 127, sources={"hemorrhagic": "bleed", "ischemic": "infarct", "no": "background"}
+    )
+    assert applied(labels, VALUES, source="ischemic") == [[0, 0, 0], [0, 2, 2]]
+    assert applied(labels, VALUES, source="no") == [[0, 0, 0], [0, 0, 0]]
+    assert "labels.sources" in refused(labels, VALUES, source="other")
+    assert "labels.sources" in refused(labels, VALUES)
+
+
+def test_real_colour_masks_hold_their_five_kinds(shared_data) -> None:  # type: ignore[no-untyped-def]
+    pixels = np.zeros(6, np.int64)
+    for path in sorted((shared_data / "hemorrhage-ct/masks").iterdir()):
+        classes = truth([(path.read_bytes(), None)], (512, 512), BLEEDS)
+        assert isinstance(classes, np.ndarray)
+        pixels += np.bincount(classes.ravel(), minlength=6)
+    # Counted by colour with Pillow's getcolors over all 36 files
+    assert pixels.tolist() == [9288577, 6456, 62046, 27270, 25036, 27799]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"names": []}, r"labels\.names"),
+        ({"names": [""]}, r"labels\.names"),
+        ({"names": ["a", "a"]}, r"labels\.names"),
+        ({"names": ["background"]}, r"labels\.names"),
+        ({"names": ["core (old)"]}, r"labels\.names: letters"),
+        ({"threshold": 255}, r"labels\.threshold: 0\.\.254"),
+        ({"names": ["a"], "values": {"1": "b"}}, r"labels\.values: 1 means 'b', which labels\.names lacks"),
+        ({"names": ["a", "b"], "values": {"1": "b"}}, r"labels\.values: nothing means a"),
+        ({"names": ["a"], "colors": {"red": "a"}}, r"labels\.colors: a colour as '#ff0000'"),
+        ({"names": ["a"], "colors": {"#ff0000": "a"}, "sources": {"x": "a"}}, "one of colors and sources"),
+    ],
+)
+def test_labels_that_cannot_be_are_refused(values: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config.build(Labels, values)
+
+
+@pytest.mark.parametrize("labels", [Labels(), BLEEDS, Labels(("a", "b"), values={1: "a", 7: "b"})])
+def test_labels_come_back_from_plain_values(labels: Labels) -> None:
+    assert config.build(Labels, config.plain(labels)) == labels

@@ -1,60 +1,204 @@
-"""Images pair with masks by path, and what does not pair is told with counts and examples."""
+"""Images pair with masks by patterns of paths, and what does not pair is told with counts and examples."""
 
 import logging
+from collections.abc import Sequence
 
 import pytest
 
-from rayseg.data.layouts import pair, read_groups
+from rayseg import config
+from rayseg.data.layouts import Layout, Mask, Planned, plan, read_groups
+
+FOLDERS = Layout(images="images", masks="masks")
 
 
-def test_pairs_are_paths_equal_but_for_the_suffix() -> None:
+def planned(layout: Layout, paths: Sequence[str], groups: dict[str, str] | None = None) -> list[Planned[int]]:
+    return list(plan(layout, [(path, 1) for path in paths], groups or {}))
+
+
+def pairs(layout: Layout, paths: Sequence[str]) -> dict[str, list[str]]:
+    return {image.path: [mask.path for mask in image.masks] for image in planned(layout, paths)}
+
+
+def test_in_folders_pairs_are_paths_equal_but_for_the_suffix() -> None:
     images = ["p1/IM_0001.dcm", "p1/IM_0002.dcm", "p2/IM_0001.dcm", "p.3/noSuffix", "1.2.3.dcm", "1.2.4.dcm"]
     masks = ["1.2.4.png", "p1/IM_0002.png", "p2/IM_0001.png", "p1/IM_0001.png", "p.3/noSuffix.png", "1.2.3.png"]
-    assert pair(images, masks) == {
-        "p1/IM_0001.dcm": "p1/IM_0001.png",
-        "p1/IM_0002.dcm": "p1/IM_0002.png",
-        "p2/IM_0001.dcm": "p2/IM_0001.png",
-        "p.3/noSuffix": "p.3/noSuffix.png",
-        "1.2.3.dcm": "1.2.3.png",
-        "1.2.4.dcm": "1.2.4.png",
+    assert pairs(FOLDERS, [f"images/{path}" for path in images] + [f"masks/{path}" for path in masks]) == {
+        "images/p1/IM_0001.dcm": ["masks/p1/IM_0001.png"],
+        "images/p1/IM_0002.dcm": ["masks/p1/IM_0002.png"],
+        "images/p2/IM_0001.dcm": ["masks/p2/IM_0001.png"],
+        "images/p.3/noSuffix": ["masks/p.3/noSuffix.png"],
+        "images/1.2.3.dcm": ["masks/1.2.3.png"],
+        "images/1.2.4.dcm": ["masks/1.2.4.png"],
+    }
+    assert FOLDERS.folders() == ["images", "masks"]
+
+
+def test_masks_may_lie_within_the_folder_of_the_images() -> None:
+    layout = Layout(masks="masks")
+    assert layout.folders() == [""]
+    assert pairs(layout, ["1.png", "a/2.png", "masks/1.png", "masks/a/2.jpg"]) == {
+        "1.png": ["masks/1.png"],
+        "a/2.png": ["masks/a/2.jpg"],
     }
 
 
+def test_a_pair_of_folders_a_class() -> None:
+    layout = Layout(images="{label}/DICOM/{slice}.dcm", masks="{label}/PNG/{slice}.png")
+    paths = ["bleed/DICOM/1.dcm", "bleed/PNG/1.png", "infarct/DICOM/1.dcm", "infarct/PNG/1.png"]
+    found = {image.path: image.masks for image in planned(layout, paths)}
+    assert found == {
+        "bleed/DICOM/1.dcm": (Mask("bleed/PNG/1.png", "bleed"),),
+        "infarct/DICOM/1.dcm": (Mask("infarct/PNG/1.png", "infarct"),),
+    }
+
+
+def test_several_masks_an_image_by_label_or_by_pattern() -> None:
+    one = Layout(images="im/{slice}.png", masks="{label}/{slice}_mask.png")
+    two = Layout(images="im/{slice}.png", masks=("{label}/{slice}_mask.png", "{label}/of_{slice}.tif"))
+    paths = ["im/1.png", "im/2.png", "a/1_mask.png", "b/1_mask.png", "b/2_mask.png", "c/of_2.tif"]
+    assert pairs(one, paths) == {"im/1.png": ["a/1_mask.png", "b/1_mask.png"], "im/2.png": ["b/2_mask.png"]}
+    assert pairs(two, paths)["im/2.png"] == ["b/2_mask.png", "c/of_2.tif"]
+
+
+def test_a_mask_beside_its_image_is_no_image_and_other_folders_are_ignored(caplog: pytest.LogCaptureFixture) -> None:
+    layout = Layout("{patient}/brain/{slice}.jpg", "{patient}/brain/{slice}_HGE_Seg.jpg", missing_mask="empty")
+    paths = ["049/brain/1.jpg", "049/brain/2.jpg", "049/brain/2_HGE_Seg.jpg", "049/bone/1.jpg", "050/brain/1.jpg"]
+    with caplog.at_level(logging.INFO):
+        found = planned(layout, [*paths, "list.csv"])
+    assert [(image.path, len(image.masks), image.group) for image in found] == [
+        ("049/brain/1.jpg", 0, "049"),
+        ("049/brain/2.jpg", 1, "049"),
+        ("050/brain/1.jpg", 0, "050"),
+    ]
+    # Nothing is wrong with that: it is told, and not as a warning.
+    assert {record.levelname for record in caplog.records} == {"INFO"}
+    assert "2 images without a mask, as 049/brain/1.jpg, 050/brain/1.jpg" in caplog.text
+    assert "2 objects that are neither, as 049/bone/1.jpg, list.csv" in caplog.text
+
+
+def test_parts_of_fixed_width_and_parts_named_twice() -> None:
+    fixed = Layout("images/{patient:3}{slice}.png", "masks/{patient:3}{slice}.png")
+    (image,) = planned(fixed, ["images/120018.png", "masks/120018.png"])
+    assert (image.group, len(image.masks)) == ("120", 1)
+    twice = Layout("{patient}/{patient}_{slice}.tif", "{patient}/{patient}_{slice}_mask.tif", missing_mask="empty")
+    found = pairs(twice, ["TCGA_A_1/TCGA_A_1_2.tif", "TCGA_A_1/TCGA_A_1_2_mask.tif", "TCGA_A_1/TCGA_B_1_2.tif"])
+    assert found == {"TCGA_A_1/TCGA_A_1_2.tif": ["TCGA_A_1/TCGA_A_1_2_mask.tif"]}
+
+
+def test_a_part_with_slashes() -> None:
+    layout = Layout("{path**}/ct.nii.gz", "{path**}/label*.nii.gz")
+    assert pairs(layout, ["a/b/ct.nii.gz", "a/b/label_1.nii.gz", "c/ct.nii.gz", "c/label.nii.gz"]) == {
+        "a/b/ct.nii.gz": ["a/b/label_1.nii.gz"],
+        "c/ct.nii.gz": ["c/label.nii.gz"],
+    }
+
+
+def test_one_segmentation_is_the_mask_of_all_slices_of_a_patient() -> None:
+    layout = Layout("{patient}/ct/{slice}.dcm", "{patient}/seg*.dcm")
+    paths = ["a/ct/1.dcm", "a/ct/2.dcm", "a/seg.dcm", "b/ct/1.dcm", "b/seg2.dcm"]
+    assert pairs(layout, paths) == {
+        "a/ct/1.dcm": ["a/seg.dcm"],
+        "a/ct/2.dcm": ["a/seg.dcm"],
+        "b/ct/1.dcm": ["b/seg2.dcm"],
+    }
+
+
+def test_one_mask_image_for_several_images_is_refused() -> None:
+    layout = Layout("{patient}/ct/{slice}.dcm", "{patient}/mask*.png")
+    with pytest.raises(ValueError, match=r"a/mask\.png would be the mask of several images"):
+        planned(layout, ["a/ct/1.dcm", "a/ct/2.dcm", "a/mask.png"])
+
+
+def test_images_of_two_patterns_may_have_one_mask() -> None:
+    layout = Layout(("{patient}/brain/{slice}.jpg", "{patient}/bone/{slice}.jpg"), "{patient}/{slice}_seg.png")
+    found = planned(layout, ["a/brain/1.jpg", "a/bone/1.jpg", "a/1_seg.png"])
+    assert [(image.path, image.name, len(image.masks)) for image in found] == [
+        ("a/brain/1.jpg", "a/brain/1.jpg", 1),
+        ("a/bone/1.jpg", "a/bone/1.jpg", 1),
+    ]
+
+
 def test_all_paired_is_silent(caplog: pytest.LogCaptureFixture) -> None:
-    pair(["1.png"], ["1.png"])
+    with caplog.at_level(logging.INFO):
+        planned(FOLDERS, ["images/1.png", "masks/1.png"])
+        planned(Layout(), ["1.dcm"])
     assert not caplog.records
 
 
 def test_part_paired_warns_with_counts_and_three_examples(caplog: pytest.LogCaptureFixture) -> None:
-    images = [f"{number}.png" for number in range(6)]
+    images = [f"images/{number}.png" for number in range(6)]
     with caplog.at_level(logging.WARNING):
-        assert pair(images, ["0.png", "stray.png"]) == {"0.png": "0.png"}
+        found = pairs(FOLDERS, [*images, "masks/0.png", "masks/stray.png"])
+    assert {image for image, masks in found.items() if masks} == {"images/0.png"}
     message = caplog.text
     assert "1 of 6 images pair with one of 2 masks" in message
-    assert "5 images without a mask, as 1.png, 2.png, 3.png;" in message
-    assert "1 masks without an image, as stray.png" in message
+    assert "5 images without a mask, as images/1.png, images/2.png, images/3.png;" in message
+    assert "1 masks without an image, as masks/stray.png" in message
     assert "4.png" not in message
 
 
-def test_nothing_paired_is_an_error_that_says_what_was_there() -> None:
+def test_a_lonely_mask_is_a_warning_even_where_masks_may_be_missing(caplog: pytest.LogCaptureFixture) -> None:
+    layout = Layout("images", "masks", missing_mask="empty")
+    planned(layout, ["images/1.png", "images/2.png", "masks/1.png", "masks/3.png"])
+    assert {record.levelname for record in caplog.records} == {"WARNING"}
+
+
+@pytest.mark.parametrize("missing_mask", ["reject", "empty"])
+def test_nothing_paired_is_an_error_that_says_what_was_there(missing_mask: str) -> None:
+    layout = Layout("images", "masks", missing_mask=missing_mask)  # type: ignore[arg-type]
     with pytest.raises(
-        ValueError, match=r"0 of 2 images .* as a\.png, b\.png.* as mask_a\.png.* equal but for the suffix"
+        ValueError, match=r"0 of 2 images .* as images/a\.png, images/b\.png.* as masks/m_a\.png.*suffix"
     ):
-        pair(["a.png", "b.png"], ["mask_a.png"])
-
-
-def test_no_masks_at_all_is_an_error() -> None:
+        planned(layout, ["images/a.png", "images/b.png", "masks/m_a.png"])
     with pytest.raises(ValueError, match="0 of 1 images pair with one of 0 masks"):
-        pair(["a.png"], [])
+        planned(layout, ["images/a.png"])
+
+
+def test_nothing_matched_is_an_error_that_says_what_was_there() -> None:
+    layout = Layout("{patient}/brain/{slice}.jpg", "{patient}/brain/{slice}_seg.jpg")
+    with pytest.raises(
+        ValueError, match=r"layout\.images: nothing matches .*; 4 objects .* as a/1\.jpg, b/1\.jpg, c/1\.jpg$"
+    ):
+        planned(layout, [f"{patient}/1.jpg" for patient in "abcd"])
 
 
 def test_two_masks_for_one_image_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"two masks for one image, as a\.png and a\.jpg"):
-        pair(["a.dcm"], ["a.png", "a.jpg"])
+    with pytest.raises(ValueError, match=r"two masks for one image, as masks/a\.png and masks/a\.jpg"):
+        planned(FOLDERS, ["images/a.dcm", "masks/a.png", "masks/a.jpg"])
+
+
+def test_without_masks_images_come_as_the_listing_does() -> None:
+    def listing() -> object:
+        yield "1.dcm", 5
+        raise AssertionError("read ahead of the listing")
+
+    first = next(plan(Layout(), listing(), {}))  # type: ignore[arg-type]
+    assert (first.path, first.file, first.group, first.masks) == ("1.dcm", 5, None, ())
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"images": "a/{Slice}.png"}, r"layout\.images: .*a part is lower-case letters"),
+        ({"images": "a/{slice.png"}, r"layout\.images"),
+        ({"images": "{a}", "masks": "m/{b}"}, r"layout\.masks: 'm/\{b\}' names no part"),
+        ({"images": "images", "masks": "masks/{slice}.png"}, "names no part"),
+    ],
+)
+def test_a_malformed_layout_is_refused(values: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config.build(Layout, values)
 
 
 def test_groups_are_read() -> None:
     assert read_groups(b"\xef\xbb\xbffile,group\r\n0.png,b1\r\np/1.png,b2\r\n") == {"0.png": "b1", "p/1.png": "b2"}
+
+
+def test_the_groups_are_the_patients_by_the_path_in_the_images_folder_or_below_the_source() -> None:
+    layout = Layout("images", "masks", groups="groups.csv")
+    paths = ["groups.csv", "images/0.png", "images/1.png", "images/2.png", "masks/0.png"]
+    found = planned(layout, paths, {"0.png": "b1", "images/1.png": "b2"})
+    assert [image.group for image in found] == ["b1", "b2", None]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ def row(series_key: str, model_digest: str = "m1", **values: Any) -> dict[str, A
 
 
 def reject(uri: str) -> dict[str, Any]:
-    return {"uri": uri, "stage": "segment", "reason": "corrupt", "detail": "", "series_key": "a"}
+    return {"uri": uri, "frame": None, "stage": "segment", "reason": "corrupt", "detail": "", "series_key": "a"}
 
 
 def test_an_archive_without_a_ledger_has_an_empty_one(tmp_path: Path) -> None:

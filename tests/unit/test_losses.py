@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-from rayseg.models.losses import batch_share, bce_dice
+from rayseg.models.losses import batch_share, bce_dice, ce_dice
 
 
 def loss(mask: object, probability: object) -> list[float]:
@@ -50,3 +50,23 @@ def test_the_shares_of_the_ranks_add_up_to_the_batch_without_its_padding(ranks: 
         for of_rank, weights in zip(np.split(loss_N, ranks), np.split(weight_N, ranks), strict=True)
     ]
     assert sum(shares) == pytest.approx(42 / 8)
+
+
+def test_several_classes_hand_computed() -> None:
+    # Pixels of class 1 (0.1, 0.7, 0.2) and background (0.8, 0.1, 0.1). Cross-entropy -(ln .7 + ln .8) / 2 = 0.2899092.
+    # Dice of class 1: 1 - (2 * 0.7 + 1) / (1 + 0.8 + 1) = 0.1428571; of class 2, which is nowhere: 1 - 1 / 1.3.
+    probability = np.array([[[[0.1, 0.7, 0.2], [0.8, 0.1, 0.1]]]], np.float32)
+    [value] = ops.convert_to_numpy(ce_dice(np.array([[[1, 0]]], np.uint8), probability)).tolist()
+    assert value == pytest.approx(0.2899092 + (0.1428571 + 0.2307692) / 2, abs=1e-6)
+
+
+def test_several_classes_perfect_or_absent_cost_nothing_and_samples_stand_alone() -> None:
+    mask = np.array([[[1, 2, 0]], [[0, 0, 0]]], np.uint8)
+    perfect = np.eye(3, dtype=np.float32)[mask]
+    assert ops.convert_to_numpy(ce_dice(mask, perfect)).tolist() == pytest.approx([0, 0], abs=1e-5)
+    random = np.random.default_rng(1).dirichlet(np.ones(3), (2, 1, 3)).astype(np.float32)
+    together = ops.convert_to_numpy(ce_dice(mask, random))
+    for sample in range(2):
+        alone = ops.convert_to_numpy(ce_dice(mask[sample : sample + 1], random[sample : sample + 1]))
+        assert alone[0] == pytest.approx(together[sample], abs=1e-6)
+    assert np.isfinite(ops.convert_to_numpy(ce_dice(mask, np.roll(perfect, 1, axis=-1)))).all()

@@ -5,7 +5,7 @@ import pytest
 from keras import ops
 from sklearn.metrics import f1_score
 
-from rayseg.models.metrics import confusion, pooled_dice
+from rayseg.models.metrics import confusion, confusion_by_class, mean_of_defined, pooled_dice
 
 
 def counts(mask: np.ndarray, probability: np.ndarray, weight: list[float], threshold: float = 0.5) -> list[int]:
@@ -38,3 +38,22 @@ def test_dice_at_the_ends() -> None:
     assert pooled_dice(0, 2, 0) == 0
     assert pooled_dice(0, 0, 2) == 0
     assert pooled_dice(1, 1, 2) == pytest.approx(2 / 5)
+
+
+def test_each_class_is_counted_by_the_most_probable_one_without_padding() -> None:
+    random = np.random.default_rng(6)
+    mask = random.integers(0, 4, (5, 8, 9)).astype(np.uint8)
+    probability = random.dirichlet(np.ones(4), (5, 8, 9)).astype(np.float32)
+    probability[np.arange(4)[None, None, None] == mask[..., None]] += np.float32(0.2)
+    weight = np.array([1, 1, 1, 1, 0], np.float32)
+    counted = ops.convert_to_numpy(confusion_by_class(mask, probability, weight))
+    assert counted.shape == (3, 3)
+    found = probability.argmax(axis=-1)
+    for index in (1, 2, 3):
+        expected = f1_score(mask[:4].ravel() == index, found[:4].ravel() == index)
+        assert pooled_dice(*counted[index - 1].tolist()) == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_class_without_a_value_is_left_out_of_the_mean() -> None:
+    assert mean_of_defined([0.25, None, 0.75]) == 0.5
+    assert mean_of_defined([None, None]) is None

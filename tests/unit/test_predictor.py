@@ -6,6 +6,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pandas as pd
+import pydicom
 import pytest
 from PIL import Image
 
@@ -13,10 +14,13 @@ from rayseg.data import synthetic
 from rayseg.data.labels import Labels
 from rayseg.data.preprocess import Preprocess, Window
 from rayseg.dicom.reading import Slice, read_slice
+from rayseg.dicom.segmentation import decode
 from rayseg.inference import predictor as predictor_module
 from rayseg.inference.predictor import Prediction, Predictor, mask_png
+from rayseg.inference.series import Task, segment_series
 from rayseg.records import Reason, Reject
 from rayseg.tracking import bundle
+from rayseg.tracking.registry import ModelVersion
 
 UNITS = Window(center=128, width=256)  # stored value v of 0..255 becomes v
 
@@ -47,6 +51,17 @@ def identity(size: tuple[int, int]) -> keras.Model:
 
 def of_model(model: keras.Model, preprocess: Preprocess, threshold: float = 0.5) -> Predictor:
     return Predictor(bundle.Bundle(model, preprocess, Labels(), threshold, "", b""))
+
+
+def bands(size: tuple[int, int]) -> keras.Model:
+    """Softmax over background and two classes: dark is background, middle the first class, bright the second."""
+    inputs = keras.Input((*size, 1), dtype="uint8")
+    logits = keras.layers.Conv2D(3, 1, name="logits")(keras.layers.Rescaling(1 / 255)(inputs))
+    model = keras.Model(inputs, keras.layers.Softmax()(logits))
+    low, high = 100.5 / 255, 180.5 / 255  # where the lines 60 (low - v), 0 and 60 (v - high) cross
+    weights = [np.array([[[[-60, 0, 60]]]], np.float32), np.array([60 * low, 0, -60 * high], np.float32)]
+    model.get_layer("logits").set_weights(weights)
+    return model
 
 
 def plain(stored: np.ndarray) -> Slice:
@@ -135,6 +150,43 @@ def test_the_mask_lies_on_the_native_grid(shape: tuple[int, int]) -> None:
     assert np.count_nonzero(mask != expected) <= edge * shrinking / 2
     for axis in (0, 1):  # and is not shifted
         assert np.argwhere(mask)[:, axis].mean() == pytest.approx(np.argwhere(expected)[:, axis].mean(), abs=0.51)
+
+
+def test_of_several_classes_the_most_probable_one_is_the_label() -> None:
+    labels, preprocess = Labels(("first", "second")), Preprocess((16, 16), UNITS, None)
+    predictor = Predictor(bundle.Bundle(bands((16, 16)), preprocess, labels, 0.5, "", b""))
+    ramp = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    (mask,) = predictor.predict([plain(ramp)])
+    assert mask.dtype == np.uint8
+    assert np.array_equal(mask, np.where(ramp <= 100, 0, np.where(ramp <= 180, 1, 2)))
+    # On a larger grid: the probabilities are scaled, not the labels, of which a mean would be another class.
+    edge = np.zeros((64, 64), np.uint8)
+    edge[:, 32:] = 255
+    (mask,) = predictor.predict([plain(edge)])
+    assert mask.shape == (64, 64)
+    assert set(np.unique(mask)) == {0, 2}
+    assert np.array_equal(mask == 2, edge == 255)
+
+
+@pytest.mark.parametrize("kind", ["BINARY", "LABELMAP"])
+def test_an_archives_segmentation_has_a_segment_a_class(tmp_path: Path, kind: str) -> None:
+    labels, preprocess = Labels(("first", "second")), Preprocess((64, 64), Window(40, 80), None)
+    predictor = Predictor(bundle.Bundle(bands((64, 64)), preprocess, labels, 0.5, "", b""))
+    data = synthetic.slice_bytes(0, 64)
+    (tmp_path / "1.dcm").write_bytes(data)
+    task = Task(str(tmp_path / "out"), kind, ModelVersion("m", "1", "models:/m/1", "r", "d"), "c")  # type: ignore[arg-type]
+    row = segment_series(
+        predictor, task, series_key="s", patient_key="p", uris=[str(tmp_path / "1.dcm")], frames=[None]
+    )
+    encoded = Path(row["output_uri"]).read_bytes()
+    segments = pydicom.dcmread(io.BytesIO(encoded)).SegmentSequence
+    assert [item.SegmentLabel for item in segments if item.SegmentNumber] == ["first", "second"]
+    (found,) = predictor.segment([data])
+    assert isinstance(found, Prediction)
+    assert set(np.unique(found.mask)) == {0, 1, 2}
+    (mask,) = decode(encoded).values()
+    assert np.array_equal(mask, found.mask)
+    assert row["foreground_pixels"] == np.count_nonzero(found.mask)
 
 
 def test_each_object_ends_as_a_prediction_or_a_reject_in_its_place(trained: Predictor) -> None:

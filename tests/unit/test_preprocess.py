@@ -159,16 +159,86 @@ def test_a_read_only_and_strided_slice_is_fine() -> None:
     assert np.array_equal(preprocess.apply(slice_of(stored)), preprocess.apply(slice_of(stored.copy())))
 
 
-def test_it_goes_through_a_configuration_and_back() -> None:
-    preprocess = Preprocess(size=(128, 96), window=Window(40, 80), percentiles=None)
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "uint16", "int32"])
+@pytest.mark.parametrize("slope", [1.0, 0.5, -2.0])
+def test_z_scores_are_about_the_mean_of_the_rescaled_values(dtype: str, slope: float) -> None:
+    rng = np.random.default_rng(4)
+    stored = rng.normal(120, 30, (40, 25)).clip(0, 255).astype(dtype)
+    values = stored * slope - 3.0
+    scores = (values - values.mean()) / values.std()
+    expected = np.clip((scores + 2.5) / 5, 0, 1) * 255
+    got = Preprocess(size=(40, 25), percentiles=None, z_score=2.5).apply(slice_of(stored, slope, -3.0))[..., 0]
+    assert np.abs(got - expected).max() <= 0.5 + 1e-6
+
+
+@pytest.mark.parametrize("dtype", ["int16", "int32"])
+def test_without_any_normalisation_values_stay_as_they_are(dtype: str) -> None:
+    stored = np.array([[-7, 0, 1, 100, 254, 255, 256, 3000]], dtype)
+    preprocess = Preprocess(size=stored.shape, percentiles=None)
+    assert preprocess.apply(slice_of(stored))[0, :, 0].tolist() == [0, 0, 1, 100, 254, 255, 255, 255]
+    # 0.5 x + 10: 60 and 137, 137.5 rounded up
+    assert preprocess.apply(slice_of(stored, 0.5, 10.0))[0, 3:6, 0].tolist() == [60, 137, 138]
+
+
+def test_windows_by_name_are_radiologys_numbers() -> None:
+    known = {"brain": (40, 80), "subdural": (80, 200), "stroke": (40, 40), "bone": (600, 2800)}
+    for name, numbers in known.items():
+        assert Preprocess(window=name, percentiles=None).window == Window(*numbers)
+
+
+@pytest.mark.parametrize("dtype", ["int16", "int32"])
+def test_several_windows_are_as_many_channels(dtype: str) -> None:
+    rng = np.random.default_rng(5)
+    slice = slice_of(rng.integers(-1000, 3000, (70, 50)).astype(dtype))
+    preprocess = Preprocess(size=(32, 48), window=("brain", Window(600, 2800), "subdural"), percentiles=None)
+    image_HWC = preprocess.apply(slice)
+    assert preprocess.channels == 3
+    assert image_HWC.shape == (32, 48, 3)
+    assert image_HWC.flags.c_contiguous  # as `tobytes` and its readers take it
+    for channel, window in enumerate((Window(40, 80), Window(600, 2800), Window(80, 200))):
+        alone = Preprocess(size=(32, 48), window=window, percentiles=None).apply(slice)
+        assert np.array_equal(image_HWC[..., channel], alone[..., 0])
+
+
+@pytest.mark.parametrize(
+    "preprocess",
+    [
+        Preprocess(size=(128, 96), window=Window(40, 80), percentiles=None),
+        Preprocess(window="stroke", percentiles=None),
+        Preprocess(window=("brain", Window(50, 130)), percentiles=None),
+        Preprocess(percentiles=None, z_score=3),
+        Preprocess(percentiles=None),
+    ],
+)
+def test_it_goes_through_a_configuration_and_back(preprocess: Preprocess) -> None:
     assert config.build(Preprocess, config.plain(preprocess)) == preprocess
+
+
+def test_what_older_bundles_say_is_still_read() -> None:
+    values = {"size": [64, 48], "window": {"center": 40.0, "width": 80.0}, "percentiles": None}
+    assert config.build(Preprocess, values) == Preprocess((64, 48), Window(40, 80), None)
+    values = {"size": [64, 48], "window": None, "percentiles": [0.5, 99.5]}
+    assert config.build(Preprocess, values) == Preprocess((64, 48))
+
+
+def test_a_bundle_says_numbers_not_names() -> None:
+    by_numbers = config.build(Preprocess, {"window": {"center": 40, "width": 80}, "percentiles": None})
+    for name in ("brain", ("brain",)):
+        by_name = Preprocess(window=name, percentiles=None)
+        assert config.digest(by_name) == config.digest(by_numbers)
+        assert config.plain(by_name)["window"] == {"center": 40, "width": 80}
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"window": {"center": 40, "width": 80}}, "exactly one of window and percentiles"),
-        ({"percentiles": None}, "exactly one of window and percentiles"),
+        ({"window": {"center": 40, "width": 80}}, "at most one of window, percentiles and z_score"),
+        ({"z_score": 2}, "at most one of window, percentiles and z_score"),
+        ({"z_score": 0, "percentiles": None}, "z_score: a positive number"),
+        ({"window": "brian", "percentiles": None}, "unknown name 'brian'; give one of brain, subdural, stroke, bone"),
+        ({"window": [], "percentiles": None}, "the list is empty"),
+        ({"window": ["brain", {"center": 4, "width": 0}], "percentiles": None}, "key window.1: .*width: at least 1"),
+        ({"window": ["brain", {"center": 4, "with": 9}], "percentiles": None}, "key window.1.with: unknown"),
         ({"percentiles": [90, 10]}, "percentiles: 0 <= low < high <= 100"),
         ({"size": [0, 64]}, "size: two positive numbers"),
         ({"window": {"center": 40, "width": 0.5}, "percentiles": None}, "width: at least 1"),
@@ -177,3 +247,24 @@ def test_it_goes_through_a_configuration_and_back() -> None:
 def test_wrong_settings_are_named(values: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         config.build(Preprocess, values)
+
+
+def test_a_colour_image_is_three_channels_each_by_its_own_values() -> None:
+    rng = np.random.default_rng(2)
+    stored = np.stack(
+        [rng.integers(low, high, (24, 20), np.uint8) for low, high in ((0, 90), (50, 200), (200, 255))], -1
+    )
+    preprocess = Preprocess(size=(16, 16), color=True)
+    assert preprocess.channels == 3
+    image_HWC = preprocess.apply(Slice(stored, 1.0, 0.0, None))
+    grey = Preprocess(size=(16, 16))
+    for channel in range(3):
+        alone = grey.apply(Slice(np.ascontiguousarray(stored[..., channel]), 1.0, 0.0, None))
+        assert np.array_equal(image_HWC[..., channel], alone[..., 0])
+
+
+def test_a_grey_slice_stands_three_times_where_colours_are_wanted() -> None:
+    slice = Slice(np.arange(60, dtype=np.uint8).reshape(6, 10), 1.0, 0.0, None)
+    image_HWC = Preprocess(size=(8, 8), color=True).apply(slice)
+    assert image_HWC.shape == (8, 8, 3)
+    assert np.array_equal(image_HWC, np.repeat(Preprocess(size=(8, 8)).apply(slice), 3, axis=2))

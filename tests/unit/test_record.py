@@ -13,6 +13,7 @@ from PIL import Image
 from rayseg import storage
 from rayseg.data.labels import Labels
 from rayseg.data.preprocess import Preprocess
+from rayseg.dicom.reading import Slice
 from rayseg.evaluation.record import Record, read_truth, set_tag
 from rayseg.records import Reason, Reject
 from rayseg.tracking import runs
@@ -30,8 +31,9 @@ def row(folder: Path, patient: str, number: int, prediction: np.ndarray, truth: 
     fp, fn = int(prediction.sum()) - tp, int(truth.sum()) - tp
     return {
         "row_id": f"id-{name}", "patient_key": patient, "reason": None, "detail": None,
-        "uri": str(folder / "images" / name), "mask_uri": str(folder / "masks" / name),
-        "tp": tp, "fp": fp, "fn": fn, "tn": truth.size - tp - fp - fn,
+        "uri": str(folder / "images" / name), "frame": None,
+        "masks": [{"uri": str(folder / "masks" / name), "label": None}],
+        "tp": [tp], "fp": [fp], "fn": [fn], "tn": [truth.size - tp - fp - fn],
         "prediction": zlib.compress(prediction.tobytes()) if tp + fp + fn else None,
     }  # fmt: skip
 
@@ -87,10 +89,34 @@ def test_pictures_are_of_the_largest_slices_from_the_worst_case_to_the_best(
     assert logged["test/dice_per_case"] == pytest.approx((1 / 2 + 5 / 7 + 7 / 8 + 1) / 4)
 
 
+def test_several_classes_are_told_one_by_one_and_together(tmp_path: Path, tracking: str) -> None:
+    rows = [row(tmp_path, patient, 1, block(2), block(4)) for patient in ("one", "two")]
+    for number, one in enumerate(rows):  # a second class: found whole in the first patient, nowhere in the second
+        for name, value in (("tp", 5 if number == 0 else 0), ("fp", 0), ("fn", 0), ("tn", 251 if number == 0 else 256)):
+            one[name].append(value)
+    record = Record("test", Labels(("a", "b")))
+    for one in rows:
+        record.add(one)
+    run_id = runs.start(tracking, "record", "run")
+    artifacts = record.log(tracking, run_id, Preprocess(), overlays=1)
+    metrics = runs.client(tracking).get_run(run_id).data.metrics
+    assert metrics["test/dice_pooled/a"] == pytest.approx(2 / 3)
+    assert metrics["test/dice_pooled/b"] == 1
+    assert metrics["test/dice_pooled"] == pytest.approx(5 / 6)
+    assert (metrics["test/cases_true_negative/b"], metrics["test/cases_scored"]) == (1, 3)
+    table = [line.split(",") for line in storage.read(artifacts.cases_table).decode().splitlines()]
+    assert [(line[0], line[1], line[7]) for line in table[1:]] == [
+        ("one", "a", "0.666667"),
+        ("two", "a", "0.666667"),
+        ("one", "b", "1.000000"),
+        ("two", "b", ""),
+    ]
+
+
 def test_rejects_are_listed_without_their_uris(rows: list[dict[str, Any]], tracking: str) -> None:
     record = Record("val", Labels())
     record.add(rows[0])
-    refused = {"row_id": "id-x", "patient_key": "key", "uri": "/in/DOE^JANE/1.dcm", "mask_uri": "/in/DOE^JANE/1.png"}
+    refused = {"row_id": "id-x", "patient_key": "key", "uri": "/in/DOE^JANE/1.dcm", "masks": []}
     record.add(refused | {"reason": "not_found", "detail": "object"})
     run_id = runs.start(tracking, "record", "run")
     artifacts = record.log(tracking, run_id, Preprocess(), overlays=2)
@@ -120,8 +146,10 @@ def test_the_tag_names_the_rows_and_labels_whatever_their_order(rows: list[dict[
 def test_truth_is_empty_without_a_mask_and_refused_on_another_grid(tmp_path: Path) -> None:
     Image.fromarray(block(3) * 200).save(tmp_path / "mask.png")
     uri = str(tmp_path / "mask.png")
-    assert np.array_equal(read_truth(uri, (SIDE, SIDE), Labels(threshold=127)), block(3))  # type: ignore[arg-type]
-    assert not np.any(read_truth(None, (5, 6), Labels()))
-    refused = read_truth(uri, (SIDE, SIDE + 1), Labels())
+    row = {"masks": [{"uri": uri, "label": None}], "frame": None}
+    slice, other = (Slice(np.zeros((SIDE, SIDE + more), np.uint8), 1.0, 0.0, None) for more in (0, 1))
+    assert np.array_equal(read_truth(row, slice, Labels(threshold=127)), block(3))
+    assert not np.any(read_truth(row | {"masks": []}, slice, Labels()))
+    refused = read_truth(row, other, Labels())
     assert isinstance(refused, Reject)
     assert refused.reason is Reason.MASK_MISMATCH

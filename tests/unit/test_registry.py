@@ -51,6 +51,31 @@ def registered(store: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[re
     return registry.register(store, run_id, folder, "brain"), saved
 
 
+def test_several_classes_need_as_many_channels_and_the_background(tmp_path: Path) -> None:
+    labels = Labels(("bleed", "infarct"), values={1: "bleed", 7: "infarct"})
+    with pytest.raises(ValueError, match=r"to \(None, 32, 32, 3\) expected .* to \(None, 32, 32, 1\)"):
+        save(tmp_path, labels=labels)
+    inputs = keras.Input((*SIZE, 1), dtype="uint8")
+    logits = keras.layers.Conv2D(3, 1)(keras.layers.Rescaling(1 / 255)(inputs))
+    model = keras.Model(inputs, keras.layers.Softmax()(logits))
+    saved = registry.save(tmp_path, model, Preprocess(size=SIZE), labels, 0.5, EXAMPLE)
+    loaded = registry.load(tmp_path)
+    assert loaded.labels == labels
+    assert loaded.digest == saved.digest
+
+
+def test_a_bundle_of_before_labels_had_rules_is_still_read(tmp_path: Path) -> None:
+    save(tmp_path)
+    path = tmp_path / "bundle.json"
+    told = json.loads(path.read_text())
+    told["labels"] = {"names": ["lesion"], "threshold": 0}
+    del told["preprocess"]["color"]
+    model = keras.saving.load_model(tmp_path / "model.keras", compile=False)
+    written = told["preprocess"], told["labels"], told["threshold"], told["example_mask_sha256"]
+    path.write_text(json.dumps(told | {"digest": bundle._digest(model, *written)}))
+    assert registry.load(tmp_path).labels == Labels()
+
+
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     preprocess = Preprocess(SIZE, Window(40, 80), None)
     saved = save(tmp_path, preprocess=preprocess, labels=Labels(("bleed",), 127), threshold=0.3)
@@ -60,6 +85,17 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     assert loaded.digest == saved.digest
     for there, here in zip(loaded.model.get_weights(), saved.model.get_weights(), strict=True):
         assert np.array_equal(there, here)
+
+
+def test_a_bundle_from_before_a_setting_existed_is_still_read(tmp_path: Path) -> None:
+    saved = save(tmp_path)
+    told = json.loads((tmp_path / "bundle.json").read_text())
+    del told["preprocess"]["z_score"]
+    told["digest"] = bundle._digest(
+        saved.model, told["preprocess"], told["labels"], saved.threshold, told["example_mask_sha256"]
+    )
+    (tmp_path / "bundle.json").write_text(json.dumps(told))
+    assert registry.load(tmp_path).preprocess == saved.preprocess
 
 
 def test_the_digest_is_of_the_content_and_of_nothing_else(tmp_path: Path) -> None:
@@ -197,7 +233,7 @@ def test_a_bundle_that_gives_another_mask_elsewhere_gets_no_version(store: str, 
     description = tmp_path / "bundle.json"
     told = json.loads(description.read_text())
     told["example_mask_sha256"] = "0" * 64
-    told["digest"] = bundle._digest(saved.model, saved.preprocess, saved.labels, saved.threshold, "0" * 64)
+    told["digest"] = bundle._digest(saved.model, told["preprocess"], told["labels"], saved.threshold, "0" * 64)
     description.write_text(json.dumps(told))
     run_id = runs.start(store, "registry", "bad")
     with pytest.raises(RuntimeError, match=r"example_mask_sha256 is .* in a clean process, 0000"):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from sklearn.metrics import confusion_matrix, f1_score, jaccard_score, precision_score, recall_score
 
-from rayseg.evaluation.scores import Counts, counts, per_case
+from rayseg.evaluation.scores import Counts, counts, counts_by_class, over_classes, per_case, scores
 
 masks = arrays(np.uint8, (2, 5, 7), elements=st.integers(0, 3))
 
@@ -70,3 +70,28 @@ def test_the_per_case_mean_of_healthy_cases_only_is_undefined() -> None:
 def test_masks_of_different_grids_are_refused() -> None:
     with pytest.raises(ValueError, match=r"\(4, 4\).*\(4, 5\)"):
         counts(np.zeros((4, 4)), np.zeros((4, 5)))
+
+
+@settings(max_examples=20, deadline=None)
+@given(masks, masks)
+def test_counts_of_each_class_agree_with_scikit_learn(prediction: np.ndarray, truth: np.ndarray) -> None:
+    found = counts_by_class(prediction, truth, 3)
+    matrix = confusion_matrix(truth.ravel(), prediction.ravel(), labels=[0, 1, 2, 3])
+    for index in (1, 2, 3):
+        tp = matrix[index, index]
+        expected = Counts(tp, matrix[:, index].sum() - tp, matrix[index].sum() - tp)
+        assert found[index - 1] == Counts(expected.tp, expected.fp, expected.fn, truth.size - sum(
+            (expected.tp, expected.fp, expected.fn)))  # fmt: skip
+
+
+def test_over_classes_scores_are_means_of_what_is_defined_and_cases_sums() -> None:
+    first = scores([Counts(tp=6, fp=2, fn=2, tn=90), Counts(tn=100)])
+    second = scores([Counts(fn=5, tn=95), Counts(fp=1, tn=99)])
+    never = scores([Counts(tn=100), Counts(tn=100)])
+    together = over_classes([first, second, never])
+    assert together.dice_pooled == pytest.approx((0.75 + 0) / 2)
+    assert together.precision_pooled == pytest.approx((0.75 + 0) / 2)
+    assert (together.cases_scored, together.cases_missed, together.cases_false_alarms) == (1 + 2, 1, 1)
+    assert together.cases_true_negative == 1 + 2
+    assert over_classes([first]) == first
+    assert over_classes([never]).dice_pooled is None

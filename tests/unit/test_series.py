@@ -136,6 +136,51 @@ def test_rounding_in_orientation_and_spacing_is_no_mixture() -> None:
     assert verdict([first, second]).verdict == "ok"
 
 
+def test_localizers_are_left_out() -> None:
+    """Wherever they lie, as in the very plane of a slice; a series of nothing else has no stack."""
+    scouts = [replace(one, localizer=True) for one in (header(90, (0, 0, 0), rows=64), header(91, (10.0, 20.0, 5.0)))]
+    result = verdict([scouts[0], *stack(0.0, 5.0, 10.0), scouts[1]])
+    assert (result.verdict, result.reason, result.order) == ("salvaged", None, [1, 2, 3])
+    assert result.detail == "2 localizers left out"
+    alone = verdict(scouts)
+    assert (alone.verdict, alone.reason, alone.order) == ("rejected", Reason.LOCALIZER, [])
+
+
+@pytest.mark.parametrize(
+    ("thickness_mm", "detail"),
+    [
+        (5.0, ""),
+        (4.95, ""),
+        (None, ""),
+        (10.0, "slices every 5 mm, SliceThickness 10 mm: they overlap"),
+        (1.25, "slices every 5 mm, SliceThickness 1.25 mm: with room between them"),
+    ],
+)
+def test_slice_thickness_is_told_where_the_positions_say_otherwise(thickness_mm: float | None, detail: str) -> None:
+    result = verdict(stack(0.0, 5.0, 10.0, slice_thickness_mm=thickness_mm))
+    assert (result.verdict, result.spacing_mm, result.detail) == ("ok", pytest.approx(5.0), detail)
+
+
+def test_several_thicknesses_are_told() -> None:
+    headers = [*stack(0.0, 5.0, slice_thickness_mm=5.0), header(9, (10.0, 20.0, 10.0), slice_thickness_mm=2.5)]
+    assert verdict(headers).detail == "SliceThickness from 2.5 to 5 mm"
+
+
+def test_phases_are_counted() -> None:
+    heights_mm = [float(z) for z in (0, 5, 10) for _ in range(4)]
+    result = verdict(stack(*heights_mm))
+    assert (result.verdict, result.reason) == ("rejected", Reason.SERIES_DUPLICATES)
+    assert result.detail == "4 slices at each of 3 positions"
+
+
+def test_frames_of_one_object_are_slices_of_their_own() -> None:
+    frames = [replace(header(1, (10.0, 20.0, z)), frame=n) for n, z in enumerate((10.0, 0.0, 5.0))]
+    result = verdict([*frames, frames[1]])
+    assert (result.verdict, result.order, result.detail) == ("salvaged", [1, 2, 0], "1 copies left out")
+    placeless = [replace(header(2, None), frame=n) for n in (2, 0, 1)]
+    assert verdict(placeless).order == [1, 2, 0]
+
+
 def test_without_positions_the_instance_number_orders() -> None:
     headers = [header(number, None) for number in (30, 10, 20)]
     result = verdict(headers)

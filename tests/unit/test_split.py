@@ -1,11 +1,14 @@
 """Patients are dealt to splits by hash, and a patient in two of them is found."""
 
 import hashlib
+from collections import Counter
 
 import pyarrow as pa
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from rayseg.data.split import Split, check_leak
+from rayseg.data.split import Split, check_leak, read_standing, to_csv
 
 PATIENTS = [f"{number:020x}" for number in range(4000)]
 
@@ -68,3 +71,71 @@ def test_many_leaks_are_counted_and_some_named() -> None:
 def test_rows_without_a_patient_cannot_be_checked() -> None:
     with pytest.raises(ValueError, match="without a patient_key"):
         check_leak(table([("p1", "train"), (None, "val")]))
+
+
+def test_a_study_in_two_splits_is_a_leak() -> None:
+    rows = table([("p1", "train"), ("p2", "val"), ("p3", "test"), ("p4", "test")])
+    check_leak(rows.append_column("study_key", pa.array(["s1", "s2", None, None], pa.string())))
+    with pytest.raises(ValueError, match=r"1 studies are in more than one split: s1;"):
+        check_leak(rows.append_column("study_key", pa.array(["s1", "s2", "s1", "s1"])))
+
+
+def test_folds_take_turns_and_leave_the_test_patients_alone() -> None:
+    folds = [Split(test=0.2, folds=5, fold=fold) for fold in range(5)]
+    places = [{key: split.split_of(split.assign(key)) for key in PATIENTS} for split in folds]
+    assert folds[0].wanted() == ("train", "val", "test")
+    for key in PATIENTS:
+        seen = [place[key] for place in places]
+        assert seen == ["test"] * 5 or sorted(seen) == ["train"] * 4 + ["val"]
+    tested = [key for key in PATIENTS if places[0][key] == "test"]
+    assert tested == [key for key in PATIENTS if Split(test=0.2, val=0.1).assign(key) == "test"]
+    # 4000 * 0.16 = 640 a fold, with a standard deviation of 23
+    for place in places:
+        assert abs(list(place.values()).count("val") - 640) < 4 * 23
+
+
+@pytest.mark.parametrize("values", [{"folds": 1}, {"folds": 3, "fold": 3}, {"fold": 1}, {"fold": -1, "folds": 4}])
+def test_folds_that_cannot_be_are_refused(values: dict) -> None:
+    with pytest.raises(ValueError, match=r"split\.fold"):
+        Split(**values)
+
+
+def test_without_strata_nobody_moves_when_patients_are_added() -> None:
+    for split in (Split(), Split(folds=4, fold=2)):
+        few = split.deal(dict.fromkeys(PATIENTS[::3], False))
+        many = split.deal(dict.fromkeys(PATIENTS, True))  # what is known of a patient does not matter either
+        assert few == {key: many[key] for key in few}
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.booleans(), min_size=1, max_size=60), st.integers(0, 60), st.sampled_from([None, 3, 5]))
+def test_strata_have_their_shares_and_a_standing_patient_stays(
+    positive: list[bool], before: int, folds: int | None
+) -> None:
+    split = Split(val=0.15, test=0.15, folds=folds, stratify=True)
+    patients = dict(zip(PATIENTS, positive, strict=False))
+    standing = split.deal(dict(list(patients.items())[:before]))
+    fresh, added = split.deal(patients), split.deal(patients, standing)
+    assert set(fresh) == set(added) == set(patients)
+    assert standing == {key: added[key] for key in standing}
+    assert split.deal(dict(reversed(patients.items()))) == fresh
+    for stratum in (True, False):
+        members = [key for key in patients if patients[key] == stratum]
+        for dealt in (fresh, added):
+            counts = Counter(dealt[key] for key in members)
+            for part, share in split.parts().items():
+                # Dealing one by one to whoever lacks most leaves nobody more than a patient and a little off.
+                assert abs(counts[part] - share * len(members)) < 1.6
+
+
+def test_a_standing_split_of_other_parts_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"split.standing: it has the parts fold-1, this split test, val, train"):
+        Split().deal({"p": True}, {"p": "fold-1"})
+
+
+def test_the_table_of_patients_is_read_back() -> None:
+    patients = pa.table({"patient_key": ["0123", "77e5"], "part": ["fold-0", "test"], "split": ["val", "test"]})
+    assert read_standing(to_csv(patients)) == {"0123": "fold-0", "77e5": "test"}  # no number is made of a key
+    for data in (b"", b"a,b\n1,2\n"):
+        with pytest.raises(ValueError, match=r"not the split\.csv of a prepared set"):
+            read_standing(data)

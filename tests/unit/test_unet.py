@@ -112,3 +112,11 @@ def test_what_does_not_fit_is_refused_with_the_key() -> None:
         UNetConfig(convolutions=0)
     with pytest.raises(ValueError, match=r"model\.dropout"):
         UNetConfig(dropout=1.0)
+
+
+def test_several_classes_are_a_softmax_with_the_background() -> None:
+    model = build_unet(UNetConfig(widths=(4, 8)), SHAPE, classes=3, policy="mixed_bfloat16")
+    probability = model(images()).numpy()
+    assert probability.shape == (3, 16, 24, 4)
+    assert probability.dtype == np.float32
+    assert np.allclose(probability.sum(axis=-1), 1, atol=1e-6)

@@ -3,33 +3,39 @@
 import logging
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import ray.data
 from tqdm import tqdm
 
 from rayseg import cluster, storage
-from rayseg.data import manifest
-from rayseg.data.layouts import Layout, pair, read_groups
+from rayseg.data import manifest, standing
+from rayseg.data.layouts import Layout, plan, read_groups
+from rayseg.data.spool import Spool, by_series, packed, unpacked
 from rayseg.dicom.pseudonyms import Pseudonyms, from_environment
-from rayseg.records import MANIFEST, Reason, Reject
+from rayseg.records import MANIFEST, MASKS, Reason, Reject
 
 logger = logging.getLogger(__name__)
 
 HEADER_BYTES = 64 * 1024  # what is read of an object first: nearly every header ends before
-_ROWS_PER_TASK = (64, 1024)
+_ROWS_PER_TASK = 256
 
 _PLAN = pa.schema(
     [
         ("index", pa.int64()),
         ("uri", pa.string()),
-        ("path", pa.string()),  # below the layout's image folder
+        ("path", pa.string()),  # below the layout's image folder, where it has one
         ("bytes", pa.int64()),
-        ("mask_uri", pa.string()),
-        ("group", pa.string()),  # of the layout's CSV
+        ("modified", pa.timestamp("us", "UTC")),
+        ("masks", MASKS),
+        ("group", pa.string()),  # the patient, where the layout names one
     ]
 )
 _FOUND = MANIFEST.insert(0, pa.field("index", pa.int64()))
@@ -48,10 +54,14 @@ class CatalogConfig:
 
 @dataclass(frozen=True)
 class CatalogResult:
-    """What was found; `patients` and `series` count those with an accepted object."""
+    """What was found; `accepted` and `rejected` count rows of the manifest, which are slices: a frame each.
+
+    `patients` and `series` count those with an accepted slice.
+    """
 
     manifest: str
     objects: int
+    unchanged: int  # of `objects`: their rows are those of the manifest that stood there
     accepted: int
     rejected: int
     reasons: dict[str, int]
@@ -61,7 +71,10 @@ class CatalogResult:
 
 
 def catalog(config: CatalogConfig) -> CatalogResult:
-    """Reads the header of every object below the source and writes the manifest, one row an object.
+    """Reads the header of every object below the source and writes the manifest, one row an object or frame.
+
+    Where a manifest of the same layout and key stands at `output`, objects whose size and time of change are still the
+    same are not read again. Memory does not grow with the source but for some 60 bytes an object.
 
     The rows of a series stand together in the order of its slices, series in the order of their first URI. All objects
     of a series that cannot be used as one are rejected with the series' reason.
@@ -74,105 +87,170 @@ def catalog(config: CatalogConfig) -> CatalogResult:
     cluster.connect()
     source, output = storage.absolute(config.source), storage.absolute(config.output)
     pseudonyms = from_environment()
-    plan = _plan(source, config.layout)
-    rows = manifest.in_series(_headers(plan, config, pseudonyms))
-    storage.write_table(output, pa.Table.from_pylist(rows, schema=MANIFEST))
-    accepted = [row for row in rows if row["verdict"] == "ok"]
-    reasons = dict(sorted(Counter(row["reason"] for row in rows if row["verdict"] != "ok").items()))
-    rejected = len(rows) - len(accepted)
-    logger.info("catalog: %d objects, %d accepted, rejected: %s", len(rows), len(accepted), reasons or "none")
-    if rejected > config.max_reject_fraction * len(rows):
+    groups = _groups(source, config.layout)
+    mark = standing.mark(config.layout, groups, pseudonyms)
+    with TemporaryDirectory(prefix="rayseg-catalog-") as folder, Spool(Path(folder, "found"), _FOUND) as found:
+        earlier = standing.Standing(output, mark, Path(folder, "standing"))
+        unread, unchanged = _plan(source, config.layout, groups, earlier, found)
+        objects = unread.objects + unchanged
+        _headers(unread, config, pseudonyms, found)
+        counts = _write(found, Path(folder, "manifest"), mark)
+        storage.write_file(output, Path(folder, "manifest"))
+    rows, rejected = counts.accepted + counts.reasons.total(), counts.reasons.total()
+    reasons = dict(sorted(counts.reasons.items()))
+    logger.info(
+        "catalog: %d objects, %d of them unchanged, %d accepted, rejected: %s",
+        *(objects, unchanged, counts.accepted, reasons or "none"),
+    )
+    if rejected > config.max_reject_fraction * rows:
         raise ValueError(
-            f"catalog: {rejected} of {len(rows)} objects rejected, over max_reject_fraction "
+            f"catalog: {rejected} of {rows} objects rejected, over max_reject_fraction "
             f"{config.max_reject_fraction}: {_counted(reasons)}; the manifest {output} names each"
         )
     return CatalogResult(
         manifest=output,
-        objects=len(rows),
-        accepted=len(accepted),
+        objects=objects,
+        unchanged=unchanged,
+        accepted=counts.accepted,
         rejected=rejected,
         reasons=reasons,
-        patients=len({row["patient_key"] for row in accepted}),
-        series=len({row["series_key"] for row in accepted}),
+        patients=len(counts.patients),
+        series=len(counts.series),
         seconds=time.monotonic() - began,
     )
+
+
+@dataclass
+class _Counts:
+    """What has been written so far."""
+
+    accepted: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+    patients: set[str] = field(default_factory=set)
+    series: set[str] = field(default_factory=set)
+
+
+def _write(found: Spool, path: Path, mark: str) -> _Counts:
+    """Writes the manifest into a local file, some thousand rows at a time; equal rows give equal bytes."""
+    counts = _Counts()
+    schema = MANIFEST.with_metadata({standing.METADATA: mark})
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        for rows in by_series(found):
+            for row in rows:
+                del row["index"]
+            judged = manifest.in_series(rows)
+            writer.write_table(pa.Table.from_pylist(judged, schema=schema))
+            accepted = [row for row in judged if row["verdict"] == "ok"]
+            counts.accepted += len(accepted)
+            counts.reasons.update(row["reason"] for row in judged if row["verdict"] != "ok")
+            counts.patients.update(row["patient_key"] for row in accepted)
+            counts.series.update(row["series_key"] for row in accepted)
+    return counts
 
 
 def _counted(reasons: Mapping[str, int]) -> str:
     return ", ".join(f"{reason} {count}" for reason, count in reasons.items())
 
 
-def _plan(source: str, layout: Layout) -> pa.Table:
-    """The objects to read, by the listing, with the mask and the group of each; schema `_PLAN`."""
-    images_uri = storage.join(source, layout.images)
-    masks_uri = None if layout.masks is None else storage.join(source, layout.masks)
-    groups_uri = None if layout.groups is None else storage.join(source, layout.groups)
-    groups: Mapping[str, str] = {}
+def _groups(source: str, layout: Layout) -> Mapping[str, str]:
     try:
-        mask_paths = [] if masks_uri is None else [_below(masks_uri, info) for info in storage.list_files(masks_uri)]
-        groups = {} if groups_uri is None else read_groups(storage.read(groups_uri))
-        images = [
-            info
-            for info in tqdm(storage.list_files(images_uri), desc="catalog: list", unit=" objects", disable=None)
-            # Masks and groups may lie within the folder of the images, as where that is the source itself.
-            if info.uri != groups_uri and (masks_uri is None or not info.uri.startswith(masks_uri + "/"))
-        ]
+        return {} if layout.groups is None else read_groups(storage.read(storage.join(source, layout.groups)))
     except FileNotFoundError:
         raise ValueError(f"catalog.source: {source} lacks what the layout names ({layout})") from None
-    if not images:
-        raise ValueError(f"catalog.source: there are no objects below {images_uri}")
-    paths = [_below(images_uri, info) for info in images]
-    masks: Mapping[str, str] = {} if masks_uri is None else pair(paths, mask_paths)
-    mask_uris = [storage.join(masks_uri, masks[path]) if masks_uri and path in masks else None for path in paths]
-    columns = {
-        "index": range(len(images)),
-        "uri": [info.uri for info in images],
-        "path": paths,
-        "bytes": [info.size for info in images],
-        "mask_uri": mask_uris,
-        "group": [groups.get(path) for path in paths],
-    }
-    return pa.table({name: pa.array(values, _PLAN.field(name).type) for name, values in columns.items()})
 
 
-def _below(folder_uri: str, info: storage.FileInfo) -> str:
-    return info.uri[len(folder_uri.rstrip("/")) + 1 :]
+@dataclass
+class _Unread:
+    """The objects to read: compressed tables of `_PLAN`, a task each (some 20 bytes an object)."""
+
+    cells: list[bytes] = field(default_factory=list)
+    objects: int = 0
 
 
-def _headers(plan: pa.Table, config: CatalogConfig, pseudonyms: Pseudonyms) -> list[dict[str, Any]]:
-    """The manifest rows of the plan, in its order, without series verdicts, from tasks of some hundred objects each."""
-    least, most = _ROWS_PER_TASK
-    rows_per_task = min(max(-(-len(plan) // (4 * config.concurrency)), least), most)
-    blocks = [plan.slice(start, rows_per_task) for start in range(0, len(plan), rows_per_task)]
+def _plan(
+    source: str, layout: Layout, groups: Mapping[str, str], earlier: standing.Standing, found: Spool
+) -> tuple[_Unread, int]:
+    """Lists the objects and tells which to read; the rows of unchanged ones, which are counted, go to `found`."""
+    unread, unchanged = _Unread(), 0
+    listed = enumerate(_listed(source, layout, groups))
+    while some := [{"index": index, **row} for index, row in islice(listed, _ROWS_PER_TASK)]:
+        rows = earlier.rows(some)
+        known = [{**row, "index": one["index"]} for one, of_one in zip(some, rows, strict=True) for row in of_one]
+        planned = [one for one, of_one in zip(some, rows, strict=True) if not of_one]
+        if known:
+            found.append(pa.Table.from_pylist(known, schema=_FOUND))
+        if planned:
+            unread.cells.append(packed(pa.Table.from_pylist(planned, schema=_PLAN)))
+        unread.objects += len(planned)
+        unchanged += len(some) - len(planned)
+    return unread, unchanged
+
+
+def _listed(source: str, layout: Layout, groups: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+    """The images in the order of the listing, with the masks and the group of each: `_PLAN` without the index.
+
+    An archive without masks is streamed. To pair images with masks all of their paths are needed first.
+    """
+
+    def objects() -> Iterator[tuple[str, storage.FileInfo]]:
+        for folder in layout.folders():
+            for info in storage.list_files(storage.join(source, folder)):
+                yield info.uri[len(source.rstrip("/")) + 1 :], info
+
+    empty = True
+    try:
+        for image in plan(layout, tqdm(objects(), desc="catalog: list", unit=" objects", disable=None), groups):
+            empty = False
+            yield {
+                "uri": image.file.uri,
+                "path": image.name,
+                "bytes": image.file.size,
+                "modified": image.file.modified,
+                "masks": [{"uri": storage.join(source, mask.path), "label": mask.label} for mask in image.masks],
+                "group": image.group,
+            }
+    except FileNotFoundError:
+        raise ValueError(f"catalog.source: {source} lacks what the layout names ({layout})") from None
+    if empty:
+        raise ValueError(f"catalog.source: there are no objects below {source} where the layout looks ({layout})")
+
+
+def _headers(unread: _Unread, config: CatalogConfig, pseudonyms: Pseudonyms, found: Spool) -> None:
+    """Puts the rows of the unread objects, without series verdicts, into `found`; tasks of some objects read them."""
+    if not unread.cells:
+        return
+    blocks = [pa.table({"objects": pa.array([cell], pa.binary())}) for cell in unread.cells]
     dataset = ray.data.from_arrow(blocks).map_batches(
         _read_headers,
-        batch_size=None,
+        batch_size=1,
         batch_format="pyarrow",
         fn_kwargs={"layout": config.layout, "pseudonyms": pseudonyms},
         compute=ray.data.TaskPoolStrategy(size=min(config.concurrency, len(blocks))),
     )
-    rows: list[dict[str, Any]] = []
-    with tqdm(total=len(plan), desc="catalog: headers", unit=" objects", disable=None) as progress:
+    read = 0
+    with tqdm(total=unread.objects, desc="catalog: headers", unit=" objects", disable=None) as progress:
         for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-            rows.extend(batch.to_pylist())
-            progress.update(len(batch))
-    assert len(rows) == len(plan), "every object is one row"
-    rows.sort(key=lambda row: row.pop("index"))
-    return rows
+            found.append(batch)
+            objects = len(batch["index"].unique())
+            read += objects
+            progress.update(objects)
+    assert read == unread.objects, "every object is one row"
 
 
-def _read_headers(plan: pa.Table, layout: Layout, pseudonyms: Pseudonyms) -> pa.Table:
-    """A task: rows of the plan to rows of the manifest."""
-    indexes = plan["index"].to_pylist()
-    items = [manifest.Item(**values) for values in plan.drop_columns("index").to_pylist()]
+def _read_headers(cells: pa.Table, layout: Layout, pseudonyms: Pseudonyms) -> pa.Table:
+    """A task: a cell of packed rows of the plan to rows of the manifest."""
+    (cell,) = cells["objects"].to_pylist()
+    plan = unpacked(cell)
+    indexes, modified = plan["index"].to_pylist(), plan["modified"].to_pylist()
+    items = [manifest.Item(**values) for values in plan.drop_columns(["index", "modified"]).to_pylist()]
     beginnings = storage.read_each((item.uri for item in items), HEADER_BYTES)
     needs_mask = layout.masks is not None and layout.missing_mask == "reject"
     rows = []
-    for index, item, beginning in zip(indexes, items, beginnings, strict=True):
-        row = manifest.row(item, beginning, pseudonyms)
-        if row["verdict"] == "ok" and layout.groups is not None and item.group is None:
-            row = manifest.refused(row, Reject(Reason.MISSING_ATTRIBUTE, "not in the layout's CSV of groups"))
-        elif row["verdict"] == "ok" and needs_mask and item.mask_uri is None:
-            row = manifest.refused(row, Reject(Reason.NO_MASK))
-        rows.append({"index": index, **row})
+    for index, changed, item, beginning in zip(indexes, modified, items, beginnings, strict=True):
+        for row in manifest.rows(item, beginning, pseudonyms):
+            if row["verdict"] == "ok" and layout.groups is not None and item.group is None:
+                row = manifest.refused(row, Reject(Reason.MISSING_ATTRIBUTE, "not in the layout's CSV of groups"))
+            elif row["verdict"] == "ok" and needs_mask and not item.masks:
+                row = manifest.refused(row, Reject(Reason.NO_MASK))
+            rows.append({"index": index, "modified": changed, **row})
     return pa.Table.from_pylist(rows, schema=_FOUND)

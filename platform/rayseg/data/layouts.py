@@ -1,68 +1,120 @@
-"""Layouts: where the images of a data set lie, and how masks and patients pair with them."""
+"""Layouts: where the images of a data set lie, and how masks, classes and patients pair with them.
+
+A layout is declared by patterns of paths below the source, in which `{part}` names a piece without slash (`{part:3}`
+one of three characters, `{part**}` one with slashes), `*` stands for anything without slash and `**` for anything. An
+image and a mask belong together where the parts that both patterns name are equal. Two parts mean more: `{patient}` is
+the patient, and `{label}` in a mask's path says what its foreground is (see `labels.Labels.sources`). What matches a
+mask's pattern is a mask, whatever else it matches. A pattern without parts is a folder: what lies in it pairs by equal
+paths, whatever the suffix.
+"""
 
 import csv
 import io
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Generic, Literal, TypeVar
 
 logger = logging.getLogger(__name__)
 
+FileT = TypeVar("FileT")
+
 _SHOWN = 3
+_TOKEN = re.compile(r"\{([a-z_]+)(\*\*|:[1-9]\d?)?\}|(\*\*)|(\*)")
+_BRACES = "a part is lower-case letters in braces, as {slice}, {id:3} or {path**}"
+_FLAT = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")  # a file of one of these is the mask of one image
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where things lie below a source. A mask has its image's path, whatever the suffix: `a/1.dcm` and `a/1.png`."""
+    """Where things lie below a source; one pattern or several of each kind."""
 
-    images: str = ""  # folder of the images below the source
-    masks: str | None = None  # folder of the masks below the source; null: an archive without masks
+    images: str | tuple[str, ...] = ""
+    masks: str | tuple[str, ...] | None = None  # null: an archive without masks
     groups: str | None = None  # CSV below the source with the columns file,group: which patient an image is of
     missing_mask: Literal["reject", "empty"] = "reject"  # an image without a mask: refused, or without foreground
 
+    def __post_init__(self) -> None:
+        for key, patterns in (("images", self.image_patterns), ("masks", self.mask_patterns)):
+            for pattern in patterns:
+                try:
+                    _compiled(pattern)
+                except ValueError as error:
+                    raise ValueError(f"layout.{key}: {error}") from None
+        for mask in self.mask_patterns:
+            if not any(_shared(image, mask) for image in self.image_patterns):
+                raise ValueError(f"layout.masks: {mask!r} names no part that a pattern of layout.images names too")
 
-def stem(path: str) -> str:
-    """What pairs an image with its mask: the path without the last suffix."""
-    folder, slash, name = path.rpartition("/")
-    return folder + slash + (name.rpartition(".")[0] or name)
+    @property
+    def image_patterns(self) -> tuple[str, ...]:
+        """The patterns of images."""
+        return (self.images,) if isinstance(self.images, str) else self.images
+
+    @property
+    def mask_patterns(self) -> tuple[str, ...]:
+        """The patterns of masks; none where there are no masks."""
+        return (self.masks,) if isinstance(self.masks, str) else self.masks or ()
+
+    def folders(self) -> list[str]:
+        """The folders below the source to list: all that the patterns can match lies in them, none within another."""
+        found = sorted({_compiled(pattern).folder for pattern in (*self.image_patterns, *self.mask_patterns)})
+        return [name for name in found if not any(name != other and _is_below(name, other) for other in found)]
 
 
-def pair(images: Sequence[str], masks: Sequence[str]) -> dict[str, str]:
-    """Pairs images with masks by their paths without suffix.
+@dataclass(frozen=True)
+class Mask:
+    """A mask of an image: its path below the source, and the `{label}` of its path, None where that names none."""
+
+    path: str
+    label: str | None
+
+
+@dataclass(frozen=True)
+class Planned(Generic[FileT]):
+    """An image as the layout has it."""
+
+    file: FileT  # what the listing gave with the path
+    path: str  # below the source
+    name: str  # below the images' folder, where the layout has one
+    group: str | None  # the patient by the CSV or by the path; None where neither names one
+    masks: tuple[Mask, ...]
+
+
+def plan(layout: Layout, objects: Iterable[tuple[str, FileT]], groups: Mapping[str, str]) -> Iterator[Planned[FileT]]:
+    """The images among the objects, with what belongs to each, in their order; without masks, as the objects come.
+
+    What is left over is logged at the end: as a warning where images and masks do not pair, else as information.
 
     Args:
-        images: paths below the layout's image folder.
-        masks: paths below the layout's mask folder.
-
-    Returns:
-        Image path to mask path, for the images that have one. What does not pair is logged as a warning.
+        layout: the patterns.
+        objects: paths below the source, each with whatever the caller wants back.
+        groups: the CSV of groups.
 
     Raises:
-        ValueError: nothing pairs, or two masks claim one image; with counts and examples.
+        ValueError: no image or no pair at all, two masks for one image by one pattern, or one mask image for several
+            images; with counts and examples.
     """
-    by_stem: dict[str, str] = {}
-    for mask in masks:
-        other = by_stem.setdefault(stem(mask), mask)
-        if other != mask:
-            raise ValueError(f"layout.masks: two masks for one image, as {other} and {mask}; keep one kind of file")
-    pairs = {image: by_stem[stem(image)] for image in images if stem(image) in by_stem}
-    lonely_images = [image for image in images if image not in pairs]
-    used = set(pairs.values())
-    lonely_masks = [mask for mask in masks if mask not in used]
-    if lonely_images or lonely_masks:
-        message = (
-            f"layout: {len(pairs)} of {len(images)} images pair with one of {len(masks)} masks"
-            f"{_examples('images without a mask', lonely_images)}{_examples('masks without an image', lonely_masks)}"
-        )
-        if not pairs:
-            raise ValueError(f"{message}; paths below layout.images and layout.masks must be equal but for the suffix")
-        logger.warning("%s", message)
-    return pairs
+    told = _Told()
+    masks = _Masks(layout)
+    held: list[tuple[str, FileT]] = []
+    for path, file in objects:
+        if path == layout.groups:
+            continue
+        if layout.mask_patterns:
+            if not masks.add(path):
+                held.append((path, file))
+        else:
+            yield from _image(layout, path, file, groups, masks, told)
+    for path, file in held:
+        yield from _image(layout, path, file, groups, masks, told)
+    _tell(layout, masks, told)
 
 
 def read_groups(data: bytes) -> Mapping[str, str]:
-    """The CSV of groups: image path (below the layout's image folder) to group; raises ValueError where malformed."""
+    """The CSV of groups: path of an image, as `plan` takes it, to group; raises ValueError where malformed."""
     try:
         rows = list(csv.DictReader(io.StringIO(data.decode("utf-8-sig"))))
     except (UnicodeDecodeError, csv.Error) as error:
@@ -79,5 +131,177 @@ def read_groups(data: bytes) -> Mapping[str, str]:
     return groups
 
 
-def _examples(what: str, paths: Sequence[str]) -> str:
-    return f"; {len(paths)} {what}, as {', '.join(paths[:_SHOWN])}" if paths else ""
+@dataclass(frozen=True)
+class _Pattern:
+    expression: re.Pattern[str]
+    folder: str  # everything that matches lies in it
+    parts: frozenset[str]
+
+
+@lru_cache(maxsize=256)
+def _compiled(pattern: str) -> _Pattern:
+    """Raises ValueError for braces that make no part."""
+    pattern = pattern.strip("/")
+    if not _TOKEN.search(pattern):
+        if "{" in pattern or "}" in pattern:
+            raise ValueError(
+                f"{pattern!r}: a part is lower-case letters in braces, as {{slice}}, {{id:3}} or {{path**}}"
+            )
+        start = re.escape(pattern) + "/" if pattern else ""
+        return _Pattern(re.compile(rf"{start}(?P<path>.+?)(?:\.[^./]*)?"), pattern, frozenset({"path"}))
+    expression, end, parts = "", 0, set()
+    for token in _TOKEN.finditer(pattern):
+        expression += _literal(pattern, end, token.start())
+        name, size, deep, _ = token.groups()
+        if name is None:
+            expression += ".*" if deep else "[^/]*"
+        elif name in parts:
+            expression += f"(?P={name})"
+        else:
+            parts.add(name)
+            one = {None: "[^/]+", "**": ".+"}.get(size) or f"[^/]{{{size[1:]}}}"
+            expression += f"(?P<{name}>{one})"
+        end = token.end()
+    expression += _literal(pattern, end, len(pattern))
+    first = _TOKEN.search(pattern)
+    assert first is not None
+    return _Pattern(re.compile(expression), pattern[: first.start()].rpartition("/")[0], frozenset(parts))
+
+
+def _literal(pattern: str, start: int, end: int) -> str:
+    text = pattern[start:end]
+    if "{" in text or "}" in text:
+        raise ValueError(f"{pattern!r}: {_BRACES}")
+    return re.escape(text)
+
+
+def _shared(image: str, mask: str) -> tuple[str, ...]:
+    """The parts by which an image and a mask pair."""
+    return tuple(sorted(_compiled(image).parts & _compiled(mask).parts))
+
+
+def _is_below(path: str, folder: str) -> bool:
+    return not folder or path == folder or path.startswith(folder + "/")
+
+
+class _Masks:
+    """The masks of a listing, found by the parts that they share with an image."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self.paths: list[str] = []
+        self._uses: Counter[tuple[int, str]] = Counter()  # by the pattern of the images
+        self._used: set[str] = set()
+        self._by_parts: dict[tuple[int, int], dict[tuple[str, ...], list[Mask]]] = defaultdict(
+            lambda: defaultdict(list)
+        )
+        self._claims: dict[tuple[int, tuple[str, ...]], str] = {}
+
+    def add(self, path: str) -> bool:
+        """Whether the object is a mask."""
+        for number, pattern in enumerate(self._layout.mask_patterns):
+            match = _compiled(pattern).expression.fullmatch(path)
+            if match is None:
+                continue
+            parts = match.groupdict()
+            other = self._claims.setdefault((number, tuple(parts.values())), path)
+            if other != path:
+                raise ValueError(f"layout.masks: two masks for one image, as {other} and {path}; keep one kind of file")
+            mask = Mask(path, parts.get("label"))
+            self.paths.append(path)
+            for image_number, image in enumerate(self._layout.image_patterns):
+                key = tuple(parts[name] for name in _shared(image, pattern))
+                if key:
+                    self._by_parts[image_number, number][key].append(mask)
+            return True
+        return False
+
+    def of(self, image_number: int, parts: Mapping[str, str]) -> tuple[Mask, ...]:
+        """The masks of an image, those of the first pattern first."""
+        found: list[Mask] = []
+        for number, pattern in enumerate(self._layout.mask_patterns):
+            shared = _shared(self._layout.image_patterns[image_number], pattern)
+            of_pattern = self._by_parts[image_number, number].get(tuple(parts[name] for name in shared), [])
+            for mask in of_pattern:
+                self._used.add(mask.path)
+                self._uses[image_number, mask.path] += 1
+                if self._uses[image_number, mask.path] > 1 and mask.path.lower().endswith(_FLAT):
+                    raise ValueError(f"layout.masks: {mask.path} would be the mask of several images; name more parts")
+            found += of_pattern
+        return tuple(found)
+
+    def lonely(self) -> list[str]:
+        """The masks that no image has."""
+        return [path for path in self.paths if path not in self._used]
+
+
+@dataclass
+class _Told:
+    """What a plan has seen; of the paths that are told about, the first few and the count."""
+
+    images: int = 0
+    paired: int = 0
+    bare: list[str] = field(default_factory=list)
+    bare_count: int = 0
+    ignored: list[str] = field(default_factory=list)
+    ignored_count: int = 0
+
+
+def _image(
+    layout: Layout, path: str, file: FileT, groups: Mapping[str, str], masks: _Masks, told: _Told
+) -> Iterator[Planned[FileT]]:
+    """The object where it is an image, nothing where it is none."""
+    for number, pattern in enumerate(layout.image_patterns):
+        compiled = _compiled(pattern)
+        match = compiled.expression.fullmatch(path)
+        if match is None:
+            continue
+        parts = match.groupdict()
+        found = masks.of(number, parts)
+        told.images += 1
+        told.paired += bool(found)
+        if not found:
+            told.bare_count += 1
+            told.bare += [path] if len(told.bare) < _SHOWN else []
+        below = path[len(compiled.folder) + 1 :] if compiled.folder else path
+        group = parts.get("patient") if layout.groups is None else groups.get(below) or groups.get(path)
+        yield Planned(file, path, below if len(layout.image_patterns) == 1 else path, group, found)
+        return
+    told.ignored_count += 1
+    told.ignored += [path] if len(told.ignored) < _SHOWN else []
+
+
+def _tell(layout: Layout, masks: _Masks, told: _Told) -> None:
+    ignored = _examples("objects that are neither", told.ignored_count, told.ignored)
+    if not told.images:
+        seen = _examples("masks", len(masks.paths), masks.paths) + ignored
+        if not seen:
+            return  # there are no objects
+        raise ValueError(f"layout.images: nothing matches {_quoted(layout.image_patterns)}{seen}")
+    if not layout.mask_patterns:
+        if ignored:
+            logger.info("layout: %d images%s", told.images, ignored)
+        return
+    lonely = masks.lonely()
+    message = (
+        f"layout: {told.paired} of {told.images} images pair with one of {len(masks.paths)} masks"
+        f"{_examples('images without a mask', told.bare_count, told.bare)}"
+        f"{_examples('masks without an image', len(lonely), lonely)}{ignored}"
+    )
+    if not told.paired:
+        raise ValueError(
+            f"{message}; the parts that both name in {_quoted(layout.image_patterns)} and "
+            f"{_quoted(layout.mask_patterns)} must be equal, in folders the paths but for the suffix"
+        )
+    if lonely or (told.bare_count and layout.missing_mask == "reject"):
+        logger.warning("%s", message)
+    elif ignored or told.bare_count:
+        logger.info("%s", message)
+
+
+def _quoted(patterns: Sequence[str]) -> str:
+    return ", ".join(repr(pattern) for pattern in patterns)
+
+
+def _examples(what: str, count: int, paths: Sequence[str]) -> str:
+    return f"; {count} {what}, as {', '.join(paths[:_SHOWN])}" if count else ""

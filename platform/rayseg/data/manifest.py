@@ -7,12 +7,13 @@ from typing import Any
 from PIL import Image
 
 from rayseg import storage
-from rayseg.dicom import image_files, series
+from rayseg.dicom import image_files, nifti, series
 from rayseg.dicom.pseudonyms import Pseudonyms
-from rayseg.dicom.reading import Geometry, Header, read_header
+from rayseg.dicom.reading import Geometry, Header, read_headers
 from rayseg.records import Reason, Reject
 
 MAX_OBJECT_BYTES = 2**31  # larger objects are refused unread
+MORE_BYTES = 2**22  # read where the beginning does not hold the header: it then has functional groups or an icon
 
 
 @dataclass(frozen=True)
@@ -20,28 +21,30 @@ class Item:
     """An object of a source as the listing and the layout give it."""
 
     uri: str
-    path: str  # below the layout's image folder
+    path: str  # below the layout's image folder, where it has one
     bytes: int
-    mask_uri: str | None
-    group: str | None  # what the layout's CSV says
+    masks: list[dict[str, Any]]  # rows of `records.MASKS`
+    group: str | None  # the patient, where the layout names one
 
 
-def row(item: Item, beginning: bytes | OSError, pseudonyms: Pseudonyms) -> dict[str, Any]:
-    """The manifest row of one object, without a series verdict; never raises.
+def rows(item: Item, beginning: bytes | OSError, pseudonyms: Pseudonyms) -> list[dict[str, Any]]:
+    """The manifest rows of one object, one a frame, without a series verdict; never raises.
 
     Args:
         item: the object.
         beginning: its first bytes, or all of them; the object is read whole where they do not suffice.
         pseudonyms: for the identities.
     """
-    base = {"uri": item.uri, "bytes": item.bytes, "mask_uri": item.mask_uri}
+    base = {"uri": item.uri, "bytes": item.bytes, "masks": item.masks}
     try:
         found = _describe(item, beginning, pseudonyms)
     except OSError as error:
         found = read_failure(error)
     except Exception as error:  # a defect of ours must cost this row only
         found = Reject(Reason.INTERNAL, type(error).__name__)
-    return refused(base, found) if isinstance(found, Reject) else {**base, "verdict": "ok", **found}
+    if isinstance(found, Reject):
+        return [refused(base, found)]
+    return [{**base, "verdict": "ok", **one} for one in found]
 
 
 def refused(values: dict[str, Any], reject: Reject) -> dict[str, Any]:
@@ -79,16 +82,22 @@ def in_series(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _judged(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     verdict = series.verdict([_header(values) for values in rows])
     told = {"series_verdict": verdict.verdict, "series_detail": verdict.detail}
-    kept = {rows[index]["instance_key"] for index in verdict.order}
+    kept = {_slice_key(rows[index]) for index in verdict.order}
     judged = [rows[index] | told for index in verdict.order]
     for index in sorted(set(range(len(rows))) - set(verdict.order)):
-        copy = rows[index]["instance_key"] in kept
+        copy = _slice_key(rows[index]) in kept
         reason = verdict.reason or (Reason.SERIES_DUPLICATES if copy else Reason.SERIES_MIXED)
+        if rows[index]["localizer"]:
+            reason = Reason.LOCALIZER
         judged.append(refused(rows[index] | told, Reject(reason, verdict.detail)))
     return judged
 
 
-def _describe(item: Item, beginning: bytes | OSError, pseudonyms: Pseudonyms) -> dict[str, Any] | Reject:
+def _slice_key(values: dict[str, Any]) -> tuple[str, int | None]:
+    return values["instance_key"], values["frame"]
+
+
+def _describe(item: Item, beginning: bytes | OSError, pseudonyms: Pseudonyms) -> list[dict[str, Any]] | Reject:
     if item.bytes > MAX_OBJECT_BYTES:
         return Reject(Reason.TOO_LARGE, "bytes of the object")
     if isinstance(beginning, OSError):
@@ -98,11 +107,17 @@ def _describe(item: Item, beginning: bytes | OSError, pseudonyms: Pseudonyms) ->
         size = _image_size(beginning)
         if size is None and not complete:
             size = _image_size(storage.read(item.uri))
-        return Reject(Reason.NOT_AN_IMAGE) if size is None else _of_image(item, size, pseudonyms)
-    header = read_header(beginning, item.bytes)
-    if isinstance(header, Reject) and header.reason != Reason.NOT_DICOM and not complete:
-        header = read_header(storage.read(item.uri), item.bytes)
-    return header if isinstance(header, Reject) else _of_dicom(item, header, pseudonyms)
+        return Reject(Reason.NOT_AN_IMAGE) if size is None else [_of_image(item, size, pseudonyms)]
+    if nifti.is_nifti(beginning):
+        volume = nifti.read_volume(beginning)
+        return volume if isinstance(volume, Reject) else _of_volume(item, volume, pseudonyms)
+    headers = read_headers(beginning, item.bytes)
+    for length in (MORE_BYTES, item.bytes):
+        provisional = isinstance(headers, Reject) and headers.reason != Reason.NOT_DICOM
+        if provisional and len(beginning) < min(length, item.bytes):
+            beginning = storage.read(item.uri, length)
+            headers = read_headers(beginning, item.bytes)
+    return headers if isinstance(headers, Reject) else [_of_dicom(item, header, pseudonyms) for header in headers]
 
 
 def _image_size(data: bytes) -> tuple[int, int] | None:
@@ -119,6 +134,7 @@ def _of_image(item: Item, size: tuple[int, int], pseudonyms: Pseudonyms) -> dict
     folder, _, _ = item.path.rpartition("/")
     return {
         "kind": "image",
+        "frame": None,
         "patient_key": pseudonyms.key("patient", item.group or folder.partition("/")[0]),
         "series_key": pseudonyms.key("series", item.group or folder),
         "instance_key": pseudonyms.key("instance", item.path),
@@ -128,16 +144,32 @@ def _of_image(item: Item, size: tuple[int, int], pseudonyms: Pseudonyms) -> dict
     }
 
 
+def _of_volume(item: Item, volume: nifti.Volume, pseudonyms: Pseudonyms) -> list[dict[str, Any]]:
+    """One row a slice. Without the layout's patient each volume is one."""
+    keys = {
+        "kind": "image",
+        "patient_key": pseudonyms.key("patient", item.group or item.path),
+        "series_key": pseudonyms.key("series", item.path),
+        "instance_key": pseudonyms.key("instance", item.path),
+        "series_verdict": "ok",
+    }
+    return [{**keys, "frame": index, **volume.place(index)} for index in range(volume.slices)]
+
+
 def _of_dicom(item: Item, header: Header, pseudonyms: Pseudonyms) -> dict[str, Any]:
     geometry = header.geometry
     # Without a PatientID the study is the narrowest thing that surely is of one patient.
     patient = item.group or header.patient_id or header.study_instance_uid
     return {
         "kind": "dicom",
+        "frame": header.frame,
         "patient_key": pseudonyms.key("patient", patient),
         "study_key": pseudonyms.key("study", header.study_instance_uid),
         "series_key": pseudonyms.key("series", header.series_instance_uid),
         "instance_key": pseudonyms.key("instance", header.sop_instance_uid),
+        "frame_of_reference_key": header.frame_of_reference_uid
+        and pseudonyms.key("frame_of_reference", header.frame_of_reference_uid),
+        "localizer": header.localizer,
         "modality": header.modality,
         "transfer_syntax_uid": header.transfer_syntax_uid,
         "rows": geometry.rows,
@@ -162,7 +194,7 @@ def _header(values: dict[str, Any]) -> Header:
         series_instance_uid=values["series_key"],
         study_instance_uid=values["study_key"],
         patient_id=values["patient_key"],
-        frame_of_reference_uid=None,
+        frame_of_reference_uid=values["frame_of_reference_key"],
         modality=values["modality"],
         transfer_syntax_uid=values["transfer_syntax_uid"],
         instance_number=values["instance_number"],
@@ -174,4 +206,6 @@ def _header(values: dict[str, Any]) -> Header:
             image_position_mm=numbers("image_position_mm"),
             image_orientation=numbers("image_orientation"),
         ),
+        frame=values["frame"],
+        localizer=values["localizer"],
     )

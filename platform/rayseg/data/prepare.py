@@ -5,10 +5,13 @@ import logging
 import re
 import time
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray.data
 from tqdm import tqdm
@@ -16,16 +19,18 @@ from tqdm import tqdm
 from rayseg import cluster, storage
 from rayseg import config as configuration
 from rayseg.data.labels import Labels
-from rayseg.data.prepared import DESCRIPTION, VERSION
+from rayseg.data.prepared import DESCRIPTION, PATIENTS, VERSION
 from rayseg.data.preprocess import Preprocess
-from rayseg.data.samples import PLAN, limited, write_shards
-from rayseg.data.split import SPLITS, Split, check_leak
+from rayseg.data.samples import PLAN, TAKEN, limited, positive_patients, row_id, write_shards
+from rayseg.data.split import LEAK_COLUMNS, SPLITS, Split, check_leak, read_standing, to_csv
+from rayseg.data.spool import packed
 from rayseg.records import REJECTS
 
 logger = logging.getLogger(__name__)
 
 REJECTS_FILE = "rejects.parquet"
-_SHARD = re.compile(rf"split=({'|'.join(SPLITS)})/part-\d+\.parquet")
+_SHARD = re.compile(rf"split=({'|'.join(SPLITS)})/part-\d+(-[0-9a-f]+)?\.parquet")
+_ROWS_PER_LOOK = 512  # of a task that only looks at masks
 
 
 @dataclass(frozen=True)
@@ -70,27 +75,36 @@ def prepare(config: PrepareConfig) -> PrepareResult:
     """Writes the prepared set, or finds that an equal one stands at `output` already.
 
     Names, order and bytes of the shards depend on the manifest, the objects and the configuration alone. The set
-    exists from the moment when its description, written last, does.
+    exists from the moment when its description, written last, does; a run that ended before goes on with the shards
+    that are there.
 
     Raises:
-        ValueError: no manifest, no accepted row with a mask, a split without rows, or too many rejects.
+        ValueError: no manifest, no accepted row with a mask, a split without rows, too many rejects, or a leak between
+            the splits.
     """
     began = time.monotonic()
     cluster.connect()
+    # As it is read from a recipe: a caller may have given 40 for 40.0, and a digest tells these apart.
+    config = configuration.build(PrepareConfig, configuration.plain(config))
     manifest_uri, output = storage.absolute(config.manifest), storage.absolute(config.output)
     try:
         manifest = storage.read(manifest_uri)
     except FileNotFoundError:
         raise ValueError(f"prepare.manifest: there is no {manifest_uri}; run the catalog job") from None
-    digest = _digest(config, hashlib.sha256(manifest).hexdigest())
+    standing_split = _standing_split(config.split.standing)
+    digest = _digest(config, hashlib.sha256(manifest).hexdigest(), standing_split)
     standing = _standing(output, digest)
     if standing is not None:
         logger.info("prepare: an equal set stands at %s", output)
         return _result(output, standing, cached=True, seconds=time.monotonic() - began)
 
-    samples = _samples(pq.read_table(pa.BufferReader(manifest)), config)
-    _clear(output)
-    written = _write(samples, output, config)
+    columns = [*TAKEN, "verdict", "bytes"]
+    taken = _taken(pq.read_table(pa.BufferReader(manifest), columns=columns), config.limit, config.labels)
+    parts = _deal(taken, config, standing_split)
+    samples = _samples(taken, parts, config.split)
+    plan = _shards(samples, config)
+    _clear(output, keep={path for path, _ in plan})
+    written = _write(plan, len(samples), output, config)
     rejects = [reject for shard in written for reject in shard["rejects"]]
     storage.write_table(storage.join(output, REJECTS_FILE), pa.Table.from_pylist(rejects, schema=REJECTS))
     reasons = dict(sorted(Counter(reject["reason"] for reject in rejects).items()))
@@ -102,7 +116,6 @@ def prepare(config: PrepareConfig) -> PrepareResult:
     filled = [shard for shard in written if shard["rows"]]
     shards = {split: [shard for shard in filled if shard["path"].startswith(f"split={split}/")] for split in SPLITS}
     rows = {split: sum(shard["rows"] for shard in shards[split]) for split in SPLITS}
-    refused = {reject["uri"] for reject in rejects}
     description = {
         "version": VERSION,
         "digest": digest,
@@ -115,19 +128,31 @@ def prepare(config: PrepareConfig) -> PrepareResult:
         "rows": rows,
         "shards": {split: [shard["path"] for shard in shards[split]] for split in SPLITS},
         "positive": sum(shard["positive"] for shard in written),
-        "patients": len({sample["patient_key"] for sample in samples if sample["uri"] not in refused}),
         "reasons": reasons,
     }
     _refuse_empty(rows, config.split, "rows are left")
-    check_leak(_keys(output, filled))
+    keys = _keys(output, filled)
+    check_leak(keys)
+    patients = _patients(keys, parts)
+    storage.write(storage.join(output, PATIENTS), to_csv(patients))
+    description["patients"] = len(patients)
     storage.write_json(storage.join(output, DESCRIPTION), description)
     return _result(output, description, cached=False, seconds=time.monotonic() - began)
 
 
-def _digest(config: PrepareConfig, manifest_sha256: str) -> str:
+def _digest(config: PrepareConfig, manifest_sha256: str, standing_split: Mapping[str, str]) -> str:
     """Of all that decides the set's content: everything but the places where things lie."""
     values = configuration.plain(config) | {"manifest": manifest_sha256, "output": None, "version": VERSION}
+    values["split"]["standing"] = dict(standing_split)
     return configuration.digest(values)
+
+
+def _standing_split(uri: str | None) -> Mapping[str, str]:
+    """The part of each patient by `split.standing`."""
+    try:
+        return {} if uri is None else read_standing(storage.read(uri))
+    except FileNotFoundError:
+        raise ValueError(f"prepare.split.standing: there is no {uri}") from None
 
 
 def _standing(output: str, digest: str) -> dict[str, Any] | None:
@@ -160,34 +185,69 @@ def _result(output: str, description: dict[str, Any], cached: bool, seconds: flo
     )
 
 
-def _clear(output: str) -> None:
-    """Takes away an older set, its description first: no reader sees a mixture."""
+def _clear(output: str, keep: set[str]) -> None:
+    """Takes away an older set but for the shards to `keep`, its description first: no reader sees a mixture."""
     storage.delete(storage.join(output, DESCRIPTION))
     if storage.exists(output):
         for info in list(storage.list_files(output, (".parquet",))):
-            if _SHARD.fullmatch(info.uri[len(output.rstrip("/")) + 1 :]):
+            path = info.uri[len(output.rstrip("/")) + 1 :]
+            if _SHARD.fullmatch(path) and path not in keep:
                 storage.delete(info.uri)
 
 
-def _samples(manifest: pa.Table, config: PrepareConfig) -> list[dict[str, Any]]:
-    """The rows to prepare, in the order of their shards: first all of training, then validation, then test."""
-    accepted = [row for row in manifest.to_pylist() if row["verdict"] == "ok"]
-    if not any(row["mask_uri"] for row in accepted):
+def _taken(manifest: pa.Table, limit: int | None, labels: Labels) -> pa.Table:
+    """The accepted rows that are prepared, in the manifest's order; columns TAKEN and `bytes`."""
+    accepted = manifest.filter(pc.equal(manifest["verdict"], "ok")).drop_columns("verdict")
+    masks = pc.list_flatten(accepted["masks"])
+    if not len(masks):
         raise ValueError("prepare.manifest: no accepted row has a mask; name catalog.layout.masks and catalog again")
-    samples = [
-        {
-            "row_id": hashlib.sha256(row["uri"].encode()).hexdigest(),
-            "split": config.split.assign(row["patient_key"]),
-            **{name: row[name] for name in ("patient_key", "series_key", "uri", "mask_uri")},
-        }
-        for row in limited(accepted, config.limit)
-    ]
-    counts = Counter(sample["split"] for sample in samples)
-    _refuse_empty(counts, config.split, f"of {len({sample['patient_key'] for sample in samples})} patients fell")
-    by_split = {split: [sample for sample in samples if sample["split"] == split] for split in SPLITS}
+    labels.check_sources(set(pc.unique(pc.struct_field(masks, "label")).to_pylist()) - {None})
+    return accepted.take(pa.array(limited(accepted["patient_key"].to_pylist(), limit), pa.int64()))
+
+
+def _deal(taken: pa.Table, config: PrepareConfig, standing: Mapping[str, str]) -> dict[str, str]:
+    """The part of each patient."""
+    patients = dict.fromkeys(taken["patient_key"].to_pylist(), False)
+    if config.split.stratify:
+        cells = [
+            ("", packed(taken.slice(start, _ROWS_PER_LOOK).select(TAKEN)))
+            for start in range(0, len(taken), _ROWS_PER_LOOK)
+        ]
+        arguments = {"preprocess": config.preprocess, "labels": config.labels}
+        for batch in (
+            _planned(cells)
+            .map_batches(positive_patients, batch_size=1, batch_format="pyarrow", fn_kwargs=arguments)
+            .iter_batches(batch_size=None, batch_format="pyarrow")
+        ):
+            patients |= dict.fromkeys(batch["patient_key"].to_pylist(), True)
+    return config.split.deal(patients, standing)
+
+
+def _samples(taken: pa.Table, parts: Mapping[str, str], split: Split) -> pa.Table:
+    """The rows to prepare with their `split`, in the order of their shards: all of training, then validation, test."""
+    dealt = [split.split_of(parts[key]) for key in taken["patient_key"].to_pylist()]
+    _refuse_empty(Counter(dealt), split, f"of {len(parts)} patients fell")
+    place = np.array([SPLITS.index(name) for name in dealt])
     # Training reads neighbouring rows together: they should not be neighbouring slices of one patient.
-    by_split["train"].sort(key=lambda sample: sample["row_id"])
-    return [sample for split in SPLITS for sample in by_split[split]]
+    ids = (
+        int(row_id(uri, frame)[:16], 16) if name == "train" else 0
+        for uri, frame, name in zip(taken["uri"].to_pylist(), taken["frame"].to_pylist(), dealt, strict=True)
+    )
+    order = np.lexsort((np.fromiter(ids, np.uint64, len(taken)), place))
+    return taken.append_column("split", pa.array(dealt)).take(pa.array(order))
+
+
+def _shards(samples: pa.Table, config: PrepareConfig) -> list[tuple[str, bytes]]:
+    """Path and packed samples of each shard; the path's digest is of all that the shard is made from."""
+    settings = [VERSION, config.row_group_rows, *map(configuration.plain, (config.preprocess, config.labels))]
+    shards = []
+    for split in SPLITS:
+        of_split = samples.filter(pc.equal(samples["split"], split))
+        for part, start in enumerate(range(0, len(of_split), config.rows_per_shard)):
+            rows = of_split.slice(start, config.rows_per_shard)
+            digest = configuration.digest([settings, rows.to_pylist()])[:16]
+            shards.append((f"split={split}/part-{part:05d}-{digest}.parquet", packed(rows.drop_columns("bytes"))))
+    return shards
 
 
 def _refuse_empty(rows: Counter[str] | dict[str, int], split: Split, what: str) -> None:
@@ -199,15 +259,9 @@ def _refuse_empty(rows: Counter[str] | dict[str, int], split: Split, what: str) 
         )
 
 
-def _write(samples: list[dict[str, Any]], output: str, config: PrepareConfig) -> list[dict[str, Any]]:
-    """Prepares the samples, one task a shard; returns rows of `WRITTEN` in the order of the shards."""
-    plans = []
-    for split in SPLITS:
-        of_split = [sample for sample in samples if sample["split"] == split]
-        for part, start in enumerate(range(0, len(of_split), config.rows_per_shard)):
-            path = f"split={split}/part-{part:05d}.parquet"
-            plans.append({"path": path, "samples": of_split[start : start + config.rows_per_shard]})
-    dataset = ray.data.from_arrow([pa.Table.from_pylist([plan], schema=PLAN) for plan in plans]).map_batches(
+def _write(plan: list[tuple[str, bytes]], rows: int, output: str, config: PrepareConfig) -> list[dict[str, Any]]:
+    """Prepares the shards, a task each; returns rows of `WRITTEN` in the order of the shards."""
+    dataset = _planned(plan).map_batches(
         write_shards,
         batch_size=1,
         batch_format="pyarrow",
@@ -219,18 +273,42 @@ def _write(samples: list[dict[str, Any]], output: str, config: PrepareConfig) ->
         },
     )
     written: list[dict[str, Any]] = []
-    with tqdm(total=len(samples), desc="prepare", unit=" rows", disable=None) as progress:
+    with tqdm(total=rows, desc="prepare", unit=" rows", disable=None) as progress:
         for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
             for shard in batch.to_pylist():
                 written.append(shard)
                 progress.update(shard["rows"] + len(shard["rejects"]))
-    assert len(written) == len(plans), "every shard reports"
-    assert sum(shard["rows"] + len(shard["rejects"]) for shard in written) == len(samples), "every row is accounted for"
-    order = {plan["path"]: position for position, plan in enumerate(plans)}
+    assert len(written) == len(plan), "every shard reports"
+    assert sum(shard["rows"] + len(shard["rejects"]) for shard in written) == rows, "every row is accounted for"
+    order = {path: position for position, (path, _) in enumerate(plan)}
     return sorted(written, key=lambda shard: order[shard["path"]])
 
 
+def _planned(cells: Iterable[tuple[str, bytes]]) -> ray.data.Dataset:
+    """A data set of `PLAN`, a block a row. No pixels go through Ray's store: a task writes what it makes itself."""
+    return ray.data.from_arrow(
+        [pa.table({"path": [path], "samples": pa.array([cell], pa.binary())}, schema=PLAN) for path, cell in cells]
+    )
+
+
 def _keys(output: str, shards: list[dict[str, Any]]) -> pa.Table:
-    """Patient and split of every row as written."""
-    columns = ("patient_key", "split")
-    return pa.concat_tables([storage.read_table(storage.join(output, shard["path"]), columns) for shard in shards])
+    """Of every row as written, what the leak check and the table of patients need."""
+    columns = (*LEAK_COLUMNS, "foreground_pixels")
+    tables = [storage.read_table(storage.join(output, shard["path"]), columns) for shard in shards]
+    return pa.concat_tables(table.replace_schema_metadata() for table in tables)
+
+
+def _patients(keys: pa.Table, parts: Mapping[str, str]) -> pa.Table:
+    """The split as a table: `patient_key`, `part`, `split`, and how many `rows`, and `positive` ones, a patient has."""
+    keys = keys.append_column("positive", pc.cast(pc.greater(keys["foreground_pixels"], 0), pa.int64()))
+    counted = keys.group_by(["patient_key", "split"]).aggregate([("positive", "count"), ("positive", "sum")])
+    counted = counted.sort_by("patient_key")
+    return pa.table(
+        {
+            "patient_key": counted["patient_key"],
+            "part": [parts[key] for key in counted["patient_key"].to_pylist()],
+            "split": counted["split"],
+            "rows": counted["positive_count"],
+            "positive": counted["positive_sum"],
+        }
+    )

@@ -11,7 +11,8 @@ from rayseg.data.preprocess import Preprocess
 from rayseg.records import PREPARED
 
 DESCRIPTION = "_prepared.json"
-VERSION = 1  # of the format and of what preparing does: another number makes older sets stale
+PATIENTS = "split.csv"  # which patient is where
+VERSION = 3  # of the format and of what preparing does: another number makes older sets stale
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,10 @@ class PreparedSet:
     def files(self, split: str) -> list[str]:
         """The URIs of a split's Parquet shards, in order."""
         return [storage.join(self.uri, path) for path in self.shards[split]]
+
+    def read_split(self) -> bytes:
+        """Which patient is in which split: CSV with `patient_key`, `part`, `split`, `rows` and `positive` ones."""
+        return storage.read(storage.join(self.uri, PATIENTS))
 
     def read_rows(self, split: str, columns: Sequence[str] | None = None) -> pa.Table:
         """A split's rows in order, in the schema `records.PREPARED`; `columns` spares reading the pixels."""

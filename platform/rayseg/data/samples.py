@@ -1,21 +1,27 @@
 """Samples: which accepted rows are taken, and how a task turns them into a shard of pixels."""
 
-from collections.abc import Iterator
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import repeat
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from rayseg import storage
-from rayseg.data.labels import Labels, read_mask
+from rayseg.data.duplicates import fingerprint
+from rayseg.data.labels import Labels
 from rayseg.data.manifest import read_failure
+from rayseg.data.masks import truth
 from rayseg.data.preprocess import Preprocess
-from rayseg.dicom.reading import read_slice
+from rayseg.data.spool import unpacked
+from rayseg.dicom.reading import Slice, read_slice, read_slices, slice_uid
 from rayseg.records import PREPARED, REJECTS, Reason, Reject
 
-_SAMPLE = ("row_id", "patient_key", "series_key", "uri", "mask_uri", "split")  # known before any object is read
-# A shard to write.
-PLAN = pa.schema([("path", pa.string()), ("samples", pa.list_(pa.struct([PREPARED.field(name) for name in _SAMPLE])))])
+TAKEN = ("patient_key", "study_key", "series_key", "uri", "frame", "masks")  # columns of a manifest that a sample keeps
+# A shard to write; its samples (TAKEN and `split`) are packed: all of the plan is in Ray's store.
+PLAN = pa.schema([("path", pa.string()), ("samples", pa.binary())])
 # A shard as it came out; without rows it has no file.
 WRITTEN = pa.schema(
     [
@@ -27,24 +33,39 @@ WRITTEN = pa.schema(
 )
 
 
-def limited(rows: list[dict[str, Any]], limit: int | None) -> list[dict[str, Any]]:
-    """At most `limit` rows: equally many of each patient as far as it has them, spread over the patient's rows."""
-    if limit is None or limit >= len(rows):
-        return rows
+_METADATA = b"rayseg.shard"  # of a shard's file: its row of WRITTEN
+
+
+def row_id(uri: str, frame: int | None) -> str:
+    """The name of the sample made of an object, or of a frame of it."""
+    return hashlib.sha256(slice_uid(uri, frame).encode()).hexdigest()
+
+
+def _unpacked(cell: bytes) -> list[dict[str, Any]]:
+    return [{"row_id": row_id(row["uri"], row["frame"]), **row} for row in unpacked(cell).to_pylist()]
+
+
+def limited(patient_keys: Sequence[str], limit: int | None) -> Sequence[int]:
+    """Which rows make at most `limit`: equally many of each patient as far as it has them, spread over its rows."""
+    if limit is None or limit >= len(patient_keys):
+        return range(len(patient_keys))
     members: dict[str, list[int]] = {}
-    for index, row in enumerate(rows):
-        members.setdefault(row["patient_key"], []).append(index)
+    for index, key in enumerate(patient_keys):
+        members.setdefault(key, []).append(index)
     left, kept = limit, []
     # The smallest patients first: what they cannot fill of an equal share goes to the others.
     for patients_left, indexes in zip(range(len(members), 0, -1), sorted(members.values(), key=len), strict=True):
         take = min(len(indexes), left // patients_left)
         left -= take
         kept += [indexes[(2 * k + 1) * len(indexes) // (2 * take)] for k in range(take)]
-    return [rows[index] for index in sorted(kept)]
+    return sorted(kept)
 
 
 def write_shards(plan: pa.Table, output: str, preprocess: Preprocess, labels: Labels, row_group_rows: int) -> pa.Table:
     """A task: reads the samples of each planned shard, writes it where any is left, and tells what became of each.
+
+    A shard that an earlier run wrote is kept: its name is of all that it is made from. Only where that run could not
+    read an object from the store it is made again.
 
     Args:
         plan: rows of `PLAN`.
@@ -56,53 +77,115 @@ def write_shards(plan: pa.Table, output: str, preprocess: Preprocess, labels: La
     Returns:
         Rows of `WRITTEN`, one a planned shard.
     """
-    written = []
+    written: list[dict[str, Any]] = []
     for shard in plan.to_pylist():
-        rows, rejects = [], []
-        for sample, image, mask in _read(shard["samples"]):
-            made = make(image, mask, preprocess, labels)
+        standing = _standing(storage.join(output, shard["path"]))
+        if standing is not None:
+            written.append({"path": shard["path"], **standing})
+            continue
+        samples = _unpacked(shard["samples"])
+        found: dict[int, dict[str, Any]] = {}
+        rejects = []
+        for place, image, masks in _read(samples, preprocess.color):
+            made = make(image, masks, preprocess, labels, samples[place]["frame"])
             if isinstance(made, Reject):
-                told = {name: sample[name] for name in ("uri", "patient_key", "series_key")}
+                told = {name: samples[place][name] for name in ("uri", "frame", "patient_key", "series_key")}
                 rejects.append({**told, "stage": "prepare", "reason": made.reason.value, "detail": made.detail})
             else:
-                rows.append(sample | made)
-        if rows:
-            table = pa.Table.from_pylist(rows, schema=PREPARED)
-            storage.write_table(storage.join(output, shard["path"]), table, row_group_rows)
+                found[place] = samples[place] | made
+        rows = [found[place] for place in sorted(found)]
         positive = sum(row["foreground_pixels"] > 0 for row in rows)
-        written.append({"path": shard["path"], "rows": len(rows), "positive": positive, "rejects": rejects})
+        told_of_all = {"rows": len(rows), "positive": positive, "rejects": rejects}
+        if rows:
+            metadata = {_METADATA: json.dumps(told_of_all, sort_keys=True)}
+            table = pa.Table.from_pylist(rows, schema=PREPARED.with_metadata(metadata))
+            storage.write_table(storage.join(output, shard["path"]), table, row_group_rows)
+        written.append({"path": shard["path"], **told_of_all})
     return pa.Table.from_pylist(written, schema=WRITTEN)
 
 
-def _read(samples: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], bytes | OSError, bytes | OSError | None]]:
-    """Each sample with its image's and its mask's bytes (None: there is no mask), some read ahead."""
-    uris = (uri for sample in samples for uri in (sample["uri"], sample["mask_uri"]) if uri is not None)
-    objects = storage.read_each(uris)
-    for sample in samples:
-        yield sample, next(objects), None if sample["mask_uri"] is None else next(objects)
+def _standing(uri: str) -> dict[str, Any] | None:
+    """What a whole shard at `uri` says became of its samples; None where there is none or another try may do better."""
+    try:
+        told: dict[str, Any] = json.loads((storage.read_footer(uri).metadata or {})[_METADATA])
+    except (OSError, ValueError, KeyError):
+        return None
+    return None if any(reject["reason"] == Reason.READ_FAILED for reject in told["rejects"]) else told
+
+
+def positive_patients(plan: pa.Table, preprocess: Preprocess, labels: Labels) -> pa.Table:
+    """A task: the patients (column `patient_key`) of the planned samples that have foreground once prepared."""
+    positive = set()
+    for cell in plan["samples"].to_pylist():
+        samples = [sample for sample in _unpacked(cell) if sample["masks"]]
+        for place, image, masks in _read(samples, preprocess.color):
+            made = make(image, masks, preprocess, labels, samples[place]["frame"])
+            if not isinstance(made, Reject) and made["foreground_pixels"]:
+                positive.add(samples[place]["patient_key"])
+    return pa.table({"patient_key": pa.array(sorted(positive), pa.string())})
+
+
+def _read(
+    samples: list[dict[str, Any]],
+    color: bool,
+) -> Iterator[tuple[int, bytes | OSError | Slice | Reject, list[tuple[bytes | OSError, str | None]]]]:
+    """Each sample's place, with its image, and its masks' bytes and labels, some read ahead.
+
+    The image is the object's bytes or the slice of a frame. An object of which there are several frames is read once,
+    and so is a mask that the next image has too.
+    """
+    places: dict[str, list[int]] = {}
+    for place, sample in enumerate(samples):
+        places.setdefault(sample["uri"], []).append(place)
+    masks = {
+        uri: dict.fromkeys(mask["uri"] for place in of_uri for mask in samples[place]["masks"])
+        for uri, of_uri in places.items()
+    }
+    before: list[dict[str, None]] = [{}, *masks.values()]
+    fresh = {uri: [mask for mask in masks[uri] if mask not in last] for uri, last in zip(places, before, strict=False)}
+    objects = storage.read_each(uri for image in places for uri in (image, *fresh[image]))
+    held: dict[str, bytes | OSError] = {}
+    for uri, of_uri in places.items():
+        image = next(objects)
+        held = {mask: data for mask, data in held.items() if mask in masks[uri]}
+        held |= {mask: next(objects) for mask in fresh[uri]}
+        frames = [samples[place]["frame"] for place in of_uri]
+        slices: Iterable[bytes | OSError | Slice | Reject] = repeat(image, len(frames))
+        if isinstance(image, bytes) and frames[0] is not None:
+            slices = read_slices(image, frames, color)
+        for place, slice in zip(of_uri, slices, strict=True):
+            yield place, slice, [(held[mask["uri"]], mask["label"]) for mask in samples[place]["masks"]]
 
 
 def make(
-    image: bytes | OSError, mask: bytes | OSError | None, preprocess: Preprocess, labels: Labels
+    image: bytes | OSError | Slice | Reject,
+    masks: Sequence[tuple[bytes | OSError, str | None]],
+    preprocess: Preprocess,
+    labels: Labels,
+    frame: int | None = None,
 ) -> dict[str, Any] | Reject:
-    """The columns foreground_pixels, image and mask of one sample, or why there are none; never raises."""
+    """The columns foreground_pixels, fingerprint, image and mask of one sample, or why there are none; never raises."""
     try:
         if isinstance(image, OSError):
             return read_failure(image)
-        if isinstance(mask, OSError):
-            return read_failure(mask, "mask")
-        slice = read_slice(image)
+        readable = []
+        for mask, label in masks:
+            if isinstance(mask, OSError):
+                return read_failure(mask, "mask")
+            readable.append((mask, label))
+        slice = read_slice(image, color=preprocess.color) if isinstance(image, bytes) else image
         if isinstance(slice, Reject):
             return slice
-        values = np.zeros(slice.stored.shape, np.uint8) if mask is None else read_mask(mask)
-        if isinstance(values, Reject):
-            return values
-        if values.shape != slice.stored.shape:
-            return Reject(Reason.MASK_MISMATCH, f"mask {values.shape}, image {slice.stored.shape}")
-        mask_HW = preprocess.apply_mask(labels.apply(values))
+        classes = truth(readable, slice.shape, labels, slice.header, frame)
+        if isinstance(classes, Reject):
+            return classes
+        # Nearest neighbour picks pixels: classes before it or after are the same, a mean of classes would be none.
+        mask_HW = preprocess.apply_mask(classes)
+        image_HWC = preprocess.apply(slice)
         return {
             "foreground_pixels": int(np.count_nonzero(mask_HW)),
-            "image": preprocess.apply(slice).tobytes(),
+            "fingerprint": fingerprint(image_HWC),
+            "image": image_HWC.tobytes(),
             "mask": mask_HW.tobytes(),
         }
     except Exception as error:  # a defect of ours must cost this row only

@@ -1,53 +1,173 @@
-"""Patients, never slices, are dealt to training, validation and test: by a hash, so that new data moves nobody."""
+"""Patients, never slices, are dealt to training, validation and test; and what must not be in two of them, found.
+
+What is promised when data is added: by default a patient's place is a function of the seed and its key alone, so nobody
+ever moves. Such a draw cannot look at the other patients and is balanced in expectation only: of n patients a share p
+gets n p, give or take sqrt(n p (1 - p)), among those with foreground and those without alike. With `stratify` each of
+these two groups is dealt to within a patient or so of the shares, which depends on who else is there; then `standing`,
+the split.csv of an earlier set, keeps everyone who is in it in their place, and only new ones are dealt.
+"""
 
 import hashlib
+import io
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.compute as pc
+from pyarrow import csv
+
+from rayseg.data.duplicates import near_duplicates
 
 SPLITS = ("train", "val", "test")
+LEAK_COLUMNS = ("row_id", "patient_key", "study_key", "split", "fingerprint")  # what `check_leak` looks at
 _SHOWN = 5
 
 
 @dataclass(frozen=True)
 class Split:
-    """The fractions of patients held out for validation and test; another seed is another draw."""
+    """The fractions of patients held out for validation and test, or folds; another seed is another draw.
+
+    With `folds` the test share is the same whichever `fold` is taken, and the rest is cut into as many equal parts, of
+    which part `fold` (from 0) is the validation; `val` does not count then.
+    """
 
     val: float = 0.15
     test: float = 0.15
     seed: str = "1"
+    folds: int | None = None
+    fold: int = 0
+    stratify: bool = False  # see the module; reads every mask once more
+    standing: str | None = None  # URI of the split.csv of an earlier set
 
     def __post_init__(self) -> None:
-        if self.val < 0 or self.test < 0 or self.val + self.test >= 1:
+        if self.val < 0 or self.test < 0 or self.test + (0 if self.folds else self.val) >= 1:
             raise ValueError(f"split: val and test must be >= 0 and sum to less than 1, got {self.val} and {self.test}")
+        if self.folds is not None and self.folds < 2:
+            raise ValueError(f"split.folds: 2 or more expected, or null, got {self.folds}")
+        if not 0 <= self.fold < (self.folds or 1):
+            raise ValueError(
+                f"split.fold: a number from 0, below split.folds ({self.folds}), expected, got {self.fold}"
+            )
+
+    def parts(self) -> dict[str, float]:
+        """The shares that patients are dealt to: test, val and train, or test and the folds."""
+        if self.folds is None:
+            return {"test": self.test, "val": self.val, "train": 1 - self.test - self.val}
+        return {"test": self.test} | {f"fold-{number}": (1 - self.test) / self.folds for number in range(self.folds)}
+
+    def split_of(self, part: str) -> str:
+        """Which of SPLITS a part is."""
+        return part if part in SPLITS else "val" if part == f"fold-{self.fold}" else "train"
 
     def assign(self, patient_key: str) -> str:
-        """The split of a patient: a function of the seed and the key alone, whoever else is in the data."""
-        hashed = hashlib.sha256(f"{self.seed}:{patient_key}".encode()).digest()
-        position = int.from_bytes(hashed[:8]) / 2**64
-        if position < self.test:
-            return "test"
-        return "val" if position < self.test + self.val else "train"
+        """The part of a patient: a function of the seed and the key alone, whoever else is in the data."""
+        position, end = _position(self.seed, patient_key), 0.0
+        for part, share in self.parts().items():
+            end += share
+            if position < end:
+                return part
+        return part
+
+    def deal(self, patients: Mapping[str, bool], standing: Mapping[str, str] | None = None) -> dict[str, str]:
+        """The part of each patient.
+
+        Args:
+            patients: by patient key, whether the patient has foreground (only `stratify` looks at it).
+            standing: by patient key, the parts of an earlier set: who is in it stays.
+
+        Raises:
+            ValueError: `standing` names a part that this split does not have.
+        """
+        parts, kept = self.parts(), dict(standing or {})
+        strange = sorted(set(kept.values()) - set(parts))
+        if strange:
+            raise ValueError(f"split.standing: it has the parts {', '.join(strange)}, this split {', '.join(parts)}")
+        dealt = {key: kept[key] for key in patients if key in kept}
+        if not self.stratify:
+            return dealt | {key: self.assign(key) for key in patients if key not in dealt}
+        for stratum in (True, False):
+            members = [key for key, positive in patients.items() if positive == stratum]
+            counts = Counter(dealt[key] for key in members if key in dealt)
+            new = sorted((key for key in members if key not in dealt), key=lambda key: _position(self.seed, key))
+            for key in new:
+                total = counts.total() + 1
+                # To the part that lacks most.
+                dealt[key] = max(parts, key=lambda part: parts[part] * total - counts[part])
+                counts[dealt[key]] += 1
+        return dealt
 
     def wanted(self) -> tuple[str, ...]:
         """The splits that get a share."""
-        return tuple(name for name, share in (("train", 1.0), ("val", self.val), ("test", self.test)) if share > 0)
+        shares = Counter[str]()
+        for part, share in self.parts().items():
+            shares[self.split_of(part)] += 1 if share else 0
+        return tuple(name for name in SPLITS if shares[name] > 0)
+
+
+def _position(seed: str, patient_key: str) -> float:
+    """Where the hash puts a patient in 0..1."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{patient_key}".encode()).digest()[:8]) / 2**64
+
+
+def to_csv(patients: pa.Table) -> bytes:
+    """A table of patients (`patient_key`, `part`, `split`, `rows`, `positive`) as CSV."""
+    buffer = io.BytesIO()
+    csv.write_csv(patients, buffer, csv.WriteOptions(quoting_style="none"))
+    return buffer.getvalue()
+
+
+def read_standing(data: bytes) -> dict[str, str]:
+    """The part of each patient in a split.csv; raises ValueError where it is none."""
+    try:
+        options = csv.ConvertOptions(column_types={"patient_key": pa.string(), "part": pa.string()})
+        table = csv.read_csv(io.BytesIO(data), convert_options=options)
+        return dict(zip(table["patient_key"].to_pylist(), table["part"].to_pylist(), strict=True))
+    except (pa.ArrowInvalid, KeyError) as error:
+        raise ValueError(f"split.standing: not the split.csv of a prepared set ({type(error).__name__})") from None
 
 
 def check_leak(table: pa.Table) -> None:
-    """Raises ValueError, naming pseudonyms, where a patient stands in two splits or a row has no patient.
+    """Raises ValueError, naming pseudonyms, where the splits of `table` share what they must not.
+
+    That is a patient, a study, or a picture: near-duplicates, see `duplicates`. Within a split these are no leak.
 
     Args:
-        table: with the string columns `patient_key` and `split`.
+        table: with the columns `patient_key` and `split`, and `study_key`, `fingerprint` with `row_id` if it has them.
     """
     if table["patient_key"].null_count or table["split"].null_count:
         raise ValueError("split: rows without a patient_key or split; no leak check is possible, prepare again")
-    splits = table.select(["patient_key", "split"]).group_by("patient_key").aggregate([("split", "count_distinct")])
-    leaked = splits.filter(pc.greater(splits["split_count_distinct"], 1))["patient_key"].to_pylist()
-    if leaked:
-        more = "" if len(leaked) <= _SHOWN else f" and {len(leaked) - _SHOWN} more"
-        raise ValueError(
-            f"split: {len(leaked)} patients are in more than one split: {', '.join(sorted(leaked)[:_SHOWN])}{more}; "
-            "a score on such data means nothing, prepare again"
-        )
+    found = []
+    for kind, plural in (("patient", "patients"), ("study", "studies")):
+        leaked = _in_several(table, f"{kind}_key") if f"{kind}_key" in table.column_names else []
+        if leaked:
+            found.append(f"{len(leaked)} {plural} are in more than one split: {_some(leaked)}")
+    if "fingerprint" in table.column_names:
+        pairs = near_duplicates(table["fingerprint"].to_pylist(), table["split"].to_pylist())
+        shown = [
+            " and ".join(_row(table.slice(index, 1).to_pylist()[0]) for index in (pair.first, pair.second))
+            for pair in pairs[:_SHOWN]
+        ]
+        if pairs:
+            more = f" and {len(pairs) - _SHOWN} more" if len(pairs) > _SHOWN else ""
+            found.append(
+                f"{len(pairs)} pairs of rows in different splits show the same picture: {'; '.join(shown)}{more} "
+                "(patients that are one need one key: layout.groups)"
+            )
+    if found:
+        raise ValueError(f"split: {'; '.join(found)}; a score on such data means nothing, prepare again")
+
+
+def _in_several(table: pa.Table, key: str) -> list[str]:
+    """The values of a column that stand in more than one split, sorted."""
+    splits = table.select([key, "split"]).group_by(key).aggregate([("split", "count_distinct")])
+    several = splits.filter(pc.and_(pc.is_valid(splits[key]), pc.greater(splits["split_count_distinct"], 1)))
+    return sorted(several[key].to_pylist())
+
+
+def _some(keys: list[str]) -> str:
+    return ", ".join(keys[:_SHOWN]) + ("" if len(keys) <= _SHOWN else f" and {len(keys) - _SHOWN} more")
+
+
+def _row(row: dict[str, str]) -> str:
+    return f"row {row['row_id'][:12]} of patient {row['patient_key']} in {row['split']}"

@@ -10,7 +10,7 @@ from rayseg import storage
 from rayseg.data.preprocess import Preprocess
 from rayseg.demo.report import Picture
 from rayseg.dicom import pseudonyms, segmentation
-from rayseg.dicom.reading import read_slice
+from rayseg.dicom.reading import read_slice, slice_uid
 from rayseg.records import Reject
 from rayseg.tracking import figures
 
@@ -26,24 +26,26 @@ def pictures(
         preprocess: gives the grey values that the network saw.
         wanted: number of tiles; a series without anything found shows its middle slice.
     """
-    table = storage.read_table(manifest, ("uri", "verdict", "series_key", "instance_key"))
+    table = storage.read_table(manifest, ("uri", "frame", "verdict", "series_key", "instance_key"))
     segmented = [row for row in ledger if row["verdict"] == "segmented"][:wanted]
     key = pseudonyms.from_environment().key
     made = []
     for row in segmented:
-        masks = {
-            key("instance", uid): mask for uid, mask in segmentation.decode(storage.read(row["output_uri"])).items()
-        }
+        masks = {}
+        for name, mask in segmentation.decode(storage.read(row["output_uri"])).items():
+            uid, hash_sign, frame = name.partition("#")
+            masks[f"{key('instance', uid)}{hash_sign}{frame}"] = mask
         slices = [
-            one
+            one | {"name": slice_uid(one["instance_key"], one["frame"])}
             for one in table.to_pylist()
-            if one["verdict"] == "ok" and one["series_key"] == row["series_key"] and one["instance_key"] in masks
+            if one["verdict"] == "ok" and one["series_key"] == row["series_key"]
         ]
-        for place in _places([bool(masks[one["instance_key"]].any()) for one in slices], wanted // len(segmented)):
-            found = read_slice(storage.read(slices[place]["uri"]))
+        slices = [one for one in slices if one["name"] in masks]
+        for place in _places([bool(masks[one["name"]].any()) for one in slices], wanted // len(segmented)):
+            found = read_slice(storage.read(slices[place]["uri"]), slices[place]["frame"])
             assert not isinstance(found, Reject), "was segmented, so it can be read"
             grey_HW = dataclasses.replace(preprocess, size=found.stored.shape).apply(found)[..., 0]
-            png = figures.tile(grey_HW, masks[slices[place]["instance_key"]])
+            png = figures.tile(grey_HW, masks[slices[place]["name"]])
             made.append(Picture(png, f"{row['series_key'][:8]} · {place + 1} of {len(slices)}"))
     return made
 

@@ -124,7 +124,8 @@ def demo(config: DemoConfig) -> DemoResult:
         series = ledger.read(config.segment.output).to_pylist()
         uris_by_series = _uris_by_series(config.segment.manifest)
         with _stage("serve", seconds), online.service(config.serve, directory / "serve.log") as url:
-            largest = _largest(series)
+            # The service takes one slice a request, so a series of single images.
+            largest = _largest([row for row in series if row["series_key"] in uris_by_series])
             answers = online.ask(url, uris_by_series[largest["series_key"]], largest["output_uri"])
         with _stage("report", seconds):
             results = summary.Results(
@@ -196,14 +197,14 @@ def _largest(series: list[dict[str, Any]]) -> dict[str, Any]:
     """The ledger's row of the series in which most was found."""
     rows = [row for row in series if row["verdict"] == "segmented"]
     if not rows:
-        raise ValueError("demo.archive: no series of it could be segmented; the ledger says why")
+        raise ValueError("demo.archive: no series of single images could be segmented; the ledger says why")
     return max(rows, key=lambda row: row["foreground_pixels"])
 
 
 def _uris_by_series(manifest_uri: str) -> dict[str, list[str]]:
-    """The accepted objects of a manifest by series key, in its order."""
+    """The accepted objects of a manifest by series key, in its order, without multi-frame ones."""
     uris: dict[str, list[str]] = {}
-    for row in storage.read_table(manifest_uri, ["uri", "verdict", "series_key"]).to_pylist():
-        if row["verdict"] == "ok":
+    for row in storage.read_table(manifest_uri, ["uri", "frame", "verdict", "series_key"]).to_pylist():
+        if row["verdict"] == "ok" and row["frame"] is None:
             uris.setdefault(row["series_key"], []).append(row["uri"])
     return uris

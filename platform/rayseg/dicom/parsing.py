@@ -6,6 +6,7 @@ import re
 import struct
 import warnings
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BytesIO
 from typing import TypeVar
@@ -30,6 +31,7 @@ _MAX_INFLATED_BYTES = 2**28 + 2**24  # of a deflated data set: the largest pixel
 
 PIXEL_TAGS = {0x7FE00008: "FloatPixelData", 0x7FE00009: "DoubleFloatPixelData", 0x7FE00010: "PixelData"}
 _KEYWORDS = {
+    0x00080008: "ImageType",
     0x00080016: "SOPClassUID",
     0x00080018: "SOPInstanceUID",
     0x00080060: "Modality",
@@ -43,6 +45,7 @@ _KEYWORDS = {
     0x00200052: "FrameOfReferenceUID",
     0x00280002: "SamplesPerPixel",
     0x00280004: "PhotometricInterpretation",
+    0x00280006: "PlanarConfiguration",
     0x00280008: "NumberOfFrames",
     0x00280010: "Rows",
     0x00280011: "Columns",
@@ -55,11 +58,31 @@ _KEYWORDS = {
     0x00280121: "PixelPaddingRangeLimit",
     0x00281052: "RescaleIntercept",
     0x00281053: "RescaleSlope",
+    0x00281101: "RedPaletteColorLookupTableDescriptor",
+    0x00281102: "GreenPaletteColorLookupTableDescriptor",
+    0x00281103: "BluePaletteColorLookupTableDescriptor",
+    0x00281201: "RedPaletteColorLookupTableData",
+    0x00281202: "GreenPaletteColorLookupTableData",
+    0x00281203: "BluePaletteColorLookupTableData",
+    0x00281221: "SegmentedRedPaletteColorLookupTableData",
+    0x00281222: "SegmentedGreenPaletteColorLookupTableData",
+    0x00281223: "SegmentedBluePaletteColorLookupTableData",
     0x00283000: "ModalityLUTSequence",
     0x52009229: "SharedFunctionalGroupsSequence",
     0x52009230: "PerFrameFunctionalGroupsSequence",
 }
-_TAGS = {keyword: tag for tag, keyword in _KEYWORDS.items()}
+_FRAME_TYPE = 0x00089007
+_TAGS = {keyword: tag for tag, keyword in _KEYWORDS.items()} | {"FrameType": _FRAME_TYPE}
+
+# Functional groups (PS3.3 C.7.6.16) that say where a frame lies and what its values mean: what is taken from each.
+_GROUPS = {
+    0x00189226: (_FRAME_TYPE,),  # MRImageFrameTypeSequence
+    0x00189329: (_FRAME_TYPE,),  # CTImageFrameTypeSequence
+    0x00209113: (_TAGS["ImagePositionPatient"],),  # PlanePositionSequence
+    0x00209116: (_TAGS["ImageOrientationPatient"],),  # PlaneOrientationSequence
+    0x00289110: (_TAGS["PixelSpacing"], _TAGS["SliceThickness"]),  # PixelMeasuresSequence
+    0x00289145: (_TAGS["RescaleIntercept"], _TAGS["RescaleSlope"]),  # PixelValueTransformationSequence
+}
 
 DefaultT = TypeVar("DefaultT")
 
@@ -163,31 +186,55 @@ def _inflate(data: bytes) -> bytes | Reject:
     return data[:start].replace(deflated_uid, plain_uid.ljust(len(deflated_uid), b"\0")) + body
 
 
+def frame_elements(dataset: Dataset, frame: int) -> dict[int, RawDataElement]:
+    """What the functional groups say of one frame, the frame's own groups above those that all frames share."""
+    found: dict[int, RawDataElement] = {}
+    for keyword, place in (("SharedFunctionalGroupsSequence", 0), ("PerFrameFunctionalGroupsSequence", frame)):
+        for groups in sequence_item(dataset, _TAGS[keyword], place):
+            for sequence, tags in _GROUPS.items():
+                for item in sequence_item(groups, sequence):
+                    elements = {tag: item.get_item(tag) for tag in tags if tag in item}
+                    found |= {tag: one for tag, one in elements.items() if isinstance(one, RawDataElement)}
+    return found
+
+
+def sequence_item(dataset: Dataset, tag: int | str, place: int = 0) -> list[Dataset]:
+    """The item at `place` of a sequence, by tag or keyword; none where there is no such item or no such sequence."""
+    try:
+        return list(dataset[tag].value[place : place + 1]) if tag in dataset else []
+    except Exception:  # pydicom parses nested sequences when they are asked for, and raises many types
+        return []
+
+
 class Elements:
     """Plain values of a data set's raw elements: an order of magnitude faster than pydicom's, and silent.
 
     An absent, empty or unusable element gives the default; only `number` tells unusable (None) from absent.
     """
 
-    def __init__(self, dataset: Dataset) -> None:
+    def __init__(self, dataset: Dataset, of_frame: Mapping[int, RawDataElement] | None = None) -> None:
+        """`of_frame`: elements of one frame, which stand for those of the data set."""
         self._dataset = dataset
+        self._of_frame = of_frame or {}
 
     def has(self, keyword: str) -> bool:
         """Whether the element is there, empty or not."""
-        return _TAGS[keyword] in self._dataset
+        return _TAGS[keyword] in self._of_frame or _TAGS[keyword] in self._dataset
 
     def _bytes(self, keyword: str) -> bytes:
-        if not self.has(keyword):
-            return b""
-        element = self._dataset.get_item(_TAGS[keyword])
+        tag = _TAGS[keyword]
+        element = self._of_frame.get(tag) or (self._dataset.get_item(tag) if tag in self._dataset else None)
         return element.value or b"" if isinstance(element, RawDataElement) else b""
 
     def text(self, keyword: str) -> str:
         """Text without padding; empty by default."""
-        value = self._bytes(keyword)
-        if value.isascii():
+        value, tag = self._bytes(keyword), _TAGS[keyword]
+        if value and value.isascii():
             return value.decode("ascii").strip(" \0")
-        return str(self._dataset[_TAGS[keyword]].value).strip(" \0")  # by the data set's character set
+        if tag in self._of_frame or tag not in self._dataset:  # a frame's are code strings, which are ASCII
+            return ""
+        # By the data set's character set, and then no raw element any more.
+        return str(self._dataset[tag].value or "").strip(" \0")
 
     def numbers(self, keyword: str, count: int) -> tuple[float, ...] | None:
         """Exactly `count` finite numbers of a decimal string; None by default."""

@@ -1,30 +1,41 @@
-"""Bytes to a slice with its geometry and identity, or a reason why not. Nothing here raises on any bytes.
+"""Bytes to slices with their geometry and identity, or a reason why not. Nothing here raises on any bytes.
 
 Tolerated: no preamble, no file meta information, no transfer syntax (the encoding is then guessed as pydicom does),
-missing optional attributes, overlays (ignored), odd tails after the pixel data. `pixels` decodes the pixel data and
-`image_files` reads PNG, JPEG and TIFF.
+missing optional attributes, overlays (ignored), odd tails after the pixel data. Each frame of a multi-frame object is a
+slice. Colours are read as their luminance. `pixels` decodes the pixel data, `tables` are palettes and modality LUTs,
+and `image_files` reads PNG, JPEG and TIFF.
+
+Limits against objects that ask for more than they are worth: MAX_PIXELS of a frame, MAX_FRAMES, the inflated bytes of a
+deflated data set (`parsing`), and scans and tiles of a codestream (`fragments`). Only the frame asked for is decoded,
+so these bound memory (some 10 bytes a pixel) and, as no decoder can be stopped from within its process, time too: the
+slowest needs 0.1 microseconds a pixel, 7 s for the largest frame.
 """
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
 import numpy as np
 from pydicom import uid
 
-from rayseg.dicom import image_files, pixels
-from rayseg.dicom.parsing import PIXEL_TAGS, Elements, Parsed, parse, silence_libraries
+from rayseg.dicom import image_files, nifti, pixels, tables
+from rayseg.dicom.parsing import PIXEL_TAGS, Elements, Parsed, frame_elements, parse, silence_libraries
 from rayseg.records import Reason, Reject
 
-MAX_PIXELS = 2**27  # rows * columns * samples * frames that an object may declare: 256 MiB of 16-bit values
+MAX_PIXELS = 2**26  # rows * columns * samples that a frame may declare: 8192 x 8192 grey pixels
+MAX_FRAMES = 2**14
 
 # Storage classes with pixels that are no source image.
 _NO_SOURCE_IMAGE = {
     str(uid.SegmentationStorage): "Segmentation Storage",
     "1.2.840.10008.5.1.4.1.1.66.7": "Label Map Segmentation Storage",
+    str(uid.VLWholeSlideMicroscopyImageStorage): "VL Whole Slide Microscopy Image Storage: tiles, no slices",
     str(uid.RTDoseStorage): "RT Dose Storage",
     str(uid.ParametricMapStorage): "Parametric Map Storage",
 }
+# A CT without an intercept has no HU (type 1 in PS3.3 C.8.2.1 and C.8.15.3.10); elsewhere stored values are values.
+_IN_HU = {str(uid.CTImageStorage), str(uid.EnhancedCTImageStorage), str(uid.LegacyConvertedEnhancedCTImageStorage)}
 
 
 @dataclass(frozen=True)
@@ -53,14 +64,22 @@ class Header:
     transfer_syntax_uid: str
     instance_number: int | None
     geometry: Geometry
+    frame: int | None = None  # of a multi-frame object, from 0; None where the object is one image
+    localizer: bool = False  # a scout view: no part of a stack
+
+    @property
+    def slice_uid(self) -> str:
+        """What names the slice among all others: the SOP Instance UID, with `#frame` of a multi-frame object."""
+        return slice_uid(self.sop_instance_uid, self.frame)
 
 
 @dataclass(frozen=True, eq=False)
 class Slice:
-    """One grey image.
+    """One image, grey unless colours were asked for.
 
     stored: (rows, columns) uint8, int16, uint16 or int32, larger is brighter (MONOCHROME1 comes inverted), unused bits
-        removed. Pixels of the padding value or range hold the smallest real value. May be read-only.
+        removed. Pixels of the padding value or range hold the smallest real value. May be read-only. Of a colour image
+        (rows, columns, 3) uint8: red, green, blue.
     header: None for image files.
     """
 
@@ -68,6 +87,11 @@ class Slice:
     rescale_slope: float
     rescale_intercept: float
     header: Header | None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.stored.shape[0], self.stored.shape[1]
 
     def values(self) -> np.ndarray:
         """Returns float32 (rows, columns): stored values times slope plus intercept; HU for CT."""
@@ -82,62 +106,177 @@ class Slice:
         return values
 
 
-@dataclass(frozen=True)
-class _Image:
-    header: Header
+def slice_uid(sop_instance_uid: str, frame: int | None) -> str:
+    """See `Header.slice_uid`."""
+    return sop_instance_uid if frame is None else f"{sop_instance_uid}#{frame}"
+
+
+@dataclass(frozen=True, eq=False)
+class _Object:
+    """A DICOM image object, inspected but not decoded."""
+
+    parsed: Parsed
+    elements: Elements
     layout: pixels.Layout
-    rescale_slope: float
-    rescale_intercept: float
+    frames: int
+    grouped: bool  # it has functional groups (enhanced)
+
+    def values(self, frame: int | None) -> tuple[Header, float, float] | Reject:
+        """Header, rescale slope and intercept of a frame."""
+        elements = Elements(
+            self.parsed.dataset, frame_elements(self.parsed.dataset, frame or 0) if self.grouped else {}
+        )
+        slope, intercept = elements.number("RescaleSlope", 1.0), elements.number("RescaleIntercept", 0.0)
+        if self.elements.has("ModalityLUTSequence"):
+            slope, intercept = 1.0, 0.0
+        elif intercept is None or (elements.text("SOPClassUID") in _IN_HU and not elements.has("RescaleIntercept")):
+            return Reject(Reason.MISSING_ATTRIBUTE, "RescaleIntercept")
+        if slope is None or slope == 0:
+            return Reject(Reason.MISSING_ATTRIBUTE, "RescaleSlope")
+        header = Header(
+            sop_class_uid=elements.text("SOPClassUID"),
+            sop_instance_uid=elements.text("SOPInstanceUID"),
+            series_instance_uid=elements.text("SeriesInstanceUID"),
+            study_instance_uid=elements.text("StudyInstanceUID"),
+            patient_id=elements.text("PatientID"),
+            frame_of_reference_uid=elements.text("FrameOfReferenceUID") or None,
+            modality=elements.text("Modality"),
+            transfer_syntax_uid=self.parsed.transfer_syntax_uid,
+            instance_number=elements.integer("InstanceNumber", None),
+            # Of several frames without functional groups none is known to lie where the object says.
+            geometry=_geometry(elements, self.layout.rows, self.layout.columns, placed=self.grouped or frame is None),
+            frame=frame,
+            localizer="LOCALIZER" in (elements.text("FrameType") + "\\" + elements.text("ImageType")).split("\\"),
+        )
+        return header, slope, intercept
 
 
-def read_header(data: bytes, object_bytes: int | None = None) -> Header | Reject:
+def read_headers(data: bytes, object_bytes: int | None = None) -> list[Header] | Reject:
     """Reads a DICOM object's header, without its pixel data, from all of the object or from its beginning.
 
     Args:
         data: the object, or a prefix of it. A Reject from a prefix is provisional: read the whole object.
         object_bytes: the whole object's size where known; one that is too small for its pixels is then TRUNCATED.
+
+    Returns:
+        One header a frame; a single one, whose `frame` is None, where the object is one image.
     """
     try:
         silence_libraries()
-        parsed = parse(data)
-        if isinstance(parsed, Reject):
-            return parsed
-        image = _inspect(parsed)
-        if isinstance(image, Reject):
-            return image
-        if object_bytes is not None and parsed.transfer_syntax_uid in pixels.NATIVE:
-            deflated = parsed.transfer_syntax_uid == uid.DeflatedExplicitVRLittleEndian
-            held = min(parsed.pixel_bytes, object_bytes - parsed.pixel_offset)
-            if not deflated and held < image.layout.frame_bytes:
-                return Reject(Reason.TRUNCATED, "PixelData: fewer bytes than Rows and Columns need")
-        return image.header
+        found = _open(data)
+        if isinstance(found, Reject):
+            return found
+        if object_bytes is not None and object_bytes - found.parsed.pixel_offset < _least_bytes(found):
+            return Reject(Reason.TRUNCATED, "PixelData: fewer bytes than Rows and Columns need")
+        headers = []
+        for frame in [None] if found.frames == 1 else range(found.frames):
+            values = found.values(frame)
+            if isinstance(values, Reject):
+                return values
+            headers.append(values[0])
+        return headers
     except Exception as error:
         return Reject(Reason.INTERNAL, type(error).__name__)
 
 
-def read_slice(data: bytes) -> Slice | Reject:
-    """Reads one grey image: a DICOM object or, by its first bytes, a PNG, JPEG or TIFF file."""
+def read_header(data: bytes, object_bytes: int | None = None) -> Header | Reject:
+    """As `read_headers` for an object of one image; UNSUPPORTED_MULTIFRAME for one of several."""
+    headers = read_headers(data, object_bytes)
+    if isinstance(headers, Reject):
+        return headers
+    return headers[0] if len(headers) == 1 else Reject(Reason.UNSUPPORTED_MULTIFRAME, "NumberOfFrames")
+
+
+def read_slice(data: bytes, frame: int | None = None, color: bool = False) -> Slice | Reject:
+    """Reads one image: a DICOM object or, by its first bytes, a PNG, JPEG or TIFF file or a slice of a NIfTI volume.
+
+    Args:
+        data: the whole object.
+        frame: of a multi-frame DICOM object or a volume, from 0; None for one image, else UNSUPPORTED_MULTIFRAME.
+        color: whether the colours of an image file are wanted; else, and for DICOM, they become their luminance.
+    """
+    return next(read_slices(data, [frame], color))
+
+
+def read_slices(data: bytes, frames: Sequence[int | None], color: bool = False) -> Iterator[Slice | Reject]:
+    """Reads several frames of one object, each when it is asked for; parses the object once. See `read_slice`."""
+    if nifti.is_nifti(data):
+        yield from (_of_volume(data, frame) for frame in frames)
+        return
+    found = _image_or_object(data, color)
+    if isinstance(found, _Object):
+        source = _pixel_data(found)
+        yield from (_slice(found, source, frame) for frame in frames)
+    else:
+        absent = Reject(Reason.MISSING_ATTRIBUTE, "NumberOfFrames")
+        yield from (found if frame is None or isinstance(found, Reject) else absent for frame in frames)
+
+
+def _of_volume(data: bytes, frame: int | None) -> Slice | Reject:
+    """An axial slice of a NIfTI volume."""
+    try:
+        found = nifti.image(data)
+        if isinstance(found, Reject):
+            return found
+        stored, slope, intercept = found
+        if frame is None and len(stored) > 1:
+            return Reject(Reason.UNSUPPORTED_MULTIFRAME, "a NIfTI volume of several slices")
+        if not 0 <= (frame or 0) < len(stored):
+            return Reject(Reason.MISSING_ATTRIBUTE, "NIfTI: dim")
+        return Slice(stored[frame or 0], slope, intercept, None)
+    except Exception as error:
+        return Reject(Reason.INTERNAL, type(error).__name__)
+
+
+def _image_or_object(data: bytes, color: bool) -> Slice | _Object | Reject:
     try:
         silence_libraries()
-        if image_files.is_image(data):
-            stored = image_files.decode(data, MAX_PIXELS)
-            return stored if isinstance(stored, Reject) else Slice(stored, 1.0, 0.0, None)
-        parsed = parse(data)
-        if isinstance(parsed, Reject):
-            return parsed
-        image = _inspect(parsed)
-        if isinstance(image, Reject):
-            return image
-        stored = pixels.decode(parsed.data, parsed.pixel_offset, parsed.pixel_bytes, image.layout)
-        if isinstance(stored, Reject):
-            return stored
-        return Slice(stored, image.rescale_slope, image.rescale_intercept, image.header)
+        if not image_files.is_image(data):
+            return _open(data)
+        stored = image_files.decode(data, MAX_PIXELS, color)
+        return stored if isinstance(stored, Reject) else Slice(stored, 1.0, 0.0, None)
     except Exception as error:
         return Reject(Reason.INTERNAL, type(error).__name__)
 
 
-def _inspect(parsed: Parsed) -> _Image | Reject:
-    """Makes the header and decides from it alone whether the object is an image that we read."""
+def _slice(found: _Object, source: pixels.PixelData, frame: int | None) -> Slice | Reject:
+    try:
+        if frame is None and found.frames > 1:
+            return Reject(Reason.UNSUPPORTED_MULTIFRAME, "NumberOfFrames")
+        if frame is not None and not (found.frames > 1 and 0 <= frame < found.frames):
+            return Reject(Reason.MISSING_ATTRIBUTE, "NumberOfFrames")
+        values = found.values(frame)
+        if isinstance(values, Reject):
+            return values
+        stored = source.frame(frame or 0)
+        if isinstance(stored, Reject):
+            return stored
+        header, slope, intercept = values
+        return Slice(stored, slope, intercept, header)
+    except Exception as error:
+        return Reject(Reason.INTERNAL, type(error).__name__)
+
+
+def _pixel_data(found: _Object) -> pixels.PixelData:
+    parsed = found.parsed
+    return pixels.PixelData(parsed.data, parsed.pixel_offset, parsed.pixel_bytes, found.frames, found.layout)
+
+
+def _least_bytes(found: _Object) -> int:
+    """The fewest bytes that the object's pixel data can take; 0 where that is not known (a deflated data set)."""
+    if found.parsed.transfer_syntax_uid == uid.DeflatedExplicitVRLittleEndian:
+        return 0
+    if found.parsed.transfer_syntax_uid not in pixels.NATIVE:
+        return 8 * found.frames  # an item each
+    needed = found.layout.native_bytes(found.frames)
+    return needed if needed <= found.parsed.pixel_bytes else 2**63
+
+
+def _open(data: bytes) -> _Object | Reject:
+    """Decides from the data set alone whether the object is an image that we read."""
+    parsed = parse(data)
+    if isinstance(parsed, Reject):
+        return parsed
     elements = Elements(parsed.dataset)
     sop_class_uid = elements.text("SOPClassUID")
     if sop_class_uid in _NO_SOURCE_IMAGE:
@@ -149,83 +288,76 @@ def _inspect(parsed: Parsed) -> _Image | Reject:
     for keyword in ("Rows", "Columns", "BitsAllocated"):
         if elements.integer(keyword, 0) < 1:
             return Reject(Reason.MISSING_ATTRIBUTE, keyword)
-    rows, columns = elements.integer("Rows", 0), elements.integer("Columns", 0)
-    samples, frames = elements.integer("SamplesPerPixel", 1), elements.integer("NumberOfFrames", 1)
-    if rows * columns * max(samples, 1) * max(frames, 1) > MAX_PIXELS:
-        return Reject(Reason.TOO_LARGE, "Rows, Columns, SamplesPerPixel, NumberOfFrames")
-    if frames > 1:
-        return Reject(Reason.UNSUPPORTED_MULTIFRAME, "NumberOfFrames")
-    for keyword in ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"):
-        if elements.has(keyword):  # an enhanced object of one frame: its rescale and position lie in here
-            return Reject(Reason.UNSUPPORTED_MULTIFRAME, keyword)
-    layout = _layout(parsed, elements, rows, columns)
+    samples, frames = elements.integer("SamplesPerPixel", 1), max(elements.integer("NumberOfFrames", 1), 1)
+    if elements.integer("Rows", 0) * elements.integer("Columns", 0) * max(samples, 1) > MAX_PIXELS:
+        return Reject(Reason.TOO_LARGE, "Rows, Columns, SamplesPerPixel")
+    if frames > MAX_FRAMES:
+        return Reject(Reason.TOO_LARGE, "NumberOfFrames")
+    layout = _layout(parsed, elements)
     if isinstance(layout, Reject):
         return layout
     for keyword in ("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID"):
         if not elements.text(keyword):
             return Reject(Reason.MISSING_ATTRIBUTE, keyword)
-    slope, intercept = elements.number("RescaleSlope", 1.0), elements.number("RescaleIntercept", 0.0)
-    if slope is None or slope == 0:
-        return Reject(Reason.MISSING_ATTRIBUTE, "RescaleSlope")
-    # A CT without an intercept has no HU (type 1 in PS3.3 C.8.2.1); elsewhere stored values are values.
-    if intercept is None or (sop_class_uid == uid.CTImageStorage and not elements.has("RescaleIntercept")):
-        return Reject(Reason.MISSING_ATTRIBUTE, "RescaleIntercept")
-    header = Header(
-        sop_class_uid=sop_class_uid,
-        sop_instance_uid=elements.text("SOPInstanceUID"),
-        series_instance_uid=elements.text("SeriesInstanceUID"),
-        study_instance_uid=elements.text("StudyInstanceUID"),
-        patient_id=elements.text("PatientID"),
-        frame_of_reference_uid=elements.text("FrameOfReferenceUID") or None,
-        modality=elements.text("Modality"),
-        transfer_syntax_uid=parsed.transfer_syntax_uid,
-        instance_number=elements.integer("InstanceNumber", None),
-        geometry=_geometry(elements, rows, columns),
-    )
-    return _Image(header, layout, slope, intercept)
+    grouped = elements.has("SharedFunctionalGroupsSequence") or elements.has("PerFrameFunctionalGroupsSequence")
+    return _Object(parsed, elements, layout, frames, grouped)
 
 
-def _layout(parsed: Parsed, elements: Elements, rows: int, columns: int) -> pixels.Layout | Reject:
+def _layout(parsed: Parsed, elements: Elements) -> pixels.Layout | Reject:
     """The pixel data's layout (PS3.5 section 8), where it is one that we decode."""
-    if elements.integer("SamplesPerPixel", 1) != 1:
+    samples = elements.integer("SamplesPerPixel", 1)
+    photometric = elements.text("PhotometricInterpretation") or ("MONOCHROME2" if samples == 1 else "RGB")
+    if samples not in (1, 3):
         return Reject(Reason.UNSUPPORTED_PIXELS, "SamplesPerPixel")
-    photometric = elements.text("PhotometricInterpretation") or "MONOCHROME2"
-    if photometric not in ("MONOCHROME1", "MONOCHROME2"):
+    if photometric not in (pixels.GREY if samples == 1 else pixels.COLOUR):
         return Reject(Reason.UNSUPPORTED_PIXELS, "PhotometricInterpretation")
-    if elements.has("ModalityLUTSequence"):  # values that are no linear function of the stored ones
-        return Reject(Reason.UNSUPPORTED_PIXELS, "ModalityLUTSequence")
     allocated = elements.integer("BitsAllocated", 0)
-    if allocated not in (8, 16, 32):
+    if allocated not in ((1, 8, 16, 32) if samples == 1 else (8, 16, 32)):
         return Reject(Reason.UNSUPPORTED_PIXELS, "BitsAllocated")
+    if photometric == "YBR_FULL_422" and (allocated != 8 or elements.integer("Columns", 0) % 2):
+        return Reject(Reason.UNSUPPORTED_PIXELS, "PhotometricInterpretation")
     stored = elements.integer("BitsStored", allocated)
     if not 1 <= stored <= allocated:
         return Reject(Reason.UNSUPPORTED_PIXELS, "BitsStored")
+    signed = elements.integer("PixelRepresentation", 0) == 1
+    if signed and (samples > 1 or allocated == 1):
+        return Reject(Reason.UNSUPPORTED_PIXELS, "PixelRepresentation")
     syntax = parsed.transfer_syntax_uid
-    if syntax not in pixels.NATIVE and syntax not in pixels.DECODERS:
+    if syntax not in pixels.NATIVE and syntax not in pixels.DECODERS and syntax != pixels.DEFLATED_FRAMES:
         name = uid.UID(syntax).name  # the UID itself where it is not registered: that could be anything
         return Reject(Reason.UNSUPPORTED_TRANSFER_SYNTAX, name if name != syntax else "not a registered one")
+    table: np.ndarray | Reject | None = None
+    if photometric == "PALETTE COLOR":
+        table = tables.palette(parsed.dataset, elements, stored, signed)
+    elif elements.has("ModalityLUTSequence") and samples == 1:
+        table = tables.modality(parsed.dataset, stored, signed)
+    if isinstance(table, Reject):
+        return table
     high = elements.integer("HighBit", stored - 1)
-    padding = elements.integer("PixelPaddingValue", None)
-    limit = elements.integer("PixelPaddingRangeLimit", None)
+    value = elements.integer("PixelPaddingValue", None) if photometric.startswith("MONOCHROME") else None
+    padding = None if value is None else (value, elements.integer("PixelPaddingRangeLimit", value))
     return pixels.Layout(
         transfer_syntax_uid=syntax,
-        rows=rows,
-        columns=columns,
+        rows=elements.integer("Rows", 0),
+        columns=elements.integer("Columns", 0),
+        samples=samples,
+        photometric_interpretation=photometric,
+        planar=elements.integer("PlanarConfiguration", 0) == 1,
         bits_allocated=allocated,
         bits_stored=stored,
         high_bit=high if stored - 1 <= high < allocated else stored - 1,
-        signed=elements.integer("PixelRepresentation", 0) == 1,
-        inverted=photometric == "MONOCHROME1",
-        padding=None if padding is None else (padding, padding if limit is None else limit),
+        signed=signed,
+        padding=padding,
         words_swapped=parsed.pixel_vr == "OW",
+        table=table,
     )
 
 
-def _geometry(elements: Elements, rows: int, columns: int) -> Geometry:
+def _geometry(elements: Elements, rows: int, columns: int, placed: bool) -> Geometry:
     spacing = cast(tuple[float, float] | None, elements.numbers("PixelSpacing", 2))
     thickness = elements.number("SliceThickness", None)
-    position = elements.numbers("ImagePositionPatient", 3)
-    orientation = elements.numbers("ImageOrientationPatient", 6)
+    position = elements.numbers("ImagePositionPatient", 3) if placed else None
+    orientation = elements.numbers("ImageOrientationPatient", 6) if placed else None
     if orientation is not None and not _is_orthonormal(orientation[:3], orientation[3:]):
         orientation = None
     return Geometry(

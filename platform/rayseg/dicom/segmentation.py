@@ -5,7 +5,6 @@ Equal sources, masks and model give equal bytes and UIDs: UIDs are hashes, dates
 
 import hashlib
 import json
-import math
 import uuid
 from collections.abc import Sequence
 from io import BytesIO
@@ -16,52 +15,17 @@ import numpy as np
 import pydicom
 from highdicom.seg import SegmentDescription
 from pydicom import uid
-from pydicom.datadict import dictionary_VM, dictionary_VR
 from pydicom.dataset import Dataset
 from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
-from pydicom.valuerep import validate_value
 
 from rayseg.dicom.parsing import silence_libraries
+from rayseg.dicom.reading import slice_uid
+from rayseg.dicom.sources import PLAIN_CLASS, Source, attributes, name_sources
 from rayseg.records import Reason, Reject
 
 Kind = Literal["BINARY", "LABELMAP"]
 
-_NEEDED = (
-    "SOPClassUID",
-    "SOPInstanceUID",
-    "StudyInstanceUID",
-    "SeriesInstanceUID",
-    "FrameOfReferenceUID",
-    "Rows",
-    "Columns",
-    "PixelSpacing",
-    "ImagePositionPatient",
-    "ImageOrientationPatient",
-)
-# Patient and study attributes that the segmentation takes over: those of type 2, empty where the source lacks them or
-# holds a malformed value, and those of type 3, then left out (PS3.3 C.7.1.1, C.7.2.1, C.7.2.2).
-_TYPE_2 = (
-    "PatientName",
-    "PatientID",
-    "PatientBirthDate",
-    "PatientSex",
-    "StudyDate",
-    "StudyTime",
-    "StudyID",
-    "AccessionNumber",
-    "ReferringPhysicianName",
-)
-_TYPE_3 = ("StudyDescription", "PatientAge", "PatientSize", "PatientWeight", "IssuerOfPatientID")
-_SERIES = (
-    "Modality",
-    "SeriesDate",
-    "SeriesTime",
-    "SliceThickness",
-    "PositionReferenceIndicator",
-    "LossyImageCompression",
-    "LossyImageCompressionMethod",
-)
 # Of direction cosines: scanners write some slices of a stack with fewer digits; moves a pixel by a hundredth of a mm.
 _ROUNDING = 1e-4
 _NO_DATE, _NO_TIME = "19700101", "000000"  # of a source without dates; the attributes are mandatory
@@ -86,6 +50,7 @@ def encode(
     model_version: str,
     digest: str,
     kind: Kind = "BINARY",
+    frames: Sequence[int | None] | None = None,
 ) -> bytes | Reject:
     """Encodes the masks of one series, in any order, as one DICOM Segmentation object.
 
@@ -99,6 +64,8 @@ def encode(
         labels: the segments' names.
         model_name, model_version: the registered model.
         digest: of the model and all settings that decide about a mask.
+        frames: for each slice which frame of its source it is, from 0; None where the source is one image, as by
+            default. A multi-frame source is given once a frame, best as the same data set.
 
     Returns:
         The object's bytes; or a Reject where a source lacks a place in the patient or another needed attribute
@@ -111,20 +78,22 @@ def encode(
     if not sources or len(sources) != len(masks):
         raise ValueError(f"{len(masks)} masks for {len(sources)} slices: give one a slice, and at least one")
     silence_libraries()
-    pairs = []
-    for source, mask in zip(sources, masks, strict=True):
-        dataset = _source(source)
+    frames = frames or [None] * len(sources)
+    slices = []
+    for source, frame, mask in zip(sources, frames, masks, strict=True):
+        dataset = attributes(source, frame)
         if isinstance(dataset, Reject):
             return dataset
         if mask.dtype != np.uint8 or mask.shape != (dataset.Rows, dataset.Columns):
             raise ValueError(f"mask {mask.dtype} {mask.shape}: expected uint8 {(dataset.Rows, dataset.Columns)}")
         if mask.max() > len(labels):
             raise ValueError(f"mask holds {mask.max()}, labels name 1 to {len(labels)}")
-        pairs.append((dataset, mask))
-    if len({(s.StudyInstanceUID, s.SeriesInstanceUID, s.FrameOfReferenceUID, s.Rows, s.Columns) for s, _ in pairs}) > 1:
+        slices.append(Source(dataset, mask, str(dataset.SOPClassUID), str(dataset.SOPInstanceUID), frame))
+    datasets = [one.dataset for one in slices]
+    if len({(s.StudyInstanceUID, s.SeriesInstanceUID, s.FrameOfReferenceUID, s.Rows, s.Columns) for s in datasets}) > 1:
         return Reject(Reason.SERIES_MIXED, "slices of several series, frames of reference or sizes")
-    pairs.sort(key=lambda pair: (_along_normal_mm(pair[0]), pair[0].SOPInstanceUID))
-    datasets = [dataset for dataset, _ in pairs]
+    slices.sort(key=lambda one: (_along_normal_mm(one.dataset), one.sop_instance_uid, one.frame or 0))
+    datasets = [one.dataset for one in slices]
     orientations = np.array([dataset.ImageOrientationPatient for dataset in datasets], float)
     if np.abs(orientations - orientations[0]).max() > _ROUNDING:
         return Reject(Reason.SERIES_MIXED, "ImageOrientationPatient differs within the series by more than rounding")
@@ -133,12 +102,17 @@ def encode(
     if "SliceThickness" not in datasets[0]:
         datasets[0].SliceThickness = _nominal_thickness(datasets)
     name, version = _long_string(model_name), _long_string(model_version)
-    identity = [sorted(dataset.SOPInstanceUID for dataset in datasets), model_name, model_version, digest, kind]
+    named = sorted(slice_uid(one.sop_instance_uid, one.frame) for one in slices)
+    identity = [named, model_name, model_version, digest, kind]
     content_date, content_time = _content_time(datasets)
+    for one in slices:
+        one.dataset.SOPClassUID = PLAIN_CLASS
+        if one.frame is not None:
+            one.dataset.SOPInstanceUID = _uid("frame", [one.sop_instance_uid, one.frame])
     try:
         segmentation = highdicom.seg.Segmentation(
             source_images=datasets,
-            pixel_array=np.stack([mask for _, mask in pairs]),
+            pixel_array=np.stack([one.mask for one in slices]),
             segmentation_type=kind,
             segment_descriptions=_descriptions(labels, name, version, digest),
             series_instance_uid=_uid("series", identity),
@@ -158,6 +132,7 @@ def encode(
             omit_empty_frames=False,
             transfer_syntax_uid=uid.RLELossless if kind == "LABELMAP" else uid.ExplicitVRLittleEndian,
         )
+        name_sources(segmentation, slices)
         return _fixed_bytes(segmentation, identity)
     except Exception as error:  # highdicom refuses what it cannot express by many types; its text may identify
         return Reject(Reason.WRITE_FAILED, f"the segmentation cannot be made: {type(error).__name__}")
@@ -167,7 +142,8 @@ def decode(data: bytes) -> dict[str, np.ndarray]:
     """Decodes a BINARY or LABELMAP segmentation whose frames each name one source slice.
 
     Returns:
-        SOPInstanceUID of a source slice -> uint8 label map (rows, columns); where segments overlap the later one wins.
+        `Header.slice_uid` of a source slice (SOPInstanceUID, with `#frame` of a multi-frame object) -> uint8 label map
+        (rows, columns); where segments overlap the later one wins.
 
     Raises:
         ValueError: not such an object.
@@ -191,55 +167,16 @@ def _decoded(dataset: Dataset) -> dict[str, np.ndarray]:
         derivation = groups.get("DerivationImageSequence") or shared.get("DerivationImageSequence")
         if not derivation or not derivation[0].get("SourceImageSequence"):
             raise ValueError("DerivationImageSequence: a frame names no source image")
-        source = str(derivation[0].SourceImageSequence[0].ReferencedSOPInstanceUID)
-        mask = masks.setdefault(source, np.zeros(frame.shape, np.uint8))
+        source = derivation[0].SourceImageSequence[0]
+        number = source.get("ReferencedFrameNumber")  # from 1
+        name = slice_uid(str(source.ReferencedSOPInstanceUID), None if number is None else int(number) - 1)
+        mask = masks.setdefault(name, np.zeros(frame.shape, np.uint8))
         if dataset.SegmentationType == "LABELMAP":
             mask[:] = frame
         else:
             segment = (groups.get("SegmentIdentificationSequence") or shared.SegmentIdentificationSequence)[0]
             mask[frame > 0] = segment.ReferencedSegmentNumber
     return masks
-
-
-def _source(source: bytes | Dataset) -> Dataset | Reject:
-    """What the segmentation needs of a source and nothing else, each value well formed."""
-    if isinstance(source, bytes):
-        try:
-            source = pydicom.dcmread(BytesIO(source), stop_before_pixels=True, force=True)
-        except Exception as error:
-            return Reject(Reason.CORRUPT, type(error).__name__)
-    clean = Dataset()
-    for keyword in (*_NEEDED, *_TYPE_2, *_TYPE_3, *_SERIES):
-        value = _value(source, keyword)
-        if value is not None:
-            setattr(clean, keyword, value)
-        elif keyword in _NEEDED:
-            return Reject(Reason.MISSING_ATTRIBUTE, keyword)
-        elif keyword in _TYPE_2:
-            setattr(clean, keyword, "")
-    if clean.PatientSex not in ("M", "F", "O", ""):
-        clean.PatientSex = ""
-    return clean
-
-
-def _value(dataset: Dataset, keyword: str) -> Any | None:
-    """The attribute's value; None where it is absent, empty or malformed. Text comes as `str`, whatever its charset."""
-    try:
-        value = dataset.get(keyword)
-        if value is None or value == "" or value == []:
-            return None
-        vr = dictionary_VR(keyword)
-        if vr == "DS":
-            numbers = [float(number) for number in (value if isinstance(value, Sequence) else [value])]
-            usable = len(numbers) == int(dictionary_VM(keyword)) and all(map(math.isfinite, numbers))
-            return value if usable and (len(numbers) > 1 or numbers[0] > 0) else None
-        if vr in ("US", "UI"):
-            return value
-        text = str(value)
-        validate_value(vr, text, pydicom.config.RAISE)
-        return text
-    except Exception:
-        return None
 
 
 def _along_normal_mm(dataset: Dataset) -> float:

@@ -1,5 +1,7 @@
-"""The slices of one series in order, with a verdict on whether they make one stack."""
+"""The slices of one series in order, with a verdict on whether they make one stack. A frame is a slice like others."""
 
+import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -22,7 +24,8 @@ class SeriesVerdict:
     """Whether and in which order a series' slices can be used.
 
     verdict: "ok": all slices; "salvaged": some left out, or an order that no position confirms; "rejected": none.
-    detail: what was done or found (slices left out, gaps, uneven distances, tilt), or why not; empty where nothing was.
+    detail: what was done or found (slices left out, gaps, uneven distances, distances unlike SliceThickness, tilt), or
+        why not; empty where nothing was.
     order: indices of the slices to use, ascending along the plane normal (row direction x column direction).
     spacing_mm: median distance between neighbours along the normal; None without positions or with one slice.
     """
@@ -37,16 +40,21 @@ class SeriesVerdict:
 def verdict(headers: Sequence[Header]) -> SeriesVerdict:
     """Judges the slices of one series, at least one, given in any order.
 
-    Copies of one object count once. Of several sizes, pixel spacings, orientations or frames of reference the one that
-    more than half of the slices have is kept (a localizer before a stack falls away), else the series is rejected as
-    SERIES_MIXED. Different slices at one position (phases, echoes) are rejected as SERIES_DUPLICATES.
+    Localizers are left out: a series of nothing else is rejected as LOCALIZER. Copies of one slice count once. Of
+    several sizes, pixel spacings, orientations or frames of reference the one that more than half of the slices have is
+    kept, else the series is rejected as SERIES_MIXED. Different slices at one position (phases, echoes) are rejected as
+    SERIES_DUPLICATES.
     """
     assert headers, "a series has at least one slice"
-    unique = list({header.sop_instance_uid: index for index, header in reversed(list(enumerate(headers)))}.values())
-    unique.sort()
+    first = {header.slice_uid: index for index, header in reversed(list(enumerate(headers)))}
+    unique = sorted(index for index in first.values() if not headers[index].localizer)
+    if not unique:
+        return SeriesVerdict("rejected", Reason.LOCALIZER, "nothing but localizers", [], None)
     notes = []
-    if len(unique) < len(headers):
-        notes.append(f"{len(headers) - len(unique)} copies left out")
+    if len(unique) < len(first):
+        notes.append(f"{len(first) - len(unique)} localizers left out")
+    if len(first) < len(headers):
+        notes.append(f"{len(headers) - len(first)} copies left out")
     groups = _groups(headers, unique)
     kept = max(groups, key=len)
     if len(kept) * 2 <= len(unique):
@@ -67,10 +75,11 @@ def verdict(headers: Sequence[Header]) -> SeriesVerdict:
     ascending = np.argsort(along_mm, kind="stable")
     steps_mm = np.diff(along_mm[ascending])
     if (steps_mm < _SAME_POSITION_MM).any():
-        detail = f"{int((steps_mm < _SAME_POSITION_MM).sum())} slices lie where another one lies"
+        detail = _of_duplicates(steps_mm < _SAME_POSITION_MM)
         return SeriesVerdict("rejected", Reason.SERIES_DUPLICATES, detail, [], None)
     outcome: Literal["ok", "salvaged"] = "salvaged" if notes else "ok"
     notes += _findings(positions_mm[ascending], steps_mm)
+    notes += _against_thickness([headers[index].geometry.slice_thickness_mm for index in kept], steps_mm)
     spacing_mm = float(np.median(steps_mm)) if len(steps_mm) else None
     return SeriesVerdict(outcome, None, "; ".join(notes), [kept[index] for index in ascending], spacing_mm)
 
@@ -93,23 +102,31 @@ def _match(first: Header, second: Header) -> bool:
     if (a.rows, a.columns) != (b.rows, b.columns) or _is_placed(a) != _is_placed(b):
         return False
     spacing_a, spacing_b = (geometry.pixel_spacing_mm or (0.0, 0.0) for geometry in (a, b))
-    if not np.allclose(spacing_a, spacing_b, rtol=_SAME_SPACING, atol=0):
+    if not all(math.isclose(x, y, rel_tol=_SAME_SPACING) for x, y in zip(spacing_a, spacing_b, strict=True)):
         return False
-    if not _is_placed(a):
+    if a.image_orientation is None or b.image_orientation is None or not _is_placed(a):
         return True
-    same_frame = first.frame_of_reference_uid == second.frame_of_reference_uid
-    return same_frame and np.allclose(
-        np.array(a.image_orientation), np.array(b.image_orientation), rtol=0, atol=_SAME_DIRECTION
-    )
+    if first.frame_of_reference_uid != second.frame_of_reference_uid:
+        return False
+    cosines = zip(a.image_orientation, b.image_orientation, strict=True)
+    return all(abs(x - y) <= _SAME_DIRECTION for x, y in cosines)
 
 
 def _is_placed(geometry: Geometry) -> bool:
     return geometry.image_position_mm is not None and geometry.image_orientation is not None
 
 
-def _by_number(header: Header) -> tuple[bool, int, str]:
+def _by_number(header: Header) -> tuple[bool, int, str, int]:
     number = header.instance_number
-    return number is None, number or 0, header.sop_instance_uid
+    return number is None, number or 0, header.sop_instance_uid, header.frame or 0
+
+
+def _of_duplicates(repeated: np.ndarray) -> str:
+    """How many slices lie where others do; `repeated`: whether a slice but the first lies where the one before does."""
+    sizes = np.diff(np.flatnonzero(np.concatenate([[True], ~repeated, [True]])))
+    if len(set(sizes)) == 1:  # phases, echoes, diffusion weights
+        return f"{sizes[0]} slices at each of {len(sizes)} positions"
+    return f"{int(repeated.sum())} slices lie where another one lies"
 
 
 def _findings(positions_mm: np.ndarray, steps_mm: np.ndarray) -> list[str]:
@@ -131,3 +148,20 @@ def _findings(positions_mm: np.ndarray, steps_mm: np.ndarray) -> list[str]:
     if tilt > _TILT_DEGREES:
         notes.append(f"planes tilted by {tilt:.1f} degrees against the stack (gantry tilt)")
     return notes
+
+
+def _against_thickness(thicknesses_mm: Sequence[float | None], steps_mm: np.ndarray) -> list[str]:
+    """Where the positions, which count, say other than SliceThickness, which does not."""
+    found = Counter(thickness for thickness in thicknesses_mm if thickness is not None)
+    if not found:
+        return []
+    if len(found) > 1:
+        return [f"SliceThickness from {min(found):.4g} to {max(found):.4g} mm"]
+    (thickness_mm,) = found
+    if not len(steps_mm):
+        return []
+    spacing_mm = float(np.median(steps_mm))
+    if math.isclose(spacing_mm, thickness_mm, rel_tol=_UNEVEN):
+        return []
+    effect = "they overlap" if spacing_mm < thickness_mm else "with room between them"
+    return [f"slices every {spacing_mm:.4g} mm, SliceThickness {thickness_mm:.4g} mm: {effect}"]

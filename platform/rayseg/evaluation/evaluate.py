@@ -25,21 +25,21 @@ from rayseg import cluster, storage
 from rayseg.data import prepared as prepared_sets
 from rayseg.data.labels import Labels
 from rayseg.evaluation.record import Record, read_truth
-from rayseg.evaluation.scores import counts
+from rayseg.evaluation.scores import Counts, Scores, counts_by_class, over_classes
 from rayseg.inference.predictor import Predictor, limit_threads
-from rayseg.records import Reason, Reject
+from rayseg.records import PREPARED, Reason, Reject
 from rayseg.tracking import bundle as bundles
 from rayseg.tracking import registry
 
 _ROWS_PER_TASK = 32
 _CPUS_PER_ACTOR = 1
-_COLUMNS = ("row_id", "patient_key", "uri", "mask_uri")
-# A row with its counts, or with the reason why there are none. `prediction` is the mask (uint8, rows x columns, zlib)
-# where it or the truth has foreground, null elsewhere.
+_COLUMNS = ("row_id", "patient_key", "uri", "frame", "masks")
+# A row with its counts, one of each class, or with the reason why there are none. `prediction` is the mask (uint8,
+# rows x columns, zlib) where it or the truth has foreground, null elsewhere.
 SCORED = pa.schema(
     [
-        *((name, pa.string()) for name in _COLUMNS),
-        *((name, pa.int64()) for name in ("tp", "fp", "fn", "tn")),
+        *(PREPARED.field(name) for name in _COLUMNS),
+        *((field.name, pa.list_(pa.int64())) for field in dataclasses.fields(Counts)),
         ("prediction", pa.binary()),
         ("reason", pa.string()),
         ("detail", pa.string()),
@@ -66,7 +66,10 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class EvaluateResult:
-    """Scores are None where they are undefined; `scores` says when that is, and what pooled and per case mean."""
+    """Scores are None where they are undefined; `scores` says when that is, and what pooled and per case mean.
+
+    Of several classes the scores are means over them, the numbers of cases sums, and `classes` has those of each.
+    """
 
     model_uri: str
     split: str
@@ -86,6 +89,7 @@ class EvaluateResult:
     reasons: dict[str, int]
     cases_table: str  # URI of a CSV in the model's run: counts and scores of each case
     overlays: list[str]  # URIs of PNG files in the model's run
+    classes: dict[str, Scores]
     seconds: float
 
 
@@ -118,27 +122,19 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
             f"{config.max_reject_fraction}: {reasons}; are the source objects still where they were prepared from?"
         )
 
-    pooled, cases = record.pooled(), record.per_case()
+    classes = record.scores()
     artifacts = record.log(config.tracking_uri, version.run_id, held_out.preprocess, config.overlays)
     return EvaluateResult(
         model_uri=version.uri,
         split=config.split,
         cases=len(record.cases),
         slices=scored,
-        dice_pooled=pooled.dice,
-        dice_per_case=cases.dice,
-        iou_pooled=pooled.iou,
-        precision_pooled=pooled.precision,
-        recall_pooled=pooled.recall,
-        background_dice=pooled.background.dice,
-        cases_scored=cases.scored,
-        cases_missed=cases.missed,
-        cases_false_alarms=cases.false_alarms,
-        cases_true_negative=cases.true_negative,
+        **dataclasses.asdict(over_classes(list(classes.values()))),
         rejected=rejected,
         reasons=reasons,
         cases_table=artifacts.cases_table,
         overlays=artifacts.overlays,
+        classes=classes,
         seconds=time.monotonic() - began,
     )
 
@@ -153,6 +149,7 @@ class _Scorer:
             for name, content in ray.get(bundle).items():
                 Path(folder, name).write_bytes(content)
             self._predictor = Predictor.load(folder)
+        self._object = ("", b"")  # the URI and bytes of the last one: the next row may be another frame of it
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         return pa.Table.from_pylist([row | self._score(row) for row in rows.to_pylist()], schema=SCORED)
@@ -167,15 +164,20 @@ class _Scorer:
         if isinstance(made, Reject):
             return {"reason": made.reason.value, "detail": made.detail}
         prediction, truth = made
-        found = counts(prediction, truth)
-        shown = found.tp + found.fp + found.fn > 0
-        return dataclasses.asdict(found) | {"prediction": zlib.compress(prediction.tobytes(), 1) if shown else None}
+        found = counts_by_class(prediction, truth, len(self._labels.names))
+        shown = prediction.any() or truth.any()
+        return {
+            **{field.name: [getattr(one, field.name) for one in found] for field in dataclasses.fields(Counts)},
+            "prediction": zlib.compress(prediction.tobytes(), 1) if shown else None,
+        }
 
     def _masks(self, row: dict[str, Any]) -> tuple[np.ndarray, np.ndarray] | Reject:
-        (result,) = self._predictor.segment([storage.read(row["uri"])])
+        if self._object[0] != row["uri"]:
+            self._object = row["uri"], storage.read(row["uri"])
+        (result,) = self._predictor.segment([self._object[1]], [row["frame"]])
         if isinstance(result, Reject):
             return result
-        truth = read_truth(row["mask_uri"], result.mask.shape, self._labels)
+        truth = read_truth(row, result.slice, self._labels)
         return truth if isinstance(truth, Reject) else (result.mask, truth)
 
 

@@ -5,18 +5,20 @@ import dataclasses
 import io
 import zlib
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from rayseg import config, storage
-from rayseg.data.labels import Labels, read_mask
+from rayseg.data.labels import Labels
+from rayseg.data.masks import truth
 from rayseg.data.preprocess import Preprocess
-from rayseg.dicom.reading import read_slice
+from rayseg.dicom.reading import Slice, read_slice
 from rayseg.evaluation import scores
-from rayseg.evaluation.scores import Counts, PerCase
-from rayseg.records import Reason, Reject
+from rayseg.evaluation.scores import Counts, Scores
+from rayseg.records import Reject
 from rayseg.tracking import figures, runs
 
 
@@ -34,7 +36,7 @@ class Record:
     def __init__(self, split: str, labels: Labels) -> None:
         self.split = split
         self.labels = labels
-        self.cases: dict[str, Counts] = {}
+        self.cases: dict[str, list[Counts]] = {}  # by patient: of each class
         self.slices: Counter[str] = Counter()
         self.rejects: list[dict[str, Any]] = []
         self._row_ids: list[str] = []
@@ -46,7 +48,9 @@ class Record:
             self.rejects.append(row)
             return
         patient = row["patient_key"]
-        self.cases[patient] = self.cases.get(patient, Counts()) + _counts(row)
+        found = _counts(row)
+        before = self.cases.get(patient, [Counts()] * len(found))
+        self.cases[patient] = [one + more for one, more in zip(before, found, strict=True)]
         self.slices[patient] += 1
         self._row_ids.append(row["row_id"])
         if row["prediction"] is not None:
@@ -54,13 +58,12 @@ class Record:
             if best is None or _size(row) > _size(best):
                 self._largest[patient] = row
 
-    def pooled(self) -> Counts:
-        """All pixels of all cases."""
-        return sum(self.cases.values(), Counts())
-
-    def per_case(self) -> PerCase:
-        """Each case by itself."""
-        return scores.per_case(self.cases.values())
+    def scores(self) -> dict[str, Scores]:
+        """The scores of each class, by its name."""
+        return {
+            name: scores.scores(case[index] for case in self.cases.values())
+            for index, name in enumerate(self.labels.names)
+        }
 
     def log(self, tracking_uri: str, run_id: str, preprocess: Preprocess, overlays: int) -> Artifacts:
         """Writes metrics `SPLIT/...`, the tag of the set and, as files, tables and pictures to the run.
@@ -94,32 +97,30 @@ class Record:
         return artifacts
 
     def _metrics(self) -> dict[str, float]:
-        pooled, cases = self.pooled(), self.per_case()
-        values = {
-            "dice_pooled": pooled.dice,
-            "iou_pooled": pooled.iou,
-            "precision_pooled": pooled.precision,
-            "recall_pooled": pooled.recall,
-            "background_dice": pooled.background.dice,
-            "dice_per_case": cases.dice,
-            "cases_scored": cases.scored,
-            "cases_missed": cases.missed,
-            "cases_false_alarms": cases.false_alarms,
-            "cases_true_negative": cases.true_negative,
-            "slices": sum(self.slices.values()),
-            "rejected": len(self.rejects),
-        }
+        by_class = self.scores()
+        values = dataclasses.asdict(scores.over_classes(list(by_class.values())))
+        if len(by_class) > 1:
+            for name, of_class in by_class.items():
+                values |= {f"{key}/{name}": value for key, value in dataclasses.asdict(of_class).items()}
+        values |= {"slices": sum(self.slices.values()), "rejected": len(self.rejects)}
         return {f"{self.split}/{name}": value for name, value in values.items() if value is not None}
 
     def _table(self) -> bytes:
-        """CSV of the cases, worst first, those without a Dice last."""
+        """CSV of the cases, a line a class, worst first, those without a Dice last."""
         table = io.StringIO()
         writer = csv.writer(table, lineterminator="\n")
-        writer.writerow(["patient_key", "slices", "tp", "fp", "fn", "tn", "dice", "iou", "precision", "recall"])
-        for patient, case in sorted(self.cases.items(), key=lambda item: (item[1].dice is None, item[1].dice, item[0])):
+        writer.writerow(
+            ["patient_key", "class", "slices", "tp", "fp", "fn", "tn", "dice", "iou", "precision", "recall"]
+        )
+        lines = [
+            (patient, name, case)
+            for patient, of_patient in self.cases.items()
+            for name, case in zip(self.labels.names, of_patient, strict=True)
+        ]
+        for patient, name, case in sorted(lines, key=lambda line: (line[2].dice is None, line[2].dice, *line[:2])):
             told = (case.dice, case.iou, case.precision, case.recall)
             cells = ["" if score is None else f"{score:.6f}" for score in told]
-            writer.writerow([patient, self.slices[patient], case.tp, case.fp, case.fn, case.tn, *cells])
+            writer.writerow([patient, name, self.slices[patient], case.tp, case.fp, case.fn, case.tn, *cells])
         return table.getvalue().encode()
 
     def _rejects_table(self) -> bytes:
@@ -138,48 +139,49 @@ def set_tag(split: str) -> str:
     return f"rayseg.{split}_set"
 
 
-def read_truth(mask_uri: str | None, shape: tuple[int, ...], labels: Labels) -> np.ndarray | Reject:
-    """The true classes of a slice of `shape` (rows, columns), uint8; all background without a mask.
+def read_truth(row: Mapping[str, Any], slice: Slice, labels: Labels) -> np.ndarray | Reject:
+    """The true classes of a slice, uint8 (rows, columns), by `masks` and `frame` of its prepared row.
 
     Raises:
-        OSError: the mask cannot be read.
+        OSError: a mask cannot be read.
     """
-    if mask_uri is None:
-        return np.zeros(shape, np.uint8)
-    values = read_mask(storage.read(mask_uri))
-    if isinstance(values, Reject):
-        return values
-    if values.shape != shape:
-        return Reject(Reason.MASK_MISMATCH, f"mask {values.shape}, image {shape}")
-    return labels.apply(values)
+    masks = [(storage.read(mask["uri"]), mask["label"]) for mask in row["masks"]]
+    return truth(masks, slice.shape, labels, slice.header, row["frame"])
 
 
-def _counts(row: dict[str, Any]) -> Counts:
-    return Counts(row["tp"], row["fp"], row["fn"], row["tn"])
+def _counts(row: dict[str, Any]) -> list[Counts]:
+    """Of each class."""
+    return [Counts(*of_class) for of_class in zip(row["tp"], row["fp"], row["fn"], row["tn"], strict=True)]
+
+
+def _together(row: dict[str, Any]) -> Counts:
+    """Of all classes: what a picture is chosen and titled by."""
+    return sum(_counts(row), Counts())
 
 
 def _size(row: dict[str, Any]) -> tuple[int, int, str]:
     """Most truth first, then most false alarm; the id decides between equals, so that any order of rows ends alike."""
-    return row["tp"] + row["fn"], row["fp"], row["row_id"]
+    found = _together(row)
+    return found.tp + found.fn, found.fp, row["row_id"]
 
 
 def _spread(rows: list[dict[str, Any]], wanted: int) -> list[dict[str, Any]]:
     """`wanted` rows at even steps from the worst Dice to the best."""
-    ordered = sorted(rows, key=lambda row: (_counts(row).dice, row["row_id"]))
+    ordered = sorted(rows, key=lambda row: (_together(row).dice, row["row_id"]))
     if len(ordered) <= wanted:
         return ordered
     return [ordered[round(place)] for place in np.linspace(0, len(ordered) - 1, wanted)]
 
 
 def _picture(row: dict[str, Any], preprocess: Preprocess, labels: Labels) -> bytes:
-    slice = read_slice(storage.read(row["uri"]))
+    slice = read_slice(storage.read(row["uri"]), row["frame"], preprocess.color)
     assert not isinstance(slice, Reject), "was read a moment ago"
-    rows, columns = slice.stored.shape
-    truth = read_truth(row["mask_uri"], (rows, columns), labels)
-    assert not isinstance(truth, Reject), "was read a moment ago"
+    rows, columns = slice.shape
+    classes = read_truth(row, slice, labels)
+    assert not isinstance(classes, Reject), "was read a moment ago"
     # The same grey values that the network sees, on the slice's own grid.
     grey_HW = dataclasses.replace(preprocess, size=(rows, columns)).apply(slice)[..., 0]
     prediction = np.frombuffer(zlib.decompress(row["prediction"]), np.uint8).reshape(rows, columns)
-    dice = _counts(row).dice
+    dice = _together(row).dice
     assert dice is not None, "only rows with foreground are shown"
-    return figures.overlay(grey_HW, truth, prediction, f"case {row['patient_key'][:10]} · Dice {dice:.2f}")
+    return figures.overlay(grey_HW, classes, prediction, f"case {row['patient_key'][:10]} · Dice {dice:.2f}")

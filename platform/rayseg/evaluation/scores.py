@@ -1,4 +1,4 @@
-"""Overlap scores of binary masks, as sums of counts that are divided once. numpy only.
+"""Overlap scores of masks, as sums of counts that are divided once. numpy only.
 
 Two averages, which differ and are never mixed:
 
@@ -10,8 +10,9 @@ of the per-case mean; it is counted as a true negative case. Any prediction for 
 does an empty prediction where there is a truth.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 
@@ -55,6 +56,25 @@ class Counts:
 
 
 @dataclass(frozen=True)
+class Scores:
+    """What is told of one class, or of several together; None where it is undefined.
+
+    Of several classes the scores are means over those that have one, and the numbers of cases sums over all.
+    """
+
+    dice_pooled: float | None
+    dice_per_case: float | None
+    iou_pooled: float | None
+    precision_pooled: float | None
+    recall_pooled: float | None
+    background_dice: float | None  # pooled Dice of "everything is background": 0 unless there is nothing to find
+    cases_scored: int
+    cases_missed: int
+    cases_false_alarms: int
+    cases_true_negative: int
+
+
+@dataclass(frozen=True)
 class PerCase:
     """Cases by kind, and the mean of their Dice. `scored + true_negative` is the number of cases."""
 
@@ -77,6 +97,40 @@ def counts(prediction: np.ndarray, truth: np.ndarray) -> Counts:
     tp = int(np.count_nonzero(predicted & true))
     fp, fn = int(np.count_nonzero(predicted)) - tp, int(np.count_nonzero(true)) - tp
     return Counts(tp, fp, fn, truth.size - tp - fp - fn)
+
+
+def counts_by_class(prediction: np.ndarray, truth: np.ndarray, classes: int) -> list[Counts]:
+    """`counts` of each foreground class 1..`classes` of two label maps."""
+    return [counts(prediction == index, truth == index) for index in range(1, classes + 1)]
+
+
+def scores(cases: Iterable[Counts]) -> Scores:
+    """The scores of one class over its cases."""
+    found = list(cases)
+    pooled, single = sum(found, Counts()), per_case(found)
+    return Scores(
+        dice_pooled=pooled.dice,
+        dice_per_case=single.dice,
+        iou_pooled=pooled.iou,
+        precision_pooled=pooled.precision,
+        recall_pooled=pooled.recall,
+        background_dice=pooled.background.dice,
+        cases_scored=single.scored,
+        cases_missed=single.missed,
+        cases_false_alarms=single.false_alarms,
+        cases_true_negative=single.true_negative,
+    )
+
+
+def over_classes(by_class: Sequence[Scores]) -> Scores:
+    """The scores of several classes as one; those of a single class as they are."""
+    if len(by_class) == 1:
+        return by_class[0]
+    values: dict[str, Any] = {}
+    for field in fields(Scores):
+        found = [value for value in (getattr(one, field.name) for one in by_class) if value is not None]
+        values[field.name] = sum(found) if field.type is int else float(np.mean(found)) if found else None
+    return Scores(**values)
 
 
 def per_case(cases: Iterable[Counts]) -> PerCase:

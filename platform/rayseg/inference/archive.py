@@ -33,8 +33,15 @@ SERIES_PER_PART = 64  # of the ledger: what a killed run does again, at most
 _SERIES_PER_TASK = 32
 _CPUS_PER_ACTOR = 1
 
-_MANIFEST_COLUMNS = ("uri", "verdict", "reason", "detail", "kind", "patient_key", "series_key")
-_PLAN = pa.schema([("series_key", pa.string()), ("patient_key", pa.string()), ("uris", pa.list_(pa.string()))])
+_MANIFEST_COLUMNS = ("uri", "frame", "verdict", "reason", "detail", "kind", "patient_key", "series_key")
+_PLAN = pa.schema(
+    [
+        ("series_key", pa.string()),
+        ("patient_key", pa.string()),
+        ("uris", pa.list_(pa.string())),
+        ("frames", pa.list_(pa.int32())),  # at the same places; null: the object is one image
+    ]
+)
 _FOUND = pa.schema([*LEDGER, pa.field("rejects", pa.list_(pa.struct(list(REJECTS))))])
 
 
@@ -123,13 +130,14 @@ def _plan(manifest: str, task: Task) -> tuple[list[dict[str, Any]], list[dict[st
         key, patient_key = row["series_key"], row["patient_key"]
         if row["verdict"] != "ok":
             reject = Reject(Reason(row["reason"]), row["detail"] or "")
-            rejects.append(reject_row(row["uri"], "catalog", reject, patient_key, key))
+            rejects.append(reject_row(row["uri"], row["frame"], "catalog", reject, patient_key, key))
         elif row["kind"] != "dicom":
             reject = Reject(Reason.NOT_DICOM, "a DICOM SEG refers to DICOM instances, and this is an image file")
-            rejects.append(reject_row(row["uri"], STAGE, reject, patient_key, key))
+            rejects.append(reject_row(row["uri"], row["frame"], STAGE, reject, patient_key, key))
         else:
-            planned = series.setdefault(key, {"series_key": key, "patient_key": patient_key, "uris": []})
+            planned = series.setdefault(key, {"series_key": key, "patient_key": patient_key, "uris": [], "frames": []})
             planned["uris"].append(row["uri"])
+            planned["frames"].append(row["frame"])
     unusable: dict[str, dict[str, Any]] = {}
     for refused in rejects:
         key = refused["series_key"]

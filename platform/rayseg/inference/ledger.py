@@ -27,7 +27,7 @@ def append(output: str, rows: Sequence[dict[str, Any]], rejects: Sequence[dict[s
         rejects: schema `records.REJECTS`, the refused objects of these series, or of none.
     """
     # The ledger comes last: a series with a row in it is done.
-    _write_part(storage.join(output, REJECTS_FOLDER), rejects, REJECTS, ("uri", "stage"))
+    _write_part(storage.join(output, REJECTS_FOLDER), rejects, REJECTS, ("uri", "frame", "stage"))
     _write_part(storage.join(output, FOLDER), rows, LEDGER, ("series_key", "model_digest", "config_digest"))
 
 
@@ -59,7 +59,7 @@ def segmented(output: str, model_digest: str, config_digest: str) -> dict[str, d
 def _write_part(folder: str, rows: Sequence[dict[str, Any]], schema: pa.Schema, key: Sequence[str]) -> None:
     if not rows:
         return
-    ordered = sorted(rows, key=lambda row: [row[name] for name in key])
+    ordered = sorted(rows, key=lambda row: [str(row[name]) for name in key])
     digest = config.digest([[row[name] for name in key] for row in ordered])
     storage.write_table(
         storage.join(folder, f"part-{digest[:32]}.parquet"), pa.Table.from_pylist(ordered, schema=schema)

@@ -51,9 +51,14 @@ class Predictor:
         """One uint8 label map (rows, columns) a slice, on the slice's own grid."""
         return [self._mask(slice) for slice in slices]
 
-    def segment(self, blobs: Sequence[bytes]) -> list[Prediction | Reject]:
-        """For each object's bytes (DICOM, PNG, JPEG or TIFF) the slice with its mask, or why there is none."""
-        slices = [read_slice(blob) for blob in blobs]
+    def segment(self, blobs: Sequence[bytes], frames: Sequence[int | None] | None = None) -> list[Prediction | Reject]:
+        """For each object's bytes (DICOM, PNG, JPEG or TIFF) the slice with its mask, or why there is none.
+
+        `frames` says which frame of each object is meant, as `read_slice` does; by default they are single images.
+        """
+        color = self.bundle.preprocess.color
+        wanted = frames or [None] * len(blobs)
+        slices = [read_slice(blob, frame, color) for blob, frame in zip(blobs, wanted, strict=True)]
         return [slice if isinstance(slice, Reject) else Prediction(slice, self._mask(slice)) for slice in slices]
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import io
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,13 +13,15 @@ import pydicom
 from rayseg import storage
 from rayseg.data.manifest import read_failure
 from rayseg.dicom import segmentation
-from rayseg.dicom.reading import Geometry
+from rayseg.dicom.reading import Header, read_slices
 from rayseg.inference.predictor import Predictor
 from rayseg.inference.volume import volume_ml
 from rayseg.records import Reason, Reject
 from rayseg.tracking.registry import ModelVersion
 
 STAGE = "segment"  # as the table of rejects names it
+
+_Place = tuple[str, int | None]  # URI and frame of a slice
 
 
 @dataclass(frozen=True)
@@ -33,27 +35,35 @@ class Task:
 
 
 def segment_series(
-    predictor: Predictor, task: Task, *, series_key: str, patient_key: str, uris: Sequence[str]
+    predictor: Predictor,
+    task: Task,
+    *,
+    series_key: str,
+    patient_key: str,
+    uris: Sequence[str],
+    frames: Sequence[int | None],
 ) -> dict[str, Any]:
-    """Segments the slices at `uris`, in this order, and writes `FOLDER/<series_key>.dcm`; never raises.
+    """Segments the slices of a series and writes `FOLDER/<series_key>.dcm`; never raises.
 
-    A slice that cannot be used gets no frame in the SEG; a series without any other is rejected.
+    A slice is an object at one of `uris`, or the frame of it that `frames` has at the same place. One that cannot be
+    used gets no frame in the SEG; a series without any other is rejected.
 
     Returns:
         A row of the schema `records.LEDGER`, with `rejects` beside: rows of the schema `records.REJECTS`.
     """
     began = time.monotonic()
-    refused: dict[str, Reject] = {}
+    wanted = list(zip(uris, frames, strict=True))
+    refused: dict[_Place, Reject] = {}
     try:
-        made = _make(predictor, task, series_key, uris, refused)
+        made = _make(predictor, task, series_key, wanted, refused)
     except Exception as error:  # a defect of ours must cost this series only
         made = Reject(Reason.INTERNAL, type(error).__name__)
     if isinstance(made, Reject):
-        refused = {uri: refused.get(uri, made) for uri in uris}
+        refused = {place: refused.get(place, made) for place in wanted}
     row = ledger_row(task, series_key, patient_key, made if isinstance(made, Reject) else None)
     row |= {
         "rejected_slices": len(refused),
-        "rejects": [reject_row(uri, STAGE, reject, patient_key, series_key) for uri, reject in refused.items()],
+        "rejects": [reject_row(*place, STAGE, reject, patient_key, series_key) for place, reject in refused.items()],
         "seconds": time.monotonic() - began,
     }
     return row if isinstance(made, Reject) else row | made
@@ -77,10 +87,13 @@ def ledger_row(task: Task, series_key: str, patient_key: str | None, reject: Rej
     }
 
 
-def reject_row(uri: str, stage: str, reject: Reject, patient_key: str | None, series_key: str | None) -> dict[str, Any]:
+def reject_row(
+    uri: str, frame: int | None, stage: str, reject: Reject, patient_key: str | None, series_key: str | None
+) -> dict[str, Any]:
     """A row of the schema `records.REJECTS`."""
     return {
         "uri": uri,
+        "frame": frame,
         "stage": stage,
         "reason": reject.reason.value,
         "detail": reject.detail,
@@ -90,30 +103,40 @@ def reject_row(uri: str, stage: str, reject: Reject, patient_key: str | None, se
 
 
 def _make(
-    predictor: Predictor, task: Task, series_key: str, uris: Sequence[str], refused: dict[str, Reject]
+    predictor: Predictor, task: Task, series_key: str, wanted: Sequence[_Place], refused: dict[_Place, Reject]
 ) -> dict[str, Any] | Reject:
     """Writes the SEG of the usable slices and returns what the ledger row says of it; fills `refused`."""
     # Masks and headers of the whole series are kept, its pixels are not.
     sources: list[pydicom.Dataset] = []
     masks: list[np.ndarray] = []
-    geometries: list[Geometry] = []
-    for uri, data in zip(uris, storage.read_each(uris), strict=True):
-        result = read_failure(data) if isinstance(data, OSError) else _slice(predictor, data)
-        if isinstance(result, Reject):
-            refused[uri] = result
-            continue
-        source, mask, geometry = result
-        sources.append(source)
-        masks.append(mask)
-        geometries.append(geometry)
+    headers: list[Header] = []
+    frames: dict[str, list[int | None]] = {}
+    for uri, frame in wanted:
+        frames.setdefault(uri, []).append(frame)
+    for (uri, of_uri), data in zip(frames.items(), storage.read_each(frames), strict=True):
+        for frame, result in zip(of_uri, _slices(predictor, data, of_uri), strict=True):
+            if isinstance(result, Reject):
+                refused[uri, frame] = result
+                continue
+            source, mask, header = result
+            sources.append(source)
+            masks.append(mask)
+            headers.append(header)
     if not masks:
-        first = refused[uris[0]]
+        first = refused[wanted[0]]
         return Reject(
-            first.reason, f"none of {len(uris)} slices can be used; the first: {first.detail or first.reason}"
+            first.reason, f"none of {len(wanted)} slices can be used; the first: {first.detail or first.reason}"
         )
     model = task.model
     encoded = segmentation.encode(
-        sources, masks, predictor.bundle.labels.names, model.name, model.version, model.digest, kind=task.kind
+        sources,
+        masks,
+        predictor.bundle.labels.names,
+        model.name,
+        model.version,
+        model.digest,
+        kind=task.kind,
+        frames=[header.frame for header in headers],
     )
     if isinstance(encoded, Reject):
         return encoded
@@ -126,22 +149,30 @@ def _make(
     return {
         "slices": len(masks),
         "foreground_pixels": sum(foreground),
-        "volume_ml": volume_ml(foreground, geometries),
+        "volume_ml": volume_ml(foreground, [header.geometry for header in headers]),
         "output_uri": output_uri,
         "output_sha256": hashlib.sha256(encoded).hexdigest(),
         "output_bytes": len(encoded),
     }
 
 
-def _slice(predictor: Predictor, data: bytes) -> tuple[pydicom.Dataset, np.ndarray, Geometry] | Reject:
-    """The object's data set without pixels, the mask and the geometry of one slice."""
-    try:
-        (result,) = predictor.segment([data])
-        if isinstance(result, Reject):
-            return result
-        if result.slice.header is None:
-            return Reject(Reason.NOT_DICOM, "an image file, where the manifest has a DICOM instance")
-        source = pydicom.dcmread(io.BytesIO(data), stop_before_pixels=True, force=True)
-        return source, result.mask, result.slice.header.geometry
-    except Exception as error:  # a defect of ours must cost this slice only
-        return Reject(Reason.INTERNAL, type(error).__name__)
+def _slices(
+    predictor: Predictor, data: bytes | OSError, frames: Sequence[int | None]
+) -> Iterator[tuple[pydicom.Dataset, np.ndarray, Header] | Reject]:
+    """Of each frame the object's data set without pixels, the mask and the header; the object is parsed once."""
+    if isinstance(data, OSError):
+        yield from (read_failure(data) for _ in frames)
+        return
+    source: pydicom.Dataset | None = None
+    for slice in read_slices(data, frames):
+        try:
+            if isinstance(slice, Reject):
+                yield slice
+            elif slice.header is None:
+                yield Reject(Reason.NOT_DICOM, "an image file, where the manifest has a DICOM instance")
+            else:
+                source = source or pydicom.dcmread(io.BytesIO(data), stop_before_pixels=True, force=True)
+                (mask,) = predictor.predict([slice])
+                yield source, mask, slice.header
+        except Exception as error:  # a defect of ours must cost this slice only
+            yield Reject(Reason.INTERNAL, type(error).__name__)

@@ -1,4 +1,4 @@
-"""A parametric U-Net (Ronneberger et al. 2015, arXiv:1505.04597) for binary segmentation."""
+"""A parametric U-Net (Ronneberger et al. 2015, arXiv:1505.04597)."""
 
 import math
 from dataclasses import dataclass
@@ -77,11 +77,11 @@ def build_unet(
     Args:
         config: its form.
         shape_HWC: of the input; height and width divisible by 2 for each level below the first.
-        classes: output channels, each with its own sigmoid.
+        classes: of foreground. One gives one channel with a sigmoid, more a softmax over the background and them.
         policy: Keras dtype policy of the layers, `float32` or `mixed_bfloat16`.
 
     Returns:
-        uint8 images (N, H, W, C) to float32 probabilities (N, H, W, classes), under any policy.
+        uint8 images (N, H, W, C) to float32 probabilities (N, H, W, `output_channels(classes)`), under any policy.
 
     Raises:
         ValueError: the size is not divisible.
@@ -135,8 +135,14 @@ def build_unet(
         )(values)
         values = layers.Concatenate(dtype=policy, name=f"up{level}_skip")([skips.pop(), values])
         values = block(values, filters, f"up{level}")
-    values = layers.Conv2D(classes, 1, dtype="float32", name="logits")(values)
-    return keras.Model(inputs, layers.Activation("sigmoid", dtype="float32", name="probability")(values), name="unet")
+    values = layers.Conv2D(output_channels(classes), 1, dtype="float32", name="logits")(values)
+    form = "sigmoid" if classes == 1 else "softmax"
+    return keras.Model(inputs, layers.Activation(form, dtype="float32", name="probability")(values), name="unet")
+
+
+def output_channels(classes: int) -> int:
+    """Channels of a network that finds so many foreground classes."""
+    return 1 if classes == 1 else classes + 1
 
 
 def portable(model: keras.Model) -> keras.Model:

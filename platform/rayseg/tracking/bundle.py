@@ -31,8 +31,10 @@ _MODEL_FILE, _DESCRIPTION_FILE = "model.keras", "bundle.json"
 class Bundle:
     """A model with all that inference needs.
 
-    model: uint8 (N, height, width, channels) to float32 (N, height, width, 1) probabilities.
-    threshold: a pixel is foreground where its probability, back on the slice's grid, is at least this.
+    model: uint8 (N, height, width, channels) to float32 probabilities: (N, height, width, 1) of the one class, or
+        (N, height, width, 1 + classes) of the background and several.
+    threshold: a pixel is of the one class where its probability, back on the slice's grid, is at least this. Of
+        several classes it is of the most probable one there, the background among them.
     digest: SHA-256 over weights, preprocess, labels, threshold and the example's mask; file times do not count.
     """
 
@@ -60,9 +62,12 @@ class Bundle:
 
         def mask(slice: Slice) -> np.ndarray:
             image_HWC = self.preprocess.apply(slice)
-            probabilities_HW = network(image_HWC[np.newaxis]).numpy()[0, :, :, 0]
-            restored = self.preprocess.restore(np.ascontiguousarray(probabilities_HW), *slice.stored.shape)
-            return (restored >= np.float32(self.threshold)).astype(np.uint8)
+            probabilities_HWC = network(image_HWC[np.newaxis]).numpy()[0]
+            channels = np.ascontiguousarray(np.moveaxis(probabilities_HWC, -1, 0))
+            restored = [self.preprocess.restore(channel, *slice.shape) for channel in channels]
+            if len(restored) == 1:
+                return (restored[0] >= np.float32(self.threshold)).astype(np.uint8)
+            return np.argmax(restored, axis=0).astype(np.uint8)
 
         network(np.zeros(shape_NHWC, np.uint8))
         return mask
@@ -94,11 +99,14 @@ def save(
     Raises:
         ValueError: the model's shapes do not fit `preprocess`, the threshold is no probability, the example no slice.
     """
-    expected = (None, *preprocess.size)
-    if model.input_shape != (*expected, preprocess.channels) or model.output_shape != (*expected, 1):
+    from rayseg.models.unet import output_channels  # Keras comes with it, and the model is Keras's already
+
+    inputs = (None, *preprocess.size, preprocess.channels)
+    outputs = (None, *preprocess.size, output_channels(len(labels.names)))
+    if model.input_shape != inputs or model.output_shape != outputs:
         raise ValueError(
-            f"bundle: a model from {(*expected, preprocess.channels)} to {(*expected, 1)} expected for its preprocess "
-            f"and labels, got {model.input_shape} to {model.output_shape}"
+            f"bundle: a model from {inputs} to {outputs} expected for its preprocess and labels, got "
+            f"{model.input_shape} to {model.output_shape}"
         )
     if not 0 < threshold < 1:
         raise ValueError(f"bundle: threshold between 0 and 1 expected, got {threshold}")
@@ -108,7 +116,7 @@ def save(
     # As they will be read back: YAML may have given 40 for 40.0, and the digest would tell these apart.
     preprocess, threshold = config.build(Preprocess, config.plain(preprocess)), float(threshold)
     example_mask = mask_sha256(Bundle(model, preprocess, labels, threshold, "", example).compile()(slice))
-    digest = _digest(model, preprocess, labels, threshold, example_mask)
+    digest = _digest(model, config.plain(preprocess), config.plain(labels), threshold, example_mask)
     folder = Path(bundle_dir)
     folder.mkdir(parents=True, exist_ok=True)
     model.save(folder / _MODEL_FILE)
@@ -138,7 +146,9 @@ def load(bundle_dir: str | Path) -> Bundle:
     except Exception as error:  # Keras raises many types on files that it cannot read
         raise ValueError(f"bundle {folder}: {_MODEL_FILE} cannot be read ({type(error).__name__})") from error
     threshold = description["threshold"]
-    if _digest(model, preprocess, labels, threshold, description["example_mask_sha256"]) != description["digest"]:
+    # Of the values as they were written: a bundle made before a setting existed does not name it.
+    written = description["preprocess"], description["labels"]
+    if _digest(model, *written, threshold, description["example_mask_sha256"]) != description["digest"]:
         raise ValueError(f"bundle {folder}: its content does not have the digest that it was saved with")
     return Bundle(model, preprocess, labels, threshold, description["digest"], (folder / EXAMPLE_FILE).read_bytes())
 
@@ -154,7 +164,9 @@ def describe(folder: Path) -> dict[str, Any]:
     return description
 
 
-def _digest(model: "keras.Model", preprocess: Preprocess, labels: Labels, threshold: float, example_mask: str) -> str:
+def _digest(
+    model: "keras.Model", preprocess: dict[str, Any], labels: dict[str, Any], threshold: float, example_mask: str
+) -> str:
     """The example's mask stands for how the layers are wired, which the weights do not tell."""
     weights = [
         [str(value.dtype), list(value.shape), hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()]
@@ -164,8 +176,8 @@ def _digest(model: "keras.Model", preprocess: Preprocess, labels: Labels, thresh
         {
             "format": FORMAT,
             "weights": weights,
-            "preprocess": config.plain(preprocess),
-            "labels": config.plain(labels),
+            "preprocess": preprocess,
+            "labels": labels,
             "threshold": threshold,
             "example_mask_sha256": example_mask,
         }

@@ -79,12 +79,13 @@ def curves(history: Sequence[Mapping[str, float]]) -> bytes:
 
     Args:
         history: one mapping an epoch, of numbers by name. Names with `loss` go to the left, with `dice` to the right;
-            `train/...` and `val/...` are told apart by colour. Others, and values that are None, are left out.
+            `train/...` and `val/...` are told apart by colour. Others (those of single classes, `val/dice_pooled/NAME`,
+            too), and values that are None, are left out.
     """
     figure = Figure(figsize=(8.4, 3.0), dpi=_DPI, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     for axes, part in zip(figure.subplots(1, 2), ("loss", "dice"), strict=True):
-        names = sorted({name for row in history for name in row if part in name})
+        names = sorted({name for row in history for name in row if part in name and name.count("/") < 2})
         for name in names:
             points = [
                 (row.get("epoch", at), row[name]) for at, row in enumerate(history, 1) if row.get(name) is not None

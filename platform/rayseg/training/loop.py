@@ -24,8 +24,8 @@ from rayseg import config as configuration
 from rayseg import storage
 from rayseg.data.feed import batches, steps
 from rayseg.data.prepared import PreparedSet, describe
-from rayseg.models.losses import batch_share, bce_dice
-from rayseg.models.metrics import confusion, pooled_dice
+from rayseg.models.losses import batch_share, bce_dice, ce_dice
+from rayseg.models.metrics import confusion, confusion_by_class, mean_of_defined, pooled_dice
 from rayseg.models.unet import build_unet
 from rayseg.training.callbacks import Checkpoints, Progress, RunMetrics
 from rayseg.training.schedule import learning_rate
@@ -96,8 +96,10 @@ class _Learner:
         self.steps = steps(prepared.rows["train"], config.batch_size)
         self.strategy = tf.distribute.MultiWorkerMirroredStrategy()
         assert self.strategy.num_replicas_in_sync == ranks, "one replica a rank"
+        self._names = prepared.labels.names
+        self._loss = bce_dice if len(self._names) == 1 else ce_dice
         with self.strategy.scope():
-            self.model = build_unet(config.model, prepared.shape, policy=config.mixed_precision)
+            self.model = build_unet(config.model, prepared.shape, len(self._names), config.mixed_precision)
             self.model.compile(optimizer=keras.optimizers.Adam(learning_rate(config, self.steps)))
             self.model.optimizer.build(self.model.trainable_variables)
         height, width, channels = prepared.shape
@@ -132,14 +134,21 @@ class _Learner:
         }
 
     def validate(self) -> dict[str, Any]:
-        """Loss and pooled Dice over the whole validation split, from sums and counts over all ranks."""
-        totals = np.zeros(5)
+        """Loss and pooled Dice over the whole validation split, from sums and counts over all ranks.
+
+        Of several classes `val/dice_pooled` is the mean, and each has its own under `val/dice_pooled/NAME`.
+        """
+        totals = np.zeros(2 + 3 * len(self._names))
         with contextlib.closing(self._feed("val", 0, shuffle=False)) as feed:
             for batch in feed:
                 loss_sum, weight_sum, counts = self._val_step(*batch)
                 totals += [float(loss_sum), float(weight_sum), *counts.numpy()]
         loss, rows, *counted = self._over_ranks(totals.tolist())
-        return {"val/loss": loss / rows, "val/dice_pooled": pooled_dice(*(int(count) for count in counted))}
+        dice = [pooled_dice(*(int(count) for count in of_class)) for of_class in np.reshape(counted, (-1, 3))]
+        values = {"val/loss": loss / rows, "val/dice_pooled": mean_of_defined(dice)}
+        if len(dice) > 1:
+            values |= {f"val/dice_pooled/{name}": value for name, value in zip(self._names, dice, strict=True)}
+        return values
 
     def _feed(self, split: str, epoch: int, shuffle: bool = True) -> Any:
         return batches(
@@ -155,7 +164,7 @@ class _Learner:
 
     def _learn(self, image_NHWC: tf.Tensor, mask_NHW: tf.Tensor, weight_N: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         with tf.GradientTape() as tape:
-            loss_N = bce_dice(mask_NHW, self.model(image_NHWC, training=True))
+            loss_N = self._loss(mask_NHW, self.model(image_NHWC, training=True))
             share = batch_share(loss_N, weight_N, self._config.batch_size)
         variables = self.model.trainable_variables
         self.model.optimizer.apply(tape.gradient(share, variables), variables)
@@ -163,8 +172,11 @@ class _Learner:
 
     def _judge(self, image_NHWC: tf.Tensor, mask_NHW: tf.Tensor, weight_N: tf.Tensor) -> tuple[tf.Tensor, ...]:
         probability_NHWC = self.model(image_NHWC, training=False)
-        loss_N = bce_dice(mask_NHW, probability_NHWC)
-        counts = confusion(mask_NHW, probability_NHWC, weight_N, self._config.threshold)
+        loss_N = self._loss(mask_NHW, probability_NHWC)
+        if len(self._names) == 1:
+            counts = confusion(mask_NHW, probability_NHWC, weight_N, self._config.threshold)
+        else:
+            counts = tf.reshape(confusion_by_class(mask_NHW, probability_NHWC, weight_N), (-1,))
         return tf.reduce_sum(loss_N * weight_N), tf.reduce_sum(weight_N), counts
 
     def any_rank(self, flag: bool) -> bool:

@@ -30,7 +30,7 @@ class TrainConfig:
     cpus_per_worker: float = 1.0
     use_gpu: bool = False  # one for each worker
     max_failures: int = 3  # how often lost workers are replaced before the run fails
-    threshold: float = 0.5  # a pixel is foreground where its probability is at least this
+    threshold: float = 0.5  # one class: a pixel is foreground where its probability is at least this; more: unused
     mixed_precision: Literal["float32", "mixed_bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
@@ -57,6 +57,8 @@ class TrainConfig:
 @dataclass(frozen=True)
 class TrainResult:
     """The registered model, and how the training went. Dice values are pooled over the validation split.
+
+    Of several classes they are the mean over these.
 
     restarts: how often workers began anew after a failure, over all starts of the job.
     history: a row an epoch: `epoch`, `train/loss`, `val/loss`, `val/dice_pooled` (None without any foreground), ...

@@ -21,7 +21,7 @@ from rayseg import cluster, storage
 from rayseg import config as configuration
 from rayseg.data import synthetic
 from rayseg.data.prepared import PreparedSet, describe
-from rayseg.data.split import SPLITS, check_leak
+from rayseg.data.split import LEAK_COLUMNS, SPLITS, check_leak
 from rayseg.models.unet import build_unet, portable
 from rayseg.tracking import bundle, figures, registry, runs
 from rayseg.training.loop import train_worker
@@ -39,7 +39,8 @@ def fit(config: TrainConfig) -> TrainResult:
     """Trains a model on the prepared set and registers its best epoch.
 
     Lost workers are replaced and the run goes on from its last checkpoint, `max_failures` times. The MLflow run gets
-    the configuration, each epoch's values, the curves and the bundle, and ends FINISHED, or FAILED where this raises.
+    the configuration, the split (`split.csv`), each epoch's values, the curves and the bundle, and ends FINISHED, or
+    FAILED where this raises.
 
     Raises:
         ValueError: no prepared set, a patient in two splits, no rows to train or validate on, sizes that do not fit
@@ -64,6 +65,7 @@ def fit(config: TrainConfig) -> TrainResult:
         parameters = configuration.flat(config) | {"prepared_digest": prepared.digest}
         run_id = runs.start(config.tracking_uri, config.experiment, config.name, parameters)
         storage.write_json(unfinished, {"run_id": run_id})
+        runs.log_bytes(config.tracking_uri, run_id, "split.csv", prepared.read_split())
     else:
         logger.info("train: goes on with the unfinished run %s", run_id)
     try:
@@ -101,9 +103,9 @@ def _check(config: TrainConfig, prepared: PreparedSet) -> None:
     for split, share in (("train", "the rest"), ("val", "prepare.split.val")):
         if not prepared.rows[split]:
             raise ValueError(f"train.prepared: the set has no rows in split {split}; prepare with more for {share}")
-    check_leak(pa.concat_tables([prepared.read_rows(split, ("patient_key", "split")) for split in SPLITS]))
+    check_leak(pa.concat_tables([prepared.read_rows(split, LEAK_COLUMNS) for split in SPLITS]))
     # Built once here, so that sizes that do not fit fail before any worker starts.
-    build_unet(config.model, prepared.shape, policy=config.mixed_precision)
+    build_unet(config.model, prepared.shape, len(prepared.labels.names), config.mixed_precision)
 
 
 def _unfinished(uri: str, tracking_uri: str) -> str | None:
@@ -153,7 +155,7 @@ def _train(config: TrainConfig, name: str, run_id: str) -> tuple[dict[str, Any],
 
 
 def _register(config: TrainConfig, prepared: PreparedSet, state: State, run_id: str) -> registry.ModelVersion:
-    model = build_unet(config.model, prepared.shape, policy=config.mixed_precision)
+    model = build_unet(config.model, prepared.shape, len(prepared.labels.names), config.mixed_precision)
     model.set_weights(state.best_weights)
     example = synthetic.slice_bytes()
     with tempfile.TemporaryDirectory(prefix="rayseg-bundle-") as folder:

@@ -1,0 +1,164 @@
+"""Masks: the bytes of image files, volumes, DICOM images and segmentations to the class indices of one slice."""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pydicom
+from PIL import Image
+from pydicom import uid
+from pydicom.pixels import pixel_array
+
+from rayseg.data.labels import Labels
+from rayseg.dicom import image_files, nifti, segments
+from rayseg.dicom.parsing import parse, silence_libraries
+from rayseg.dicom.reading import Header
+from rayseg.records import Reason, Reject
+
+_FORMATS = ("PNG", "JPEG", "TIFF", "BMP")
+_SHOWN_AS = {"P": "RGB", "PA": "RGB", "CMYK": "RGB", "YCbCr": "RGB", "1": "L", "LA": "L", "RGBA": "RGB", "RGBX": "RGB"}
+_MAX_PIXELS = 2**26  # declared; 8192 x 8192, far above any slice
+_LOSSY = (uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit, uid.JPEGLSNearLossless, uid.JPEG2000, uid.HTJ2K)
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """What of a mask has one source.
+
+    values: integers (rows, columns) as they are stored, or uint8 colours (rows, columns, 3).
+    source: the `{label}` of the path, or the SegmentLabel of a segment; None where there is neither.
+    lossy: whether compression may have moved the values.
+    """
+
+    values: np.ndarray
+    source: str | None = None
+    lossy: bool = False
+
+
+def truth(
+    masks: Sequence[tuple[bytes, str | None]],
+    shape: tuple[int, int],
+    labels: Labels,
+    header: Header | None = None,
+    frame: int | None = None,
+) -> np.ndarray | Reject:
+    """The classes of a slice from its masks; all background where it has none.
+
+    Args:
+        masks: bytes of each, and the `{label}` of its path.
+        shape: rows and columns of the slice.
+        labels: the classes.
+        header: of the slice, where it is a DICOM object: a segmentation's frames refer to it.
+        frame: of the slice in an object of several; a mask that is no segmentation has as many, in the same order.
+
+    Returns:
+        uint8 (rows, columns), class indices; of overlapping classes the later one.
+    """
+    classes = np.zeros(shape, np.uint8)
+    uncovered = 0
+    for data, source in masks:
+        layers = read_mask(data, source, labels.by_value, header, frame)
+        if isinstance(layers, Reject):
+            if layers.reason != Reason.NO_MASK:
+                return layers
+            uncovered += 1
+            continue
+        for layer in layers:
+            if layer.values.shape[:2] != shape:
+                return Reject(Reason.MASK_MISMATCH, f"mask {layer.values.shape[:2]}, image {shape}")
+            found = labels.apply(layer.values, layer.source, layer.lossy)
+            if isinstance(found, Reject):
+                return found
+            np.maximum(classes, found, out=classes)
+    if masks and uncovered == len(masks):
+        return Reject(Reason.NO_MASK, "no segmentation that pairs with the image refers to it")
+    return classes
+
+
+def read_mask(
+    data: bytes,
+    source: str | None = None,
+    by_value: bool = False,
+    header: Header | None = None,
+    frame: int | None = None,
+) -> list[Layer] | Reject:
+    """The layers of a mask: one, or as many as a segmentation has segments in the slice.
+
+    Args:
+        data: an image file (PNG, JPEG, TIFF, BMP), a NIfTI volume, a DICOM image or a DICOM segmentation.
+        source: the `{label}` of its path.
+        by_value: whether a palette's indices are wanted, and not the colours that they show.
+        header: of the slice, for a segmentation.
+        frame: of the slice, in an object of several.
+
+    Returns:
+        The layers, none where a segmentation that refers to the slice has nothing in it; NO_MASK where it does not
+        refer to it.
+    """
+    if not data:
+        return Reject(Reason.EMPTY_OBJECT, "mask")
+    silence_libraries()
+    if image_files.is_image(data) or data.startswith(b"BM"):
+        if frame is not None:
+            return Reject(Reason.MASK_MISMATCH, "one mask image for an object of several frames")
+        return _of_image(data, source, by_value)
+    if nifti.is_nifti(data):
+        volume = nifti.labels(data)
+        if isinstance(volume, Reject):
+            return volume
+        if frame is None or frame >= len(volume):
+            return Reject(Reason.MASK_MISMATCH, f"a mask volume of {len(volume)} slices")
+        return [Layer(volume[frame], source)]
+    parsed = parse(data)
+    if isinstance(parsed, Reject):
+        return Reject(Reason.NOT_AN_IMAGE if parsed.reason == Reason.NOT_DICOM else parsed.reason, "mask")
+    try:
+        if str(parsed.dataset.get("SOPClassUID", "")) in segments.SOP_CLASSES:
+            return _of_segmentation(parsed.data, header)
+        return _of_dicom(parsed.data, parsed.transfer_syntax_uid, source, frame)
+    except Exception as error:  # pydicom's decoders raise a dozen types on bad bytes
+        return Reject(Reason.DECODE_FAILED, f"mask: {type(error).__name__}")
+
+
+def _of_image(data: bytes, source: str | None, by_value: bool) -> list[Layer] | Reject:
+    """Transparency is left out; bilevel images give 0 and 255."""
+    try:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            if image.width * image.height > _MAX_PIXELS:
+                return Reject(Reason.TOO_LARGE, f"mask of {image.height} x {image.width} pixels")
+            lossy = image.format == "JPEG"
+            indexed = by_value and image.mode == "P"
+            shown = image if indexed or image.mode not in _SHOWN_AS else image.convert(_SHOWN_AS[image.mode])
+            values = np.asarray(shown)
+    except Image.DecompressionBombError:
+        return Reject(Reason.TOO_LARGE, "mask")
+    except Exception as error:  # Pillow's decoders raise a dozen types on bad bytes
+        return Reject(Reason.NOT_AN_IMAGE, f"mask: {type(error).__name__}")
+    if values.dtype.kind not in "iu":
+        return Reject(Reason.UNSUPPORTED_PIXELS, f"mask of {values.dtype.name}")
+    return [Layer(values, source, lossy)]
+
+
+def _of_dicom(data: bytes, transfer_syntax_uid: str, source: str | None, frame: int | None) -> list[Layer] | Reject:
+    """Stored values: neither rescaled nor inverted nor padded, which all are about showing an image."""
+    dataset = pydicom.dcmread(io.BytesIO(data), force=True)
+    if "PixelData" not in dataset:
+        return Reject(Reason.NO_PIXELS, "mask")
+    if dataset.Rows * dataset.Columns > _MAX_PIXELS:
+        return Reject(Reason.TOO_LARGE, f"mask of {dataset.Rows} x {dataset.Columns} pixels")
+    frames = int(dataset.get("NumberOfFrames") or 1)
+    if (frame is None and frames > 1) or (frame is not None and frame >= frames):
+        return Reject(Reason.MASK_MISMATCH, f"a mask of {frames} frames")
+    if "TransferSyntaxUID" not in dataset.file_meta:
+        dataset.file_meta.TransferSyntaxUID = transfer_syntax_uid
+    return [Layer(pixel_array(dataset, index=frame or 0), source, transfer_syntax_uid in _LOSSY)]
+
+
+def _of_segmentation(data: bytes, header: Header | None) -> list[Layer] | Reject:
+    if header is None:
+        return Reject(Reason.NO_MASK, "a DICOM segmentation refers to DICOM instances, and the image is none")
+    found = segments.of_instance(data, header.sop_instance_uid, header.frame)
+    if isinstance(found, Reject):
+        return found
+    return [Layer(np.where(inside, np.int32(number), 0), label) for number, label, inside in found]

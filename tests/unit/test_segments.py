@@ -1,0 +1,169 @@
+"""Segmentations of our own and of other makers give the labels of the instance that their frames refer to."""
+
+from dataclasses import replace
+from io import BytesIO
+from pathlib import Path
+
+import highdicom
+import numpy as np
+import pydicom
+import pytest
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.sr.codedict import codes
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+
+from rayseg.data.labels import Labels
+from rayseg.data.masks import truth
+from rayseg.dicom import segments
+from rayseg.dicom.reading import Geometry, Header
+from rayseg.dicom.segmentation import encode
+from rayseg.records import Reason, Reject
+
+ROWS, COLUMNS = 11, 13  # frames of single bits do not end at whole bytes
+NAMES = ("hemorrhage", "infarct")
+
+
+def source(number: int) -> Dataset:
+    dataset = Dataset()
+    dataset.file_meta = FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    dataset.SOPClassUID = CTImageStorage
+    dataset.SOPInstanceUID = f"1.2.3.4.{number}"
+    dataset.StudyInstanceUID, dataset.SeriesInstanceUID, dataset.FrameOfReferenceUID = "1.2.3", "1.2.3.4", "1.2.3.5"
+    for keyword in ("PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID"):
+        setattr(dataset, keyword, "")
+    dataset.StudyDate = dataset.StudyTime = dataset.ReferringPhysicianName = ""
+    dataset.Modality, dataset.SeriesNumber, dataset.InstanceNumber = "CT", 1, number
+    dataset.Rows, dataset.Columns = ROWS, COLUMNS
+    dataset.PixelSpacing, dataset.SliceThickness = ["1", "1"], "5"
+    dataset.ImagePositionPatient = ["0", "0", str(5 * number)]
+    dataset.ImageOrientationPatient = ["1", "0", "0", "0", "1", "0"]
+    return dataset
+
+
+SOURCES = [source(number) for number in range(4)]
+# Two classes that overlap in slice 1, one of them alone in slice 2, nothing in slices 0 and 3
+PLANES = np.zeros((4, ROWS, COLUMNS, 2), bool)
+PLANES[1, 2:8, 2:8, 0] = PLANES[1, 5:10, 5:12, 1] = PLANES[2, 1:3, 1:9, 1] = True
+
+
+def header(number: int) -> Header:
+    return Header(
+        CTImageStorage, f"1.2.3.4.{number}", "1.2.3.4", "1.2.3", "", None, "CT", "", None, Geometry(ROWS, COLUMNS)
+    )
+
+
+def other_maker(kind: str, planes: np.ndarray, omit_empty_frames: bool = True, **options: object) -> bytes:
+    """A segmentation as highdicom makes it, with labels of its own."""
+    descriptions = [
+        highdicom.seg.SegmentDescription(
+            number, label, codes.SCT.MorphologicallyAbnormalStructure, codes.SCT.Lesion, "MANUAL"
+        )
+        for number, label in enumerate(("Bleed", "Stroke"), start=1)
+    ]
+    stream = BytesIO()
+    highdicom.seg.Segmentation(
+        SOURCES, planes, kind, descriptions, generate_uid(entropy_srcs=["s"]), 5, generate_uid(entropy_srcs=["i"]), 1,
+        "someone", "something", "1", "2", omit_empty_frames=omit_empty_frames, **options,
+    ).save_as(stream)  # fmt: skip
+    return stream.getvalue()
+
+
+def classes_of(data: bytes, number: int, labels: Labels) -> np.ndarray:
+    classes = truth([(data, None)], (ROWS, COLUMNS), labels, header(number))
+    assert isinstance(classes, np.ndarray), classes
+    return classes
+
+
+EXPECTED = np.where(PLANES[..., 1], 2, np.where(PLANES[..., 0], 1, 0))  # the later class wins
+
+
+@pytest.mark.parametrize("omit_empty_frames", [True, False])
+@pytest.mark.parametrize("kind", ["BINARY", "FRACTIONAL", "LABELMAP"])
+def test_segmentations_of_another_maker(kind: str, omit_empty_frames: bool) -> None:
+    planes: np.ndarray = EXPECTED.astype(np.uint8) if kind == "LABELMAP" else PLANES
+    if kind == "FRACTIONAL":  # of 255: 0.3 is out, 0.5 is in
+        planes = np.where(PLANES, 0.9, 0.3)
+        planes[1, 9, 9, 1], planes[1, 9, 10, 1] = 0.5, 0.3
+    data = other_maker(
+        kind, planes, omit_empty_frames, **({"max_fractional_value": 200} if kind == "FRACTIONAL" else {})
+    )
+    expected = EXPECTED.copy()
+    if kind == "FRACTIONAL":
+        expected[1, 9, 10] = 0
+    for number in range(4):
+        by_number = classes_of(data, number, Labels(NAMES))
+        assert np.array_equal(by_number, expected[number])
+        by_label = classes_of(data, number, Labels(NAMES, sources={"Bleed": "hemorrhage", "Stroke": "infarct"}))
+        assert np.array_equal(by_label, expected[number])
+        assert np.array_equal(classes_of(data, number, Labels(("any",))), expected[number] > 0)
+        turned = Labels(NAMES, values={1: "infarct", 2: "background"} | {3: "hemorrhage"})
+        if kind == "BINARY":
+            assert np.array_equal(classes_of(data, number, turned), PLANES[number, ..., 0] * 2)
+
+
+@pytest.mark.parametrize("kind", ["BINARY", "LABELMAP"])
+def test_our_own_segmentations_come_back(kind: str) -> None:
+    data = encode(SOURCES, list(EXPECTED.astype(np.uint8)), NAMES, "m", "1", "d", kind)  # type: ignore[arg-type]
+    assert isinstance(data, bytes)
+    for number in range(4):
+        assert np.array_equal(classes_of(data, number, Labels(NAMES)), EXPECTED[number])
+
+
+def test_an_image_that_it_does_not_refer_to_has_no_mask() -> None:
+    data = other_maker("BINARY", PLANES)
+    for other in (header(77), None):
+        reject = truth([(data, None)], (ROWS, COLUMNS), Labels(NAMES), other)
+        assert isinstance(reject, Reject)
+        assert reject.reason == Reason.NO_MASK
+    # Beside one that does it adds nothing.
+    dataset = pydicom.dcmread(BytesIO(data))
+    stream = BytesIO()
+    for groups in dataset.PerFrameFunctionalGroupsSequence:
+        groups.DerivationImageSequence[0].SourceImageSequence[0].ReferencedSOPInstanceUID += ".9"
+    for instance in dataset.ReferencedSeriesSequence[0].ReferencedInstanceSequence:
+        instance.ReferencedSOPInstanceUID += ".9"
+    dataset.save_as(stream)
+    both = truth([(stream.getvalue(), None), (data, None)], (ROWS, COLUMNS), Labels(NAMES), header(1))
+    assert np.array_equal(both, EXPECTED[1])
+
+
+def test_a_segment_that_no_class_is_named_for_is_an_error() -> None:
+    data = other_maker("BINARY", PLANES)
+    for labels in (Labels(("a",), values={1: "a"}), Labels(("a",), sources={"Bleed": "a"})):
+        reject = truth([(data, None)], (ROWS, COLUMNS), labels, header(2))
+        assert isinstance(reject, Reject)
+        assert reject.reason == Reason.MASK_VALUES
+
+
+def test_real_segmentations_of_every_encoding_agree(shared_data: Path) -> None:
+    folder = shared_data / "dicom-corpus/pydicom-data/data_store/data"
+    paths = sorted(folder.glob("liver*.dcm"))
+    assert len(paths) == 9  # native, big endian, deflated, JPEG 2000 and RLE of one object, whole bytes a frame and not
+    twin = pydicom.dcmread(folder / "liver.dcm")
+    expected = twin.pixel_array
+    for path in paths:
+        data = path.read_bytes()
+        for index, groups in enumerate(twin.PerFrameFunctionalGroupsSequence):
+            instance = groups.DerivationImageSequence[0].SourceImageSequence[0].ReferencedSOPInstanceUID
+            found = segments.of_instance(data, instance)
+            assert isinstance(found, list), path.name
+            ((number, label, inside),) = found
+            assert (number, label) == (1, "Liver")
+            if "nonbyte" in path.name:  # its right and lower border are cut off, all of them background
+                inside = np.pad(inside, ((0, 2), (0, 2)))
+            assert np.array_equal(inside, expected[index] > 0), path.name
+
+
+def test_frames_of_a_multi_frame_source_are_told_apart() -> None:
+    dataset = pydicom.dcmread(BytesIO(other_maker("BINARY", PLANES)))
+    for groups in dataset.PerFrameFunctionalGroupsSequence:
+        source = groups.DerivationImageSequence[0].SourceImageSequence[0]
+        source.ReferencedFrameNumber = int(source.ReferencedSOPInstanceUID.rpartition(".")[2]) + 1
+        source.ReferencedSOPInstanceUID = "1.2.3.4.0"
+    stream = BytesIO()
+    dataset.save_as(stream)
+    for frame in range(4):
+        of_frame = replace(header(0), frame=frame)
+        classes = truth([(stream.getvalue(), None)], (ROWS, COLUMNS), Labels(NAMES), of_frame, frame)
+        assert np.array_equal(classes, EXPECTED[frame])
