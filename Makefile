@@ -6,12 +6,13 @@ DATA ?=
 ARCHIVE ?=
 RECIPE ?= $(if $(DATA),configs/demo-mri.yaml,configs/demo.yaml)
 SET ?=
+SUITE ?= data
 export MLFLOW_DISABLE_TELEMETRY = true
 export MLFLOW_SERVER_ENABLE_JOB_EXECUTION = false
 export DO_NOT_TRACK = true
 export RAY_USAGE_STATS_ENABLED = 0
 
-.PHONY: setup demo test lint mlflow serve lock clean
+.PHONY: setup demo test lint bench mlflow serve lock clean
 
 setup: .venv/.installed
 
@@ -35,6 +36,9 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+bench: setup
+	$(BIN)/python -m jobs.benchmark --set suite=$(SUITE) $(foreach s,$(SET),--set $(s))
 
 mlflow: setup
 	$(BIN)/mlflow server --host 127.0.0.1 --port 5000 --backend-store-uri sqlite:///demo/mlflow.db --workers 1

@@ -17,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 
 ConfigT = TypeVar("ConfigT")
 
-SECTIONS = frozenset({"catalog", "prepare", "train", "evaluate", "promote", "segment", "serve", "demo"})
+SECTIONS = frozenset({"catalog", "prepare", "train", "evaluate", "promote", "segment", "serve", "demo", "benchmark"})
 
 
 def load(

@@ -1,0 +1,161 @@
+"""The data plane: decoding by stage, preparing against a bare loop, spill, and the start and memory of the feed."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pyarrow as pa
+import ray
+import ray.data
+from ray._private import internal_api  # what the object store has spilled is told nowhere else
+
+from rayseg import storage
+from rayseg.benchmark import inputs
+from rayseg.data.labels import Labels, read_mask
+from rayseg.data.prepare import PrepareConfig, prepare
+from rayseg.data.preprocess import Preprocess
+from rayseg.data.split import Split
+from rayseg.dicom.reading import Slice, read_slice
+from rayseg.records import MANIFEST, Reject
+
+OBJECT_STORE_BYTES = 80 * 2**20  # Ray wants at least 75 MiB
+_WINDOW = Preprocess(size=(inputs.SIZE, inputs.SIZE), window="brain", percentiles=None)
+_SCALED = Preprocess(size=(256, 256), window="brain", percentiles=None)
+_FILES = 64  # of which the source of the preparing is made, by links
+_PREPARED_ROWS = 4096
+_FEED = """
+import json, resource, sys, time
+from rayseg.data.feed import batches
+from rayseg.data.prepared import describe
+began = time.perf_counter()
+feed = batches(describe(sys.argv[1]), "train", global_batch=8, rank=0, world_size=1, seed=1, epoch=0)
+next(feed)
+first = time.perf_counter() - began
+for _ in range(100):
+    next(feed)
+feed.close()
+print(json.dumps([first, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]))
+"""
+
+
+def measure(folder: Path, repeats: int, rows: int) -> dict[str, Any]:
+    """All figures of the suite; `folder` is for its files."""
+    return _by_stage(repeats) | _preparing(folder, repeats) | _feeding(folder, repeats, rows) | _s3()
+
+
+def figure(values: list[float]) -> dict[str, float]:
+    """The median of repeated measurements, with the least and the greatest."""
+    return {"value": median(values), "least": min(values), "greatest": max(values)}
+
+
+def _by_stage(repeats: int) -> dict[str, Any]:
+    """Milliseconds a slice on one core, from bytes in memory: reading, the window, and the window with scaling."""
+    figures = {}
+    for syntax in inputs.SYNTAXES:
+        data = inputs.ct_slice(syntax)
+        slice = read_slice(data)
+        assert isinstance(slice, Slice), slice
+        stages = {
+            "read": lambda data=data: read_slice(data),
+            "window": lambda slice=slice: _WINDOW.apply(slice),
+            "window_and_scale_to_256": lambda slice=slice: _SCALED.apply(slice),
+            "read_and_window": lambda data=data: _WINDOW.apply(read_slice(data)),  # type: ignore[arg-type]
+        }
+        for stage, call in stages.items():
+            figures[f"ms_per_slice.{syntax}.{stage}"] = figure([1000 * _seconds(call, 20) for _ in range(repeats)])
+    return figures
+
+
+def _seconds(call: Callable[[], object], times: int) -> float:
+    began = time.perf_counter()
+    for _ in range(times):
+        call()
+    return (time.perf_counter() - began) / times
+
+
+def _preparing(folder: Path, repeats: int) -> dict[str, Any]:
+    """Slices a second and core of the prepare job over those of a bare loop in memory; what Ray spilled meanwhile."""
+    manifest = _manifest(folder / "source")
+    image, mask = inputs.ct_slice("uncompressed"), inputs.ct_mask()
+    labels = Labels()
+
+    def bare() -> None:
+        slice, values = read_slice(image), read_mask(mask)
+        assert isinstance(slice, Slice)
+        assert not isinstance(values, Reject)
+        _SCALED.apply(slice)
+        _SCALED.apply_mask(labels.apply(values))
+
+    cores = os.cpu_count() or 1
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    ray.init(address="local", num_cpus=cores, object_store_memory=OBJECT_STORE_BYTES, include_dashboard=False)
+    ratios, rates = [], []
+    try:
+        for repeat in range(-1, repeats):
+            loop = _seconds(bare, 200)
+            # All in training: the same picture in two splits would be a leak.
+            config = PrepareConfig(manifest, str(folder / f"set{repeat}"), _SCALED, split=Split(0.0, 0.0))
+            seconds = prepare(config).seconds
+            loop = (loop + _seconds(bare, 200)) / 2
+            if repeat >= 0:  # the first one starts the workers
+                rates.append(_PREPARED_ROWS / seconds / cores)
+                ratios.append(rates[-1] * loop)
+        state = internal_api.get_state_from_address(ray.get_runtime_context().gcs_address)
+        stats = internal_api.get_memory_info_reply(state).store_stats
+    finally:
+        ray.shutdown()
+    source_bytes = (repeats + 1) * _PREPARED_ROWS * (len(image) + len(mask))
+    return {
+        "prepare_vs_bare_loop": figure(ratios),
+        "prepare.slices_per_second_and_core": figure(rates),
+        "prepare.source_over_object_store": figure([source_bytes / (repeats + 1) / OBJECT_STORE_BYTES]),
+        "prepare.spilled_bytes": figure([float(stats.spilled_bytes_total)]),
+        "prepare.object_store_bytes_in_use": figure([float(stats.object_store_bytes_used)]),
+    }
+
+
+def _manifest(folder: Path) -> str:
+    """A manifest of links to a few slices and masks: reading them is reading real files, from the page cache."""
+    folder.mkdir()
+    for number in range(_FILES):
+        (folder / f"{number}.dcm").write_bytes(inputs.ct_slice("uncompressed"))
+        (folder / f"{number}.png").write_bytes(inputs.ct_mask())
+    rows = []
+    for number in range(_PREPARED_ROWS):
+        uris = {}
+        for name, suffix in (("uri", "dcm"), ("mask_uri", "png")):
+            link = folder / f"link{number}.{suffix}"
+            link.symlink_to(folder / f"{number % _FILES}.{suffix}")
+            uris[name] = str(link)
+        rows.append({**uris, "verdict": "ok", "kind": "dicom", "patient_key": f"{number // 64:020x}"})
+    storage.write_table(str(folder / "manifest.parquet"), pa.Table.from_pylist(rows, schema=MANIFEST))
+    return str(folder / "manifest.parquet")
+
+
+def _feeding(folder: Path, repeats: int, rows: int) -> dict[str, Any]:
+    """Seconds to the first batch, and the growth of memory from a set of 1,000 rows to one of `rows`."""
+    small, large = (inputs.prepared_set(folder / f"rows{count}", count) for count in (1000, rows))
+    firsts: dict[str, list[float]] = {small: [], large: []}
+    growths = []
+    for _ in range(repeats):
+        peaks = {}
+        for uri, of_set in firsts.items():
+            done = subprocess.run([sys.executable, "-c", _FEED, uri], stdout=subprocess.PIPE, check=True)
+            first, peaks[uri] = json.loads(done.stdout)
+            of_set.append(first)
+        growths.append(peaks[large] / peaks[small] - 1)
+    return {
+        "first_batch_s.1000_rows": figure(firsts[small]),
+        f"first_batch_s.{rows}_rows": figure(firsts[large]),
+        f"rss_growth_1000_to_{rows}": figure(growths),
+    }
+
+
+def _s3() -> dict[str, Any]:
+    return {"s3_read_vs_boto3": {"reason": "boto3 is no dependency of rayseg"}}
