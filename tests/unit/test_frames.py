@@ -19,13 +19,14 @@ from pydicom.encaps import encapsulate, generate_frames
 from rayseg.data import manifest
 from rayseg.data.labels import Labels
 from rayseg.data.preprocess import Preprocess
-from rayseg.data.samples import PLAN, make, write_shards
+from rayseg.data.samples import PLAN, TAKEN, make, write_shards
+from rayseg.data.spool import packed
 from rayseg.dicom import pixels
 from rayseg.dicom.pseudonyms import Pseudonyms
 from rayseg.dicom.reading import Geometry, Header, Slice, read_header, read_headers, read_slice, read_slices
 from rayseg.dicom.segmentation import Kind, decode, encode
 from rayseg.dicom.series import verdict
-from rayseg.records import MANIFEST, Reason, Reject
+from rayseg.records import MANIFEST, PREPARED, Reason, Reject
 
 Enhanced = Callable[..., Dataset]
 AsFile = Callable[..., bytes]
@@ -254,10 +255,11 @@ def test_prepare_reads_an_object_once_and_keeps_the_order(
     read_each = storage.read_each
     monkeypatch.setattr(storage, "read_each", lambda uris: read_each(reads.append(uri) or uri for uri in uris))
     samples = [
-        {"row_id": str(frame), "patient_key": "p", "series_key": "s", "uri": at, "frame": frame, "split": "train"}
+        {"patient_key": "p", "series_key": "s", "uri": at, "frame": frame, "masks": [], "split": "train"}
         for at, frame in ((uri, 3), (other, None), (uri, 0), (uri, 7), (uri, 4))
     ]
-    plan = pa.Table.from_pylist([{"path": "x.parquet", "samples": samples}], schema=PLAN)
+    cell = packed(pa.Table.from_pylist(samples, pa.schema([PREPARED.field(name) for name in (*TAKEN, "split")])))
+    plan = pa.Table.from_pylist([{"path": "x.parquet", "samples": cell}], schema=PLAN)
     preprocess = Preprocess(size=(12, 10), percentiles=(0, 100))
     (shard,) = write_shards(plan, str(tmp_path), preprocess, Labels(), 16).to_pylist()
     assert reads == [uri, other]
@@ -274,8 +276,8 @@ def test_one_mask_is_not_that_of_every_frame(enhanced: Enhanced, as_file: AsFile
     one = read_slice(as_file(enhanced(WORDS_NHW)), 1)
     mask = io.BytesIO()
     Image.fromarray(np.zeros((36, 40), np.uint8)).save(mask, "PNG")
-    made = make(one, mask.getvalue(), Preprocess(size=(8, 8)), Labels())
-    assert made == Reject(Reason.MASK_MISMATCH, "one mask for an object of several frames")
+    made = make(one, [(mask.getvalue(), None)], Preprocess(size=(8, 8)), Labels(), frame=1)
+    assert made == Reject(Reason.MASK_MISMATCH, "one mask image for an object of several frames")
 
 
 # The segmentation

@@ -17,7 +17,8 @@ from ray._private import internal_api  # what the object store has spilled is to
 
 from rayseg import storage
 from rayseg.benchmark import inputs
-from rayseg.data.labels import Labels, read_mask
+from rayseg.data.labels import Labels
+from rayseg.data.masks import truth
 from rayseg.data.prepare import PrepareConfig, prepare
 from rayseg.data.preprocess import Preprocess
 from rayseg.data.split import Split
@@ -86,11 +87,12 @@ def _preparing(folder: Path, repeats: int) -> dict[str, Any]:
     labels = Labels()
 
     def bare() -> None:
-        slice, values = read_slice(image), read_mask(mask)
+        slice = read_slice(image)
         assert isinstance(slice, Slice)
-        assert not isinstance(values, Reject)
+        classes = truth([(mask, None)], slice.shape, labels, slice.header)
+        assert not isinstance(classes, Reject)
         _SCALED.apply(slice)
-        _SCALED.apply_mask(labels.apply(values))
+        _SCALED.apply_mask(classes)
 
     cores = os.cpu_count() or 1
     ray.data.DataContext.get_current().enable_progress_bars = False
@@ -129,11 +131,20 @@ def _manifest(folder: Path) -> str:
     rows = []
     for number in range(_PREPARED_ROWS):
         uris = {}
-        for name, suffix in (("uri", "dcm"), ("mask_uri", "png")):
+        for suffix in ("dcm", "png"):
             link = folder / f"link{number}.{suffix}"
             link.symlink_to(folder / f"{number % _FILES}.{suffix}")
-            uris[name] = str(link)
-        rows.append({**uris, "verdict": "ok", "kind": "dicom", "patient_key": f"{number // 64:020x}"})
+            uris[suffix] = str(link)
+        masks = [{"uri": uris["png"], "label": None}]
+        rows.append(
+            {
+                "uri": uris["dcm"],
+                "masks": masks,
+                "verdict": "ok",
+                "kind": "dicom",
+                "patient_key": f"{number // 64:020x}",
+            }
+        )
     storage.write_table(str(folder / "manifest.parquet"), pa.Table.from_pylist(rows, schema=MANIFEST))
     return str(folder / "manifest.parquet")
 
