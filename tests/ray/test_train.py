@@ -73,7 +73,8 @@ def config(prepared: str, folder: Path, **changes: object) -> TrainConfig:
         "model": UNetConfig(widths=(4, 8)),
         "batch_size": 4,
         "epochs": EPOCHS,
-        "learning_rate": 0.01,
+        "learning_rate": 0.015,
+        "warmup_epochs": 0,
         "cpus_per_worker": 1.0,
     }
     return TrainConfig(**(values | changes))  # type: ignore[arg-type]

@@ -82,6 +82,10 @@ SERIES: dict[str, list[Dataset]] = {
     "one slice without thickness": [source(1, [0, 0, 0], SliceThickness="")],
     "magnetic resonance": [source(n, [0, 0, 2 * n], SOPClassUID=uid.MRImageStorage, Modality="MR") for n in range(3)],
     "long decimals": [source(n, [0, 0, 5 * n], PixelSpacing=["0.48828125000001", "0.4882812500001"]) for n in range(3)],
+    "rounded": [
+        source(n, [0, 0, 5 * n], ImageOrientationPatient=[1, 0, 0, 0, 0.9396926, third])
+        for n, third in enumerate((-0.3420201, -0.34202, -0.342))
+    ],
     "poor": [
         source(n, [0, 0, 5 * n], **dict.fromkeys(("PatientName", "PatientBirthDate", "StudyDate", "SeriesDate")))
         for n in range(2)
@@ -165,8 +169,10 @@ def test_nothing_found(kind: Kind, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_real_series(shared_data: Path, kind: Kind, tmp_path: Path) -> None:
-    for folder in ("Study1/12-T1post-05670", "Study2/37623-FLAIRreg-62665"):
-        blobs = [path.read_bytes() for path in sorted((shared_data / "mr-archive" / folder).glob("*.dcm"))[::3]]
+    folders = sorted((shared_data / "mr-archive").glob("*/*"))
+    assert len(folders) == 4
+    for folder in folders:
+        blobs = [path.read_bytes() for path in sorted(folder.glob("*.dcm"))[::4]]
         datasets = [pydicom.dcmread(BytesIO(blob), stop_before_pixels=True) for blob in blobs]
         generator = np.random.default_rng(0)
         masks = [generator.integers(0, 3, (d.Rows, d.Columns)).astype(np.uint8) for d in datasets]
@@ -273,10 +279,12 @@ def test_other_wrong_sources_are_rejected() -> None:
     mask_HW = np.zeros((12, 10), np.uint8)
     garbage = encode([b"no data set"], [mask_HW], LABELS, "rayseg", "3", "0")
     assert isinstance(garbage, Reject)
-    other = [source(0, [0, 0, 0]), source(1, [0, 0, 5], SeriesInstanceUID="9.9")]
-    mixed = encode(other, masks_of(other), LABELS, "rayseg", "3", "0")
-    assert isinstance(mixed, Reject)
-    assert mixed.reason == Reason.SERIES_MIXED
+    turned = [1, 0, 0, 0, 0.99999, 0.0044721]
+    for change in ({"SeriesInstanceUID": "9.9"}, {"ImageOrientationPatient": turned}):
+        other = [source(0, [0, 0, 0]), source(1, [0, 0, 5], **change)]
+        mixed = encode(other, masks_of(other), LABELS, "rayseg", "3", "0")
+        assert isinstance(mixed, Reject)
+        assert mixed.reason == Reason.SERIES_MIXED
 
 
 def test_masks_that_do_not_belong_raise() -> None:

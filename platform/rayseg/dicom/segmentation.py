@@ -26,6 +26,8 @@ from rayseg.records import Reason, Reject
 
 Kind = Literal["BINARY", "LABELMAP"]
 
+# Of direction cosines: scanners write some slices of a stack with fewer digits; moves a pixel by a hundredth of a mm.
+_ROUNDING = 1e-4
 _NO_DATE, _NO_TIME = "19700101", "000000"  # of a source without dates; the attributes are mandatory
 
 _ALTERED = Code("49755003", "SCT", "Morphologically Altered Structure")
@@ -67,8 +69,8 @@ def encode(
 
     Returns:
         The object's bytes; or a Reject where a source lacks a place in the patient or another needed attribute
-        (MISSING_ATTRIBUTE), is no data set (CORRUPT), differs from the others in size, series or frame of reference
-        (SERIES_MIXED), or cannot be expressed as a segmentation (WRITE_FAILED).
+        (MISSING_ATTRIBUTE), is no data set (CORRUPT), differs from the others in size, series, frame of reference or
+        orientation (SERIES_MIXED), or cannot be expressed as a segmentation (WRITE_FAILED).
 
     Raises:
         ValueError: masks that do not belong to the sources, or values without label.
@@ -92,6 +94,11 @@ def encode(
         return Reject(Reason.SERIES_MIXED, "slices of several series, frames of reference or sizes")
     slices.sort(key=lambda one: (_along_normal_mm(one.dataset), one.sop_instance_uid, one.frame or 0))
     datasets = [one.dataset for one in slices]
+    orientations = np.array([dataset.ImageOrientationPatient for dataset in datasets], float)
+    if np.abs(orientations - orientations[0]).max() > _ROUNDING:
+        return Reject(Reason.SERIES_MIXED, "ImageOrientationPatient differs within the series by more than rounding")
+    for dataset in datasets:
+        dataset.ImageOrientationPatient = datasets[0].ImageOrientationPatient  # the frames share it
     if "SliceThickness" not in datasets[0]:
         datasets[0].SliceThickness = _nominal_thickness(datasets)
     name, version = _long_string(model_name), _long_string(model_version)
