@@ -234,7 +234,9 @@ def read_row_groups(uri: str, columns: Sequence[str]) -> Iterator[pa.Table]:
 def write_table(uri: str, table: pa.Table, row_group_rows: int | None = None) -> None:
     """Writes `table` as one Parquet file (zstd), atomically; equal tables give equal bytes."""
     buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd", row_group_size=row_group_rows)
+    # The least and the greatest picture of each row group tell nothing, and readers keep all footers in memory.
+    statistics = not any(pa.types.is_binary(field.type) for field in table.schema)
+    pq.write_table(table, buffer, compression="zstd", row_group_size=row_group_rows, write_statistics=statistics)
     write(uri, buffer.getvalue())
 
 
