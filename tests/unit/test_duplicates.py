@@ -115,14 +115,16 @@ def test_all_pairs_are_found_and_no_others() -> None:
 
 def test_differences_spread_over_all_bits_are_found_too() -> None:
     """However the bits are mixed, as many differing ones as are allowed leave one of the bands equal."""
-    mixed = np.random.default_rng(0).permutation(576)
-    for count, found in ((MOST_BITS, 1), (MOST_BITS + 1, 0)):
+    bands = np.array_split(np.random.default_rng(0).permutation(576), MOST_BITS + 1)
+    for equal in range(MOST_BITS + 1):
         first = RNG.integers(0, 2, 576).astype(np.uint8)
         second = first.copy()
-        for band in np.array_split(mixed, MOST_BITS + 1)[:count]:
-            second[band[0]] ^= 1
-        prints = [np.packbits(bits_).tobytes() for bits_ in (first, second)]
-        assert len(near_duplicates(prints, ["train", "val"])) == found
+        for number, band in enumerate(bands):
+            second[band[0]] ^= number != equal
+        prints = [np.packbits(signs).tobytes() for signs in (first, second)]
+        assert near_duplicates(prints, ["train", "val"]) == [(0, 1, MOST_BITS)]
+        second[bands[equal][0]] ^= 1
+        assert near_duplicates([prints[0], np.packbits(second).tobytes()], ["train", "val"]) == []
 
 
 def test_of_equal_pictures_one_a_part_is_named() -> None:
