@@ -1,43 +1,51 @@
-"""NIfTI-1 volumes (.nii, .nii.gz) as axial slices that lie as those of DICOM do: rows to the back, columns to the left.
+"""NIfTI volumes (.nii, .nii.gz) as axial slices that lie as those of DICOM do: rows to the back, columns to the left.
 
-https://nifti.nimh.nih.gov/pub/dist/src/niftilib/nifti1.h says how; where a file gives no place, nibabel's rules hold.
+nibabel says what a header means, how the stored axes are turned, and which place holds where a file gives none.
 """
 
 import math
-import struct
 import zlib
 from dataclasses import dataclass
 from functools import lru_cache
+from io import BytesIO
 from typing import Any
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
+from nibabel import Nifti1Header, Nifti2Header, imageglobals
+from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
 
 from rayseg.records import Reason, Reject
 
-_HEADER_BYTES = 352
+_HEADERS = {b"n+1\0": (344, 352, Nifti1Header), b"n+2\0": (4, 544, Nifti2Header)}  # magic: its place, bytes before data
+_BEGINNING = 544
 _MAX_VOXELS = 2**29
-_TYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8"}
 _TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # NIfTI's coordinates run to the right and the front
+# The header is checked here, by reasons; nibabel would log what it mends.
+imageglobals.error_level, imageglobals.log_level = 100, 100
 
 
 @dataclass(frozen=True, eq=False)
 class Volume:
-    """What a header says; `order` and `flipped` turn the stored axes into left, back, head."""
+    """What a header says; `orientation`, as nibabel has it, turns the stored axes into left, back, head."""
 
     dtype: np.dtype
-    shape: tuple[int, int, int]  # as stored
+    stored: tuple[int, int, int]  # shape
     offset: int
     slope: float
     intercept: float
-    order: tuple[int, int, int]
-    flipped: tuple[bool, bool, bool]
+    orientation: np.ndarray
     affine: np.ndarray  # of the turned axes, to millimetres of DICOM's patient coordinates; float64 (4, 4)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of the turned axes: columns, rows, slices."""
+        of_axis = dict(zip(self.orientation[:, 0].astype(int).tolist(), self.stored, strict=True))
+        return of_axis[0], of_axis[1], of_axis[2]
 
     @property
     def slices(self) -> int:
         """How many axial slices there are."""
-        return self.shape[self.order[2]]
+        return self.shape[2]
 
     def place(self, index: int) -> dict[str, Any]:
         """Where axial slice `index`, counted from the feet, lies: the columns of a manifest that say so."""
@@ -45,8 +53,8 @@ class Volume:
         lengths = np.linalg.norm(steps, axis=0)
         along_row, along_column = steps[:, 0] / lengths[0], steps[:, 1] / lengths[1]
         return {
-            "rows": self.shape[self.order[1]],
-            "columns": self.shape[self.order[0]],
+            "rows": self.shape[1],
+            "columns": self.shape[0],
             "pixel_spacing_mm": [float(lengths[1]), float(lengths[0])],
             "slice_thickness_mm": float(lengths[2]),
             "image_position_mm": (self.affine @ (0, 0, index, 1))[:3].tolist(),
@@ -55,38 +63,52 @@ class Volume:
 
 
 def is_nifti(data: bytes) -> bool:
-    """Whether the bytes, which may be a file's beginning, are those of a single-file NIfTI-1 volume."""
-    return _beginning(data)[344:348] == b"n+1\0"
+    """Whether the bytes, which may be a file's beginning, are those of a single-file NIfTI volume."""
+    beginning = _inflated(data, _BEGINNING)
+    return any(beginning[place : place + 4] == magic for magic, (place, _, _) in _HEADERS.items())
 
 
 def read_volume(data: bytes) -> Volume | Reject:
     """The header, from the file or its beginning."""
-    header = _beginning(data)
-    if len(header) < _HEADER_BYTES:
+    beginning = _inflated(data, _BEGINNING)
+    size, form = next(
+        ((size, form) for magic, (place, size, form) in _HEADERS.items() if beginning[place : place + 4] == magic),
+        (0, None),
+    )
+    if form is None or len(beginning) < size:
         return Reject(Reason.TRUNCATED, "NIfTI header")
-    order = "<" if struct.unpack_from("<i", header)[0] == 348 else ">"
-    if struct.unpack_from(order + "i", header)[0] != 348:
-        return Reject(Reason.CORRUPT, "NIfTI: sizeof_hdr")
-    dimensions = struct.unpack_from(order + "8h", header, 40)
-    if not 2 <= dimensions[0] <= 7 or min(dimensions[1 : dimensions[0] + 1]) < 1:
-        return Reject(Reason.CORRUPT, "NIfTI: dim")
-    if math.prod(dimensions[4 : dimensions[0] + 1]) > 1:
-        return Reject(Reason.UNSUPPORTED_MULTIFRAME, "NIfTI: several volumes in one file")
-    shape = (dimensions[1], dimensions[2], dimensions[3] if dimensions[0] > 2 else 1)
-    if math.prod(shape) > _MAX_VOXELS:
-        return Reject(Reason.TOO_LARGE, "NIfTI: dim")
-    datatype = struct.unpack_from(order + "h", header, 70)[0]
-    if datatype not in _TYPES:
-        return Reject(Reason.UNSUPPORTED_PIXELS, "NIfTI: datatype")
-    affine = _affine(header, order, shape)
-    offset, slope, intercept = struct.unpack_from(order + "3f", header, 108)
-    if affine is None or not _HEADER_BYTES <= offset < 2**24:
-        return Reject(Reason.CORRUPT, "NIfTI: the affine transform or vox_offset")
-    scaled = math.isfinite(slope) and slope != 0 and math.isfinite(intercept)
-    return _turned(
-        np.dtype(order + _TYPES[datatype]), shape, int(offset), slope if scaled else 1.0, intercept if scaled else 0.0,
-        _TO_LPS @ affine,
-    )  # fmt: skip
+    try:
+        header = form.from_fileobj(BytesIO(beginning), check=False)
+        dimensions = [int(value) for value in header["dim"]]
+        if not 2 <= dimensions[0] <= 7 or min(dimensions[1 : dimensions[0] + 1]) < 1:
+            return Reject(Reason.CORRUPT, "NIfTI: dim")
+        if math.prod(dimensions[4 : dimensions[0] + 1]) > 1:
+            return Reject(Reason.UNSUPPORTED_MULTIFRAME, "NIfTI: several volumes in one file")
+        shape = (dimensions[1], dimensions[2], dimensions[3] if dimensions[0] > 2 else 1)
+        if math.prod(shape) > _MAX_VOXELS:
+            return Reject(Reason.TOO_LARGE, "NIfTI: dim")
+        try:
+            dtype = header.get_data_dtype()
+        except KeyError:
+            dtype = np.dtype("V1")
+        if dtype.kind not in "iuf" or dtype.itemsize > 8 or dtype == np.uint64:
+            return Reject(Reason.UNSUPPORTED_PIXELS, "NIfTI: datatype")
+        header.set_data_shape(shape)
+        affine = _TO_LPS @ header.get_best_affine()
+        offset = float(header["vox_offset"])
+        if not (np.isfinite(affine).all() and abs(np.linalg.det(affine)) > 1e-12 and size <= offset < 2**24):
+            return Reject(Reason.CORRUPT, "NIfTI: the affine transform or vox_offset")
+        slope, intercept = float(header["scl_slope"]), float(header["scl_inter"])
+        scaled = math.isfinite(slope) and slope != 0 and math.isfinite(intercept)
+        orientation = io_orientation(affine)
+        if np.isnan(orientation).any():
+            return Reject(Reason.CORRUPT, "NIfTI: the affine transform or vox_offset")
+        turned = affine @ inv_ornt_aff(orientation, shape)
+    except Exception as error:  # nibabel raises several types on headers that mean nothing
+        return Reject(Reason.CORRUPT, f"NIfTI: {type(error).__name__}")
+    return Volume(
+        dtype, shape, int(offset), slope if scaled else 1.0, intercept if scaled else 0.0, orientation, turned
+    )
 
 
 @lru_cache(maxsize=1)  # its slices come one after the other
@@ -135,19 +157,15 @@ def _values(data: bytes) -> tuple[np.ndarray, float, float] | Reject:
     volume = read_volume(data)
     if isinstance(volume, Reject):
         return volume
-    count = math.prod(volume.shape)
+    count = math.prod(volume.stored)
     end = volume.offset + count * volume.dtype.itemsize
     content = _inflated(data, end)
     if len(content) < end:
         return Reject(Reason.TRUNCATED, "NIfTI: fewer bytes than dim needs")
-    stored = np.frombuffer(content, volume.dtype, count, volume.offset).reshape(volume.shape, order="F")
-    turned = stored.transpose(volume.order)[tuple(slice(None, None, -1 if flip else 1) for flip in volume.flipped)]
+    stored = np.frombuffer(content, volume.dtype, count, volume.offset).reshape(volume.stored, order="F")
+    turned = apply_orientation(stored, volume.orientation)
     values = np.ascontiguousarray(turned.transpose(2, 1, 0)).astype(volume.dtype.newbyteorder("="), copy=False)
     return values, volume.slope, volume.intercept
-
-
-def _beginning(data: bytes) -> bytes:
-    return _inflated(data, _HEADER_BYTES)
 
 
 def _inflated(data: bytes, length: int) -> bytes:
@@ -158,46 +176,3 @@ def _inflated(data: bytes, length: int) -> bytes:
         return zlib.decompressobj(16 + zlib.MAX_WBITS).decompress(data, length)
     except zlib.error:
         return b""
-
-
-def _affine(header: bytes, order: str, shape: tuple[int, int, int]) -> np.ndarray | None:
-    """From indices to millimetres to the right, front and head: the sform, else the qform, else spacing alone."""
-    spacing = np.abs(struct.unpack_from(order + "3f", header, 80)).astype(np.float64)
-    qform_code, sform_code = struct.unpack_from(order + "2h", header, 252)
-    affine = np.eye(4)
-    if sform_code > 0:
-        affine[:3] = np.reshape(struct.unpack_from(order + "12f", header, 280), (3, 4))
-    elif qform_code > 0:
-        b, c, d = (float(value) for value in struct.unpack_from(order + "3f", header, 256))
-        a = math.sqrt(max(0.0, 1.0 - (b * b + c * c + d * d)))
-        turn = np.array(
-            [
-                [a * a + b * b - c * c - d * d, 2 * (b * c - a * d), 2 * (b * d + a * c)],
-                [2 * (b * c + a * d), a * a + c * c - b * b - d * d, 2 * (c * d - a * b)],
-                [2 * (b * d - a * c), 2 * (c * d + a * b), a * a + d * d - b * b - c * c],
-            ]
-        )
-        handedness = -1.0 if struct.unpack_from(order + "f", header, 76)[0] < 0 else 1.0
-        affine[:3, :3] = turn * (spacing * (1, 1, handedness))
-        affine[:3, 3] = struct.unpack_from(order + "3f", header, 268)
-    else:  # radiological order, the middle of the volume at the origin
-        affine[:3, :3] = np.diag(spacing * (-1, 1, 1))
-        affine[:3, 3] = -affine[:3, :3] @ ((np.array(shape) - 1) / 2)
-    usable = np.isfinite(affine).all() and abs(np.linalg.det(affine)) > 1e-12
-    return affine if usable else None
-
-
-def _turned(
-    dtype: np.dtype, shape: tuple[int, int, int], offset: int, slope: float, intercept: float, affine: np.ndarray
-) -> Volume:
-    """Finds for each of left, back and head the stored axis that runs along it most."""
-    directions = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
-    _, axes = linear_sum_assignment(-np.abs(directions))
-    order = (int(axes[0]), int(axes[1]), int(axes[2]))
-    flipped = tuple(bool(directions[world, axis] < 0) for world, axis in enumerate(order))
-    turn = np.zeros((4, 4))  # from turned indices to stored ones
-    turn[3, 3] = 1
-    for world, axis in enumerate(order):
-        turn[axis, world] = -1 if flipped[world] else 1
-        turn[axis, 3] = shape[axis] - 1 if flipped[world] else 0
-    return Volume(dtype, shape, offset, slope, intercept, order, (flipped[0], flipped[1], flipped[2]), affine @ turn)
