@@ -335,7 +335,13 @@ def test_healthz_and_model(service: Service):
         "digest": service.version.digest,
         "run_id": service.version.run_id,
         "labels": ["lesion"],
-        "preprocess": {"size": [64, 64], "window": {"center": 40.0, "width": 80.0}, "percentiles": None},
+        "preprocess": {
+            "size": [64, 64],
+            "window": {"center": 40.0, "width": 80.0},
+            "percentiles": None,
+            "z_score": None,
+            "color": False,
+        },
         "threshold": 0.5,
     }
 
