@@ -43,7 +43,7 @@ ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 
 # What these say stays so however often it is asked; pyarrow gives an OSError with the store's error name in its text.
-_FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+_FINAL = (FileExistsError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 _FORBIDDEN = ("ACCESS_DENIED", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH", "HTTP status 403")
 _JITTER = random.SystemRandom()
 _TEMPORARY = (".rayseg-", ".tmp")  # prefix and suffix of half-written local files
