@@ -19,6 +19,13 @@ _PARAMS_A_BATCH = 100  # MLflow's limit for one request
 _SQLITE = "sqlite:///"
 
 
+def absolute(tracking_uri: str) -> str:
+    """The URI as it holds in every folder: the path of a SQLite store made absolute."""
+    if not tracking_uri.startswith(_SQLITE):
+        return tracking_uri
+    return _SQLITE + str(Path(tracking_uri.removeprefix(_SQLITE)).absolute())
+
+
 def client(tracking_uri: str) -> MlflowClient:
     """A client for the tracking store and the model registry at `tracking_uri`."""
     return MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)

@@ -32,8 +32,6 @@ __all__ = ["TrainConfig", "TrainResult", "fit"]
 
 logger = logging.getLogger(__name__)
 
-_SQLITE = "sqlite:///"
-
 
 def fit(config: TrainConfig) -> TrainResult:
     """Trains a model on the prepared set and registers its best epoch.
@@ -54,7 +52,7 @@ def fit(config: TrainConfig) -> TrainResult:
         config,
         prepared=storage.absolute(config.prepared),
         storage=storage.absolute(config.storage),
-        tracking_uri=_absolute(config.tracking_uri),
+        tracking_uri=runs.absolute(config.tracking_uri),
     )
     prepared = describe(config.prepared)
     _check(config, prepared)
@@ -161,9 +159,3 @@ def _register(config: TrainConfig, prepared: PreparedSet, state: State, run_id: 
     with tempfile.TemporaryDirectory(prefix="rayseg-bundle-") as folder:
         bundle.save(folder, portable(model), prepared.preprocess, prepared.labels, config.threshold, example)
         return registry.register(config.tracking_uri, run_id, folder, config.registered_model)
-
-
-def _absolute(tracking_uri: str) -> str:
-    if not tracking_uri.startswith(_SQLITE):
-        return tracking_uri
-    return _SQLITE + storage.absolute(tracking_uri.removeprefix(_SQLITE))
