@@ -6,6 +6,7 @@ reader sees the old object or the new one, never half of one. A failing call is 
 another try cannot help: what is missing or forbidden is reported at once.
 """
 
+import contextlib
 import io
 import json
 import logging
@@ -195,6 +196,18 @@ def delete(uri: str) -> None:
         _try(lambda: files.delete_file(path))
     except FileNotFoundError:
         return
+
+
+def delete_tree(uri: str) -> None:
+    """Removes all below `uri`; one that is not there is fine."""
+    files, path = filesystem(uri)
+
+    def call() -> None:
+        # S3 has no folders: one without objects is not found.
+        with contextlib.suppress(FileNotFoundError):
+            files.delete_dir(path)
+
+    _try(call)
 
 
 def read_table(uri: str, columns: Sequence[str] | None = None) -> pa.Table:

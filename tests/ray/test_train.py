@@ -1,22 +1,32 @@
 """Training on real Ray Train workers: equal work gives equal weights, whatever the workers and whatever happens."""
 
+import csv
+import json
 import os
+import shutil
 import signal
+import subprocess
+import sys
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import ray
+import yaml
 
 from rayseg import storage
-from rayseg.config import plain
+from rayseg.config import build, plain
 from rayseg.data.labels import Labels
 from rayseg.data.prepared import DESCRIPTION, PATIENTS, VERSION, describe
 from rayseg.data.preprocess import Preprocess
 from rayseg.models.unet import UNetConfig
 from rayseg.records import PREPARED
 from rayseg.tracking import bundle, registry, runs
+from rayseg.training.settings import EarlyStopping, Plateau
 from rayseg.training.trainer import TrainConfig, TrainResult, fit
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
@@ -68,26 +78,47 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def config(prepared: str, folder: Path, **changes: object) -> TrainConfig:
+    """A run with all that a checkpoint must hold: plateaus, a patience, a moving average."""
     values = {
         "prepared": prepared,
         "storage": str(folder / "runs"),
         "tracking_uri": f"sqlite:///{folder}/mlflow.db",
         "model": UNetConfig(widths=(4, 8)),
-        "batch_size": 4,
+        "batch_size": 6,
         "epochs": EPOCHS,
-        "learning_rate": 0.015,
-        "warmup_epochs": 0,
+        "learning_rate": 0.02,
+        "schedule": "plateau",
+        "plateau": Plateau(patience=1, min_delta=0.5),
+        "early_stopping": EarlyStopping(patience=EPOCHS),
+        "clip_norm": 1.0,
+        "ema_momentum": 0.8,
         "cpus_per_worker": 1.0,
     }
     return TrainConfig(**(values | changes))  # type: ignore[arg-type]
 
 
 def final(job: TrainConfig) -> dict[str, np.ndarray]:
-    """All that the last checkpoint holds: variables of the model and the optimizer, and the best weights."""
+    """All that the last checkpoint holds: variables of the model and the optimizer, and what callbacks remember."""
     [folder] = Path(job.storage).glob("*/epoch-*")
     assert folder.name == f"epoch-{EPOCHS:05d}"
     with np.load(folder / "state.npz") as arrays:
-        return dict(arrays)
+        variables = dict(arrays)
+    memory = json.loads((folder / "state.json").read_text())["callbacks"]
+    return variables | {"callbacks": np.array(json.dumps(memory))}
+
+
+def apart(job: TrainConfig, other: TrainConfig) -> dict[str, float]:
+    """The greatest difference of each of the model's variables."""
+    ours, others = final(job), final(other)
+    assert ours.keys() == others.keys()
+    return {name: float(np.abs(ours[name] - others[name]).max()) for name in ours if name.startswith("model/")}
+
+
+def unequal(job: TrainConfig, other: TrainConfig) -> list[str]:
+    """What is not bit-equal."""
+    ours, others = final(job), final(other)
+    assert ours.keys() == others.keys()
+    return [name for name in ours if not np.array_equal(ours[name], others[name])]
 
 
 @pytest.fixture(scope="module")
@@ -105,11 +136,36 @@ def test_a_run_ends_registered_and_has_learnt(undisturbed: tuple[TrainConfig, Tr
     assert result.val_dice == max(row["val/dice_pooled"] for row in result.history)
     assert result.history[result.best_epoch - 1]["val/dice_pooled"] == result.val_dice
     assert result.val_dice > 0.7 > 0.5 > result.untrained_val_dice
-    assert runs.metric(job.tracking_uri, result.run_id, "val/dice_pooled") == result.history[-1]["val/dice_pooled"]
-    mlflow = runs.client(job.tracking_uri)
-    assert mlflow.get_run(result.run_id).info.status == "FINISHED"
-    assert Path(mlflow.download_artifacts(result.run_id, "split.csv", str(tmp_path))).read_bytes() == SPLIT_CSV
+    rates = [row["learning_rate"] for row in result.history]
+    assert rates[0] == pytest.approx(0.02)
+    assert rates[-1] == pytest.approx(0.01), "the plateau has lowered it"
     assert not list(Path(job.storage).glob("*.unfinished.json"))
+
+
+def test_the_run_tells_what_it_was(undisturbed: tuple[TrainConfig, TrainResult], tmp_path: Path) -> None:
+    job, result = undisturbed
+    mlflow = runs.client(job.tracking_uri)
+    run = mlflow.get_run(result.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.params["plateau.min_delta"] == "0.5"
+    [given] = run.inputs.dataset_inputs
+    assert (given.dataset.digest, given.dataset.source) == ("0" * 36, job.prepared)
+    steps = [metric.step for metric in mlflow.get_metric_history(result.run_id, "val/dice_pooled")]
+    assert sorted(steps) == list(range(EPOCHS + 1))
+
+    kept = Path(mlflow.download_artifacts(result.run_id, "", str(tmp_path)))
+    assert (kept / "split.csv").read_bytes() == SPLIT_CSV
+    assert build(TrainConfig, json.loads((kept / "config.json").read_text())["train"]) == job
+    with (kept / "history.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert [float(row["val/loss"]) for row in table] == [row["val/loss"] for row in result.history]
+    for picture in ("curves.png", "val/best.png", "val/median.png", "val/worst.png"):
+        assert (kept / picture).read_bytes().startswith(b"\x89PNG")
+    assert f"numpy=={np.__version__}" in (kept / "environment.txt").read_text().splitlines()
+    card = (kept / "model_card.md").read_text()
+    assert "not a medical device" in card
+    assert f"| val/dice_pooled | {result.val_dice:.4f} |" in card
+    assert mlflow.get_model_version("rayseg", "1").description == card
 
 
 def test_the_registered_model_scores_what_the_history_says(
@@ -127,46 +183,102 @@ def test_the_registered_model_scores_what_the_history_says(
 
 
 def test_one_worker_ends_with_the_weights_of_two_at_the_same_global_batch(
-    prepared: str, tmp_path: Path, undisturbed: tuple[TrainConfig, TrainResult], monkeypatch: pytest.MonkeyPatch
+    prepared: str, tmp_path: Path, undisturbed: tuple[TrainConfig, TrainResult], unregistered: None
 ) -> None:
     # That both ranks of two are bit-equal is checked by the loop itself, each epoch.
-    monkeypatch.setattr(registry, "register", lambda *arguments: registry.ModelVersion("m", "1", "m/1", "", ""))
     alone = config(prepared, tmp_path, num_workers=1)
     result = fit(alone)
-    ours, others = final(alone), final(undisturbed[0])
-    assert ours.keys() == others.keys()
-    apart = {name: float(np.abs(ours[name] - others[name]).max()) for name in ours if name.startswith("model/")}
-    assert max(apart.values()) < TOLERANCE, apart
+    differences = apart(alone, undisturbed[0])
+    assert max(differences.values()) < TOLERANCE, differences
     for row, other in zip(result.history, undisturbed[1].history, strict=True):
         for name in ("train/loss", "val/loss"):
             assert row[name] == pytest.approx(other[name], abs=1e-4)
 
 
-def test_a_killed_worker_costs_nothing_but_time(
-    prepared: str, tmp_path: Path, undisturbed: tuple[TrainConfig, TrainResult]
+def test_a_run_whose_worker_is_killed_reproduces_the_undisturbed_one(
+    tmp_path: Path, undisturbed: tuple[TrainConfig, TrainResult], unregistered: None
 ) -> None:
-    job = config(prepared, tmp_path, max_failures=1)
-    killed, ended = threading.Event(), threading.Event()
+    before, first = undisturbed
+    again = TrainConfig(
+        reproduce=first.run_id, tracking_uri=before.tracking_uri, storage=str(tmp_path / "runs"), prepared=""
+    )
+    with when_there_is(
+        tmp_path, "runs/*/epoch-00001/state.json", lambda: os.kill(_train_workers()[-1], signal.SIGKILL)
+    ):
+        result = fit(again)
+    assert (result.restarts, result.epochs, result.reproduced) == (1, EPOCHS, True)
+    assert unequal(again, before) == []
+    tags = runs.client(before.tracking_uri).get_run(result.run_id).data.tags
+    assert (tags["rayseg.reproduces"], tags["rayseg.reproduced"]) == (first.run_id, "true")
 
-    def kill_one_after_the_first_epoch() -> None:
-        while not list(Path(job.storage).glob("*/epoch-00001/*")):
+
+def test_three_workers_a_killed_driver_and_workers_that_hang_change_nothing(
+    prepared: str, tmp_path: Path, undisturbed: tuple[TrainConfig, TrainResult], unregistered: None
+) -> None:
+    copied = str(tmp_path / "prepared")
+    shutil.copytree(prepared, copied)
+    job = config(copied, tmp_path, num_workers=3, hang_timeout_s=15.0)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"train": plain(job)}))
+    environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address, "PYTHONPATH": "platform"}
+    command = [sys.executable, "-m", "jobs.train", "--config", str(recipe)]
+    driver = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    with when_there_is(tmp_path, "runs/*/epoch-00001/state.json", driver.kill):
+        _, told = driver.communicate()
+    assert driver.returncode == -signal.SIGKILL, told.decode()
+    mlflow = runs.client(job.tracking_uri)
+    [run] = mlflow.search_runs([mlflow.get_experiment_by_name(job.experiment).experiment_id])
+    assert run.info.status == "RUNNING", "nobody was left to end it"
+
+    # Who opens a pipe to read waits for somebody to write: a file system that hangs.
+    shard = Path(copied, "split=train/part-00000.parquet")
+    aside = shard.rename(tmp_path / "aside")
+    os.mkfifo(shard)
+
+    def attempts() -> bool:
+        return any(json.loads(file.read_text())["attempts"] >= 3 for file in tmp_path.glob("runs/*/attempts.json"))
+
+    with once(attempts, lambda: aside.rename(shard)):
+        result = fit(job)
+    assert (result.run_id, result.restarts) == (run.info.run_id, 2)
+    assert mlflow.get_run(result.run_id).info.status == "FINISHED"
+    steps = [metric.step for metric in mlflow.get_metric_history(result.run_id, "val/loss")]
+    assert sorted(steps) == list(range(EPOCHS + 1)), "each epoch once"
+    differences = apart(job, undisturbed[0])
+    assert max(differences.values()) < TOLERANCE, differences
+
+
+@pytest.fixture
+def unregistered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spares the verification of the bundle in a clean process, which another test has."""
+    monkeypatch.setattr(registry, "register", lambda *arguments: registry.ModelVersion("m", "1", "m/1", "", ""))
+
+
+def when_there_is(folder: Path, pattern: str, act: Callable[[], object]) -> AbstractContextManager[None]:
+    """`once` a file matches."""
+    return once(lambda: bool(list(folder.glob(pattern))), act)
+
+
+@contextmanager
+def once(condition: Callable[[], bool], act: Callable[[], object]) -> Iterator[None]:
+    """Calls `act` as soon as the condition holds, which it must have done at the end."""
+    acted, ended = threading.Event(), threading.Event()
+
+    def watch() -> None:
+        while not condition():
             if ended.wait(0.02):
                 return
-        os.kill(_train_workers()[-1], signal.SIGKILL)
-        killed.set()
+        act()
+        acted.set()
 
-    killer = threading.Thread(target=kill_one_after_the_first_epoch)
-    killer.start()
+    watcher = threading.Thread(target=watch)
+    watcher.start()
     try:
-        result = fit(job)
+        yield
     finally:
         ended.set()
-        killer.join()
-    assert killed.is_set()
-    assert (result.restarts, result.epochs, result.model_uri) == (1, EPOCHS, "models:/rayseg/1")
-    ours, others = final(job), final(undisturbed[0])
-    assert ours.keys() == others.keys()
-    assert [name for name in ours if not np.array_equal(ours[name], others[name])] == []
+        watcher.join()
+    assert acted.is_set()
 
 
 def _train_workers() -> list[int]:

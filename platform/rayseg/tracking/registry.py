@@ -63,10 +63,13 @@ class ModelVersion:
     digest: str
 
 
-def register(tracking_uri: str, run_id: str, bundle_dir: str | Path, name: str) -> ModelVersion:
+def register(
+    tracking_uri: str, run_id: str, bundle_dir: str | Path, name: str, description: str | None = None
+) -> ModelVersion:
     """Verifies the bundle in a clean process, logs it as a model of the run and registers that as a new version.
 
-    The clean process runs the code that is shipped with the model, not the one running here.
+    The clean process runs the code that is shipped with the model, not the one running here. `description` is Markdown
+    that the registry shows with the version.
 
     Raises:
         ValueError: no sound bundle.
@@ -102,7 +105,12 @@ def register(tracking_uri: str, run_id: str, bundle_dir: str | Path, name: str) 
             raise
     version = _version(
         client.create_model_version(
-            name, logged.artifact_location, run_id, tags={_DIGEST_TAG: digest}, model_id=logged.model_id
+            name,
+            logged.artifact_location,
+            run_id,
+            tags={_DIGEST_TAG: digest},
+            description=description,
+            model_id=logged.model_id,
         )
     )
     # As MLflow's fluent API does: the UI shows the version beside the logged model.

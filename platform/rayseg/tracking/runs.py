@@ -6,17 +6,45 @@ So any process that is told both may write to a run: the driver and rank 0 of a 
 import re
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 from mlflow import MlflowClient, MlflowException
-from mlflow.entities import Metric, Param
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
+from mlflow.protos import databricks_pb2 as codes
+from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 from rayseg import __version__
 
 _PARAMS_A_BATCH = 100  # MLflow's limit for one request
 _SQLITE = "sqlite:///"
+# What stays so however often it is asked. Anything else (INTERNAL_ERROR for a server that does not answer) may pass.
+_FINAL = {
+    codes.ErrorCode.Name(code)
+    for code in (
+        codes.RESOURCE_DOES_NOT_EXIST,
+        codes.INVALID_PARAMETER_VALUE,
+        codes.INVALID_STATE,
+        codes.PERMISSION_DENIED,
+        codes.UNAUTHENTICATED,
+    )
+}
+
+
+class UnreachableError(RuntimeError):
+    """MLflow does not answer, after its client's own attempts (some minutes of them for a server)."""
+
+
+@contextmanager
+def _reaching(tracking_uri: str) -> Iterator[None]:
+    try:
+        yield
+    except MlflowException as error:
+        if error.error_code in _FINAL:
+            raise
+        raise UnreachableError(f"{tracking_uri}: {error.error_code}") from error
 
 
 def absolute(tracking_uri: str) -> str:
@@ -64,10 +92,71 @@ def start(
 
 
 def log_metrics(tracking_uri: str, run_id: str, metrics: Mapping[str, float], step: int = 0) -> None:
-    """Logs values of one step (an epoch, or 0 for final ones)."""
+    """Logs values of one step (an epoch, or 0 for final ones); raises UnreachableError."""
     now_ms = int(time.time() * 1000)
     values = [Metric(name, float(value), now_ms, step) for name, value in metrics.items()]
-    client(tracking_uri).log_batch(run_id, metrics=values)
+    with _reaching(tracking_uri):
+        client(tracking_uri).log_batch(run_id, metrics=values)
+
+
+def last_step(tracking_uri: str, run_id: str, name: str) -> int | None:
+    """The greatest step at which the run has the metric, None where it has none; raises UnreachableError."""
+    with _reaching(tracking_uri):
+        return max((metric.step for metric in client(tracking_uri).get_metric_history(run_id, name)), default=None)
+
+
+def log_dataset(tracking_uri: str, run_id: str, uri: str, digest: str, profile: str, context: str) -> None:
+    """Names a data set as an input of the run.
+
+    Args:
+        tracking_uri: of MLflow.
+        run_id: of the run.
+        uri: where the set lies.
+        digest: of its content; MLflow shows the first 36 characters.
+        profile: what is in it, as JSON.
+        context: what for: `training`.
+    """
+    name = uri.rstrip("/").rpartition("/")[2]
+    dataset = Dataset(name, digest[:36], "rayseg.prepared", source=uri, profile=profile)
+    tag = InputTag("mlflow.data.context", context)
+    client(tracking_uri).log_inputs(run_id, datasets=[DatasetInput(dataset, tags=[tag])])
+
+
+def resume(tracking_uri: str, run_id: str) -> None:
+    """Marks a run that had ended as running again; raises UnreachableError."""
+    with _reaching(tracking_uri):
+        client(tracking_uri).update_run(run_id, status="RUNNING")
+
+
+@contextmanager
+def system_metrics(tracking_uri: str, run_id: str) -> Iterator[None]:
+    """Logs this machine's use of CPU, memory, disk, network and GPUs (`system/...`) every ten seconds of the block."""
+    monitor = SystemMetricsMonitor(run_id, resume_logging=True, tracking_uri=tracking_uri)
+    monitor.start()
+    try:
+        yield
+    finally:
+        monitor.finish()
+
+
+def exists(tracking_uri: str, run_id: str) -> bool:
+    """Whether there is such a run, and it is not deleted; raises UnreachableError."""
+    with _reaching(tracking_uri):
+        try:
+            return client(tracking_uri).get_run(run_id).info.lifecycle_stage == "active"
+        except MlflowException as error:
+            if error.error_code in _FINAL:
+                return False
+            raise
+
+
+def read_bytes(tracking_uri: str, run_id: str, path_in_run: str) -> bytes:
+    """The run's artifact `path_in_run`; raises ValueError where there is no such run or artifact."""
+    try:
+        with _reaching(tracking_uri), tempfile.TemporaryDirectory() as temporary:
+            return Path(client(tracking_uri).download_artifacts(run_id, path_in_run, temporary)).read_bytes()
+    except (MlflowException, OSError) as error:
+        raise ValueError(f"run {run_id}: it has no {path_in_run} in {tracking_uri}") from error
 
 
 def log_file(tracking_uri: str, run_id: str, path_in_run: str, path: str | Path) -> None:
@@ -85,8 +174,9 @@ def log_bytes(tracking_uri: str, run_id: str, path_in_run: str, data: bytes) -> 
 
 
 def finish(tracking_uri: str, run_id: str, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
-    """Ends the run."""
-    client(tracking_uri).set_terminated(run_id, status)
+    """Ends the run; raises UnreachableError."""
+    with _reaching(tracking_uri):
+        client(tracking_uri).set_terminated(run_id, status)
 
 
 def metric(tracking_uri: str, run_id: str, name: str) -> float | None:

@@ -1,25 +1,92 @@
-"""Keras callbacks of the training loop: progress, MLflow and checkpoints.
+"""Keras callbacks of the training loop, its own and Keras's; the loop runs them through `keras.callbacks.CallbackList`.
 
-The loop runs them, and any of Keras's own, through `keras.callbacks.CallbackList`. The logs of an epoch are the same on
-every rank, those of a batch are a rank's own.
+The logs of an epoch are the same on every rank, so those that decide anything run on every rank and decide the same.
+Those that write run on rank 0, into a folder that belongs to the checkpoint.
 """
 
-import functools
 import logging
-import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import keras
-import ray.train
 
-from rayseg.training.state import State
+from rayseg.training.settings import TrainConfig
 
 logger = logging.getLogger(__name__)
 
+BEST_FILE, HISTORY_FILE = "best.weights.h5", "history.csv"
 _EVERY_S = 30.0
+
+
+def rules(config: TrainConfig) -> list[keras.callbacks.Callback]:
+    """What every rank runs: it changes the learning rate or ends the run."""
+    found: list[keras.callbacks.Callback] = []
+    if config.schedule == "plateau":
+        plateau = config.plateau
+        found.append(
+            keras.callbacks.ReduceLROnPlateau(
+                monitor=plateau.monitor,
+                mode=plateau.mode,
+                patience=plateau.patience,
+                factor=plateau.factor,
+                min_delta=plateau.min_delta,
+                cooldown=plateau.cooldown,
+                min_lr=plateau.least,
+            )
+        )
+    if config.early_stopping is not None:
+        stop = config.early_stopping
+        found.append(
+            keras.callbacks.EarlyStopping(
+                monitor=stop.monitor, mode=stop.mode, patience=stop.patience, min_delta=stop.min_delta
+            )
+        )
+    return found
+
+
+def writers(config: TrainConfig, outputs: Path, steps: int) -> list[keras.callbacks.Callback]:
+    """What rank 0 runs beside: progress, the best weights so far, a table of the epochs, TensorBoard's files.
+
+    Args:
+        config: the run.
+        outputs: a local folder for the files.
+        steps: of an epoch.
+    """
+    found = [
+        Progress(config.epochs, steps),
+        keras.callbacks.ModelCheckpoint(
+            str(outputs / BEST_FILE),
+            monitor="val/dice_pooled",
+            mode="max",
+            save_best_only=True,
+            save_weights_only=True,
+        ),
+        keras.callbacks.CSVLogger(str(outputs / HISTORY_FILE), append=True),
+    ]
+    if config.tensorboard:
+        found.append(keras.callbacks.TensorBoard(str(outputs / "tensorboard"), write_graph=False))
+    return found
+
+
+# What EarlyStopping, ModelCheckpoint and ReduceLROnPlateau keep from epoch to epoch.
+_MEMORY = ("best", "best_epoch", "wait", "stopped_epoch", "cooldown_counter")
+
+
+def remembered(callbacks: Sequence[keras.callbacks.Callback]) -> list[dict[str, Any]]:
+    """What each callback must know to go on, as JSON takes it."""
+    return [
+        {name: None if value is None else float(value) for name, value in vars(callback).items() if name in _MEMORY}
+        for callback in callbacks
+    ]
+
+
+def recall(callbacks: Sequence[keras.callbacks.Callback], memory: Sequence[Mapping[str, Any]]) -> None:
+    """Sets what `remembered` gave; after `on_train_begin`, which forgets."""
+    for callback, values in zip(callbacks, memory, strict=False):
+        for name, value in values.items():
+            setattr(callback, name, value)
 
 
 class Progress(keras.callbacks.Callback):
@@ -56,46 +123,3 @@ class Progress(keras.callbacks.Callback):
         assert self._first is not None, "an epoch has begun"
         left_s = (time.monotonic() - self._began) / (epochs_done - self._first) * (self._epochs - epochs_done)
         return f", {left_s:.0f} s left"
-
-
-class RunMetrics(keras.callbacks.Callback):
-    """Logs an epoch's values to the MLflow run, under the number of epochs done as step."""
-
-    def __init__(self, tracking_uri: str, run_id: str) -> None:
-        # Only here: MLflow takes some 100 MB, and only rank 0 needs it.
-        from rayseg.tracking import runs
-
-        super().__init__()
-        self._log = functools.partial(runs.log_metrics, tracking_uri, run_id)
-
-    def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """Logs what has a value; step 0 is the untrained model."""
-        self._log({name: value for name, value in values.items() if value is not None}, step=step)
-
-    def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
-        """Logs the epoch."""
-        self.log(epoch + 1, logs or {})
-
-
-class Checkpoints(keras.callbacks.Callback):
-    """Adds each epoch to the state and reports it to Ray Train; rank 0 brings the checkpoint.
-
-    Reporting waits for all ranks. Comes last in the list: the other callbacks' doing belongs to the checkpoint.
-    """
-
-    def __init__(self, state: State, rank: int) -> None:
-        super().__init__()
-        self._state, self._rank = state, rank
-
-    def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
-        """Saves and reports."""
-        self._state.add(epoch + 1, dict(logs or {}), self.model)
-        with tempfile.TemporaryDirectory(prefix="rayseg-checkpoint-") as folder:
-            if self._rank == 0:
-                self._state.save(Path(folder), self.model)
-            ray.train.report(
-                {"epoch": epoch + 1},
-                checkpoint=ray.train.Checkpoint.from_directory(folder) if self._rank == 0 else None,
-                # A name of the epoch: what a killed attempt left half written is written over.
-                checkpoint_dir_name=f"epoch-{epoch + 1:05d}",
-            )

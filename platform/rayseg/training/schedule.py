@@ -8,7 +8,9 @@ _LAST = 0.01  # of the configured rate, reached with the last step
 
 
 def learning_rate(config: TrainConfig, steps: int) -> float | keras.optimizers.schedules.LearningRateSchedule:
-    """What Adam is given: `config.learning_rate` itself, or that with a warm-up and a cosine decay.
+    """What Adam is given: `config.scaled_learning_rate` itself, or that with a warm-up and a cosine decay.
+
+    `plateau` starts with the rate itself; Keras's ReduceLROnPlateau then lowers it.
 
     `cosine`: over `config.warmup_epochs` the rate rises linearly from a tenth to the configured rate, then falls along
     half a cosine to a hundredth of it (Loshchilov and Hutter 2017, arXiv:1608.03983, without restarts; Goyal et al.
@@ -18,12 +20,13 @@ def learning_rate(config: TrainConfig, steps: int) -> float | keras.optimizers.s
         config: the run.
         steps: of an epoch.
     """
-    if config.schedule == "constant":
-        return config.learning_rate
+    highest = config.scaled_learning_rate
+    if config.schedule != "cosine":
+        return highest
     warmup_steps = min(config.warmup_epochs, config.epochs - 1) * steps
-    rise = {"warmup_target": config.learning_rate, "warmup_steps": warmup_steps} if warmup_steps else {}
+    rise = {"warmup_target": highest, "warmup_steps": warmup_steps} if warmup_steps else {}
     return keras.optimizers.schedules.CosineDecay(
-        config.learning_rate / (10 if warmup_steps else 1),
+        highest / (10 if warmup_steps else 1),
         config.epochs * steps - warmup_steps,
         # Relative to where the decay starts: Keras multiplies the target of the warm-up with it.
         alpha=_LAST,

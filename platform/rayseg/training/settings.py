@@ -7,51 +7,122 @@ from rayseg.models.unet import UNetConfig
 
 
 @dataclass(frozen=True)
+class EarlyStopping:
+    """Ends the run when `monitor` has not risen by `min_delta` for `patience` epochs (Keras's own callback)."""
+
+    patience: int = 10
+    min_delta: float = 0.0
+    monitor: str = "val/dice_pooled"
+    mode: Literal["max", "min"] = "max"
+
+    def __post_init__(self) -> None:
+        if self.patience < 1:
+            raise ValueError(f"train.early_stopping.patience: a positive number expected, got {self.patience}")
+
+
+@dataclass(frozen=True)
+class Plateau:
+    """The schedule `plateau`: where `monitor` has not risen for `patience` epochs the rate is multiplied by `factor`.
+
+    Keras's own ReduceLROnPlateau does it.
+    """
+
+    patience: int = 5
+    factor: float = 0.5
+    min_delta: float = 1e-4
+    cooldown: int = 0
+    least: float = 0.0  # learning rate
+    monitor: str = "val/dice_pooled"
+    mode: Literal["max", "min"] = "max"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.factor < 1:
+            raise ValueError(f"train.plateau.factor: a number between 0 and 1 expected, got {self.factor}")
+        if self.patience < 1:
+            raise ValueError(f"train.plateau.patience: a positive number expected, got {self.patience}")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """A training run.
 
-    Two runs of equal configuration and data end with equal weights; `num_workers` changes them by rounding only.
+    Two runs of equal configuration and data end with equal weights; `num_workers` and `accumulation` change them by
+    rounding only.
     """
 
-    prepared: str  # URI of a prepared set
-    storage: str  # URI of a folder for checkpoints
-    tracking_uri: str  # of MLflow: sqlite:///PATH or the URL of a server
+    prepared: str = ""  # URI of a prepared set
+    storage: str = ""  # URI of a folder for checkpoints
+    tracking_uri: str = ""  # of MLflow: sqlite:///PATH or the URL of a server
     experiment: str = "rayseg"
     name: str = "train"
     registered_model: str = "rayseg"
+    reproduce: str | None = None  # id of a run in MLflow to repeat: all else but the three places above is as it was
+
     model: UNetConfig = field(default_factory=UNetConfig)
+    init_from: str | None = None  # a registered model to go on from: models:/NAME/VERSION or models:/NAME@ALIAS
+    freeze_epochs: int = 0  # so many first epochs leave a pretrained encoder as it is
+
     batch_size: int = 8  # over all workers
+    accumulation: int = 1  # parts that each worker's share of a batch is computed in, one after the other
     epochs: int = 10
-    learning_rate: float = 1e-3  # the highest
-    schedule: Literal["constant", "cosine"] = "cosine"
+    learning_rate: float = 1e-3  # the highest, at a batch of `base_batch_size` where that is given
+    base_batch_size: int | None = None  # `learning_rate` is for a batch of this size, and scaled to `batch_size`
+    scaling_rule: Literal["linear", "sqrt"] = "linear"
+    schedule: Literal["constant", "cosine", "plateau"] = "cosine"
     warmup_epochs: int = 1  # of the cosine schedule
+    plateau: Plateau = field(default_factory=Plateau)
+    early_stopping: EarlyStopping | None = None
+    clip_norm: float | None = None  # greatest norm of all gradients of a batch together
+    ema_momentum: float | None = None  # validates and registers a moving average of the weights: 0.99, 0.999
+    threshold: float = 0.5  # one class: a pixel is foreground where its probability is at least this; more: unused
+    mixed_precision: Literal["float32", "mixed_bfloat16", "mixed_float16"] = "float32"
+    jit_compile: bool = False  # XLA for forward and backward pass
+    tensorboard: bool = False  # keeps TensorBoard's event files with the run
     seed: int = 1
+
     num_workers: int = 2
     cpus_per_worker: float = 1.0
     use_gpu: bool = False  # one for each worker
     max_failures: int = 3  # how often lost workers are replaced before the run fails
-    threshold: float = 0.5  # one class: a pixel is foreground where its probability is at least this; more: unused
-    mixed_precision: Literal["float32", "mixed_bfloat16"] = "float32"
+    hang_timeout_s: float = 600.0  # a worker that takes longer for a step is taken for hung, and replaced
 
     def __post_init__(self) -> None:
-        for key in ("batch_size", "epochs", "num_workers"):
+        for key in ("batch_size", "epochs", "num_workers", "accumulation"):
             if getattr(self, key) < 1:
                 raise ValueError(f"train.{key}: a positive number expected, got {getattr(self, key)}")
-        if self.batch_size % self.num_workers:
+        if self.base_batch_size is not None and self.base_batch_size < 1:
+            raise ValueError(f"train.base_batch_size: a positive number expected, got {self.base_batch_size}")
+        if self.batch_size % (self.num_workers * self.accumulation):
             raise ValueError(
-                "train.batch_size: a multiple of train.num_workers expected (it is the batch over all workers), got "
-                f"{self.batch_size} for {self.num_workers}"
+                "train.batch_size: a multiple of train.num_workers times train.accumulation expected (it is the batch "
+                f"over all workers), got {self.batch_size} for {self.num_workers} times {self.accumulation}"
             )
-        for key in ("learning_rate", "cpus_per_worker"):
-            if not getattr(self, key) > 0:
+        for key in ("learning_rate", "cpus_per_worker", "hang_timeout_s", "clip_norm"):
+            if getattr(self, key) is not None and not getattr(self, key) > 0:
                 raise ValueError(f"train.{key}: a positive number expected, got {getattr(self, key)}")
-        for key in ("seed", "max_failures", "warmup_epochs"):
+        for key in ("seed", "max_failures", "warmup_epochs", "freeze_epochs"):
             if getattr(self, key) < 0:
                 raise ValueError(f"train.{key}: 0 or more expected, got {getattr(self, key)}")
-        if not 0 < self.threshold < 1:
-            raise ValueError(f"train.threshold: a number between 0 and 1 expected, got {self.threshold}")
+        for key in ("threshold", "ema_momentum"):
+            if getattr(self, key) is not None and not 0 < getattr(self, key) < 1:
+                raise ValueError(f"train.{key}: a number between 0 and 1 expected, got {getattr(self, key)}")
         if not self.name or "/" in self.name:
             raise ValueError(f"train.name: a name without slashes expected, got {self.name!r}")
+        for key in ("tracking_uri",) if self.reproduce else ("prepared", "storage", "tracking_uri"):
+            if not getattr(self, key):
+                raise ValueError(f"train.{key}: missing")
+
+    @property
+    def scaled_learning_rate(self) -> float:
+        """The learning rate for `batch_size`.
+
+        `linear` multiplies it by batch_size / base_batch_size (Goyal et al. 2017, arXiv:1706.02677, found for SGD),
+        `sqrt` by the root of that (Krizhevsky 2014, arXiv:1404.5997; Malladi et al. 2022, arXiv:2205.10287, for Adam).
+        """
+        if self.base_batch_size is None:
+            return self.learning_rate
+        ratio = self.batch_size / self.base_batch_size
+        return self.learning_rate * (ratio if self.scaling_rule == "linear" else ratio**0.5)
 
 
 @dataclass(frozen=True)
@@ -62,6 +133,7 @@ class TrainResult:
 
     restarts: how often workers began anew after a failure, over all starts of the job.
     history: a row an epoch: `epoch`, `train/loss`, `val/loss`, `val/dice_pooled` (None without any foreground), ...
+    reproduced: of a run that repeats another one, whether every value of every epoch is equal to that one's.
     """
 
     run_id: str
@@ -76,3 +148,4 @@ class TrainResult:
     seconds: float
     restarts: int
     history: list[dict[str, Any]]
+    reproduced: bool | None = None

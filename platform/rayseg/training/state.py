@@ -1,7 +1,11 @@
-"""What a training run is at the end of an epoch, so that it can go on from there as if never interrupted."""
+"""What a training run is at the end of an epoch, so that it can go on from there as if never interrupted.
+
+A run's folder on the store has a folder an epoch, of which only the last one is kept, and a small file that says which
+one is whole: it is written last and atomically, so a run killed at any moment finds a checkpoint or none.
+"""
 
 import json
-import math
+import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,7 +13,10 @@ from typing import Any
 import keras
 import numpy as np
 
-_ARRAYS, _VALUES = "state.npz", "state.json"
+from rayseg import storage
+
+ARRAYS, _VALUES, _OUTPUTS = "state.npz", "state.json", "outputs"
+_LATEST = "latest.json"
 
 
 @dataclass
@@ -19,50 +26,87 @@ class State:
     epoch: epochs done.
     untrained: validation before the first step, `val/loss` and `val/dice_pooled`.
     history: one row an epoch: `epoch`, `train/loss`, `val/loss`, `val/dice_pooled`, ...
-    best_epoch: of the highest pooled validation Dice; where it is equal, of the lowest validation loss.
-    best_weights: of that epoch, in the order of `model.get_weights()`.
+    callbacks: what Keras's callbacks remember, see `callbacks.remembered`.
+    stopped: a callback has ended the run.
     """
 
     epoch: int = 0
     untrained: dict[str, float | None] | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
-    best_epoch: int = 0
-    best_weights: list[np.ndarray] = field(default_factory=list)
+    callbacks: list[dict[str, Any]] = field(default_factory=list)
+    stopped: bool = False
 
-    def add(self, epoch: int, logs: dict[str, Any], model: keras.Model) -> None:
-        """Takes in the epoch that `model` has just gone through."""
-        self.epoch = epoch
-        self.history.append({"epoch": epoch, **logs})
-        if not self.best_epoch or _rank(logs) > _rank(self.history[self.best_epoch - 1]):
-            self.best_epoch, self.best_weights = epoch, model.get_weights()
+    def save(self, uri: str, model: keras.Model, outputs: Path) -> None:
+        """Makes this the last checkpoint of the run in folder `uri`.
 
-    def save(self, folder: Path, model: keras.Model) -> None:
-        """Writes this and the variables of the model (seeds of dropout included) and of its optimizer."""
-        arrays: dict[str, Any] = {f"best/{index}": weight for index, weight in enumerate(self.best_weights)}
-        arrays |= {name: variable.numpy() for name, variable in _variables(model).items()}
-        np.savez(folder / _ARRAYS, **arrays)
-        values = asdict(self)
-        del values["best_weights"]
-        (folder / _VALUES).write_text(json.dumps(values), encoding="utf-8")
+        Args:
+            uri: of the run's folder.
+            model: its variables (seeds of dropout included) and those of its optimizer are saved.
+            outputs: a local folder of files that callbacks write; they are saved as they are.
+
+        Raises:
+            RuntimeError: the store cannot take it; what was saved before stays.
+        """
+        with tempfile.TemporaryDirectory(prefix="rayseg-checkpoint-") as temporary:
+            folder = Path(temporary)
+            np.savez(folder / ARRAYS, **{name: variable.numpy() for name, variable in _variables(model).items()})
+            (folder / _VALUES).write_text(json.dumps(asdict(self)), encoding="utf-8")
+            try:
+                before = _latest(uri)
+                storage.upload(folder, storage.join(uri, _name(self.epoch)))
+                storage.upload(outputs, storage.join(uri, _name(self.epoch), _OUTPUTS))
+                storage.write_json(storage.join(uri, _LATEST), {"epoch": self.epoch})
+            except OSError as error:
+                raise RuntimeError(
+                    f"train.storage: the checkpoint of epoch {self.epoch} cannot be written ("
+                    f"{error.strerror or type(error).__name__}); the one before stays, and the same job started again "
+                    "goes on from there"
+                ) from error
+        if before is not None and before != self.epoch:
+            storage.delete_tree(storage.join(uri, _name(before)))
 
     @classmethod
-    def load(cls, folder: Path) -> "State":
-        """Reads what `save` wrote, without the variables."""
-        values = json.loads((folder / _VALUES).read_text(encoding="utf-8"))
-        with np.load(folder / _ARRAYS) as arrays:
-            count = sum(name.startswith("best/") for name in arrays.files)
-            return cls(**values, best_weights=[arrays[f"best/{index}"] for index in range(count)])
+    def load(cls, uri: str, outputs: Path, model: keras.Model | None = None) -> "State | None":
+        """The last checkpoint of the run in folder `uri`, None where it has none.
 
-    @classmethod
-    def restore(cls, folder: Path, model: keras.Model) -> "State":
-        """`load`, and sets the variables of the model and its optimizer, which must be built alike."""
-        variables = _variables(model)
-        with np.load(folder / _ARRAYS) as arrays:
-            saved = {name for name in arrays.files if not name.startswith("best/")}
-            assert saved == variables.keys(), "a checkpoint of another network"
-            for name, variable in variables.items():
-                variable.assign(arrays[name])
-        return cls.load(folder)
+        Args:
+            uri: of the run's folder.
+            outputs: a local folder; the files of callbacks are put there.
+            model: its variables and those of its optimizer are set. It must be built alike.
+        """
+        epoch = _latest(uri)
+        if epoch is None:
+            return None
+        checkpoint = storage.join(uri, _name(epoch))
+        if storage.exists(storage.join(checkpoint, _OUTPUTS)):
+            storage.download(storage.join(checkpoint, _OUTPUTS), outputs)
+        if model is not None:
+            with tempfile.TemporaryDirectory(prefix="rayseg-checkpoint-") as temporary:
+                arrays_file = Path(temporary, ARRAYS)
+                arrays_file.write_bytes(storage.read(storage.join(checkpoint, ARRAYS)))
+                _assign(model, arrays_file)
+        return cls(**storage.read_json(storage.join(checkpoint, _VALUES)))
+
+
+def _assign(model: keras.Model, arrays_file: Path) -> None:
+    variables = _variables(model)
+    with np.load(arrays_file) as arrays:
+        assert set(arrays.files) == variables.keys(), "a checkpoint of another network"
+        for name, variable in variables.items():
+            variable.assign(arrays[name])
+
+
+def _latest(uri: str) -> int | None:
+    """The epoch of the last whole checkpoint."""
+    try:
+        epoch: int = storage.read_json(storage.join(uri, _LATEST))["epoch"]
+    except FileNotFoundError:
+        return None
+    return epoch
+
+
+def _name(epoch: int) -> str:
+    return f"epoch-{epoch:05d}"
 
 
 def _variables(model: keras.Model) -> dict[str, Any]:
@@ -71,8 +115,3 @@ def _variables(model: keras.Model) -> dict[str, Any]:
         f"optimizer/{index}/{variable.path}": variable for index, variable in enumerate(model.optimizer.variables)
     }
     return of_model | of_optimizer
-
-
-def _rank(logs: dict[str, Any]) -> tuple[float, float]:
-    dice = logs["val/dice_pooled"]
-    return (-math.inf if dice is None else dice, -logs["val/loss"])

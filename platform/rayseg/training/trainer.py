@@ -11,10 +11,10 @@ import logging
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
-from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, Result, RunConfig, ScalingConfig
+from ray.train import FailureConfig, LoggingConfig, Result, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.tensorflow import TensorflowTrainer
 
 from rayseg import cluster, storage
@@ -23,7 +23,10 @@ from rayseg.data import synthetic
 from rayseg.data.prepared import PreparedSet, describe
 from rayseg.data.split import LEAK_COLUMNS, SPLITS, check_leak
 from rayseg.models.unet import build_unet, portable
-from rayseg.tracking import bundle, figures, registry, runs
+from rayseg.tracking import bundle, registry, runs
+from rayseg.training import journal, record, start
+from rayseg.training.callbacks import BEST_FILE
+from rayseg.training.card import best_row
 from rayseg.training.loop import train_worker
 from rayseg.training.settings import TrainConfig, TrainResult
 from rayseg.training.state import State
@@ -36,64 +39,54 @@ logger = logging.getLogger(__name__)
 def fit(config: TrainConfig) -> TrainResult:
     """Trains a model on the prepared set and registers its best epoch.
 
-    Lost workers are replaced and the run goes on from its last checkpoint, `max_failures` times. The MLflow run gets
-    the configuration, the split (`split.csv`), each epoch's values, the curves and the bundle, and ends FINISHED, or
-    FAILED where this raises.
+    Lost and hung workers are replaced and the run goes on from its last checkpoint, `max_failures` times. The MLflow
+    run gets what `record` and `journal` say, and ends FINISHED, or FAILED where this raises.
 
     Raises:
         ValueError: no prepared set, a patient in two splits, no rows to train or validate on, sizes that do not fit
-            the network, or a loss that is not finite.
-        ray.train.TrainingFailedError: workers failed more often than `max_failures`.
+            the network, weights to start from that do not, a run to reproduce that is not there or had other data, or
+            a loss that is not finite.
+        RuntimeError: workers failed more often than `max_failures`, or MLflow does not answer; the same job started
+            again goes on.
     """
     began = time.monotonic()
     cluster.connect()
-    # Workers run in folders of their own.
-    config = dataclasses.replace(
-        config,
-        prepared=storage.absolute(config.prepared),
-        storage=storage.absolute(config.storage),
-        tracking_uri=runs.absolute(config.tracking_uri),
-    )
+    config = _absolute(config)
+    if config.reproduce:
+        config = _absolute(record.to_repeat(config))
     prepared = describe(config.prepared)
     _check(config, prepared)
+    if config.reproduce:
+        record.check_repeatable(config, prepared)
     key = f"{config.name}-{configuration.digest([configuration.plain(config), prepared.digest])[:12]}"
     unfinished = storage.join(config.storage, f"{key}.unfinished.json")
     run_id = _unfinished(unfinished, config.tracking_uri)
     if run_id is None:
-        parameters = configuration.flat(config) | {"prepared_digest": prepared.digest}
-        run_id = runs.start(config.tracking_uri, config.experiment, config.name, parameters)
+        run_id = record.begin(config, prepared)
         storage.write_json(unfinished, {"run_id": run_id})
-        runs.log_bytes(config.tracking_uri, run_id, "split.csv", prepared.read_split())
     else:
         logger.info("train: goes on with the unfinished run %s", run_id)
+        runs.resume(config.tracking_uri, run_id)
+    folder = storage.join(config.storage, f"{key}-{run_id[:8]}")
     try:
-        result, state = _train(config, f"{key}-{run_id[:8]}", run_id)
-        best = state.history[state.best_epoch - 1]
-        version = _register(config, prepared, state, run_id)
-        runs.log_metrics(
-            config.tracking_uri, run_id, {"best_epoch": state.best_epoch, "restarts": result["attempts"] - 1}
-        )
-        curves = figures.curves(state.history)
-        runs.log_bytes(config.tracking_uri, run_id, "curves.png", curves)
+        start.bring_initial(config, prepared, folder)
+        restarts = _train(config, folder, run_id) - 1
+        result = _conclude(config, prepared, folder, run_id, restarts)
     except BaseException as error:
-        runs.finish(config.tracking_uri, run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
+        _finish(config.tracking_uri, run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
         raise
     runs.finish(config.tracking_uri, run_id, "FINISHED")
     storage.delete(unfinished)
-    assert state.untrained is not None, "validated before the first epoch"
-    return TrainResult(
-        run_id=run_id,
-        model_uri=version.uri,
-        version=version.version,
-        epochs=state.epoch,
-        best_epoch=state.best_epoch,
-        val_dice=best["val/dice_pooled"],
-        untrained_val_dice=state.untrained["val/dice_pooled"],
-        train_workers=config.num_workers,
-        rows=prepared.rows["train"],
-        seconds=time.monotonic() - began,
-        restarts=result["attempts"] - 1,
-        history=state.history,
+    return dataclasses.replace(result, seconds=time.monotonic() - began)
+
+
+def _absolute(config: TrainConfig) -> TrainConfig:
+    """Workers run in folders of their own."""
+    return dataclasses.replace(
+        config,
+        prepared=config.prepared and storage.absolute(config.prepared),
+        storage=config.storage and storage.absolute(config.storage),
+        tracking_uri=runs.absolute(config.tracking_uri),
     )
 
 
@@ -110,52 +103,89 @@ def _unfinished(uri: str, tracking_uri: str) -> str | None:
     """The id of the run that `uri` says is unfinished, where MLflow still knows it."""
     try:
         run_id: str = storage.read_json(uri)["run_id"]
-        runs.metric(tracking_uri, run_id, "val/dice_pooled")
     except (FileNotFoundError, ValueError):
         return None
-    return run_id
+    return run_id if runs.exists(tracking_uri, run_id) else None
 
 
-def _train(config: TrainConfig, name: str, run_id: str) -> tuple[dict[str, Any], State]:
-    """Runs the workers in the run's folder, where Ray Train finds the checkpoints of an earlier start by itself."""
+def _train(config: TrainConfig, folder: str, run_id: str) -> int:
+    """Runs the workers, who leave their checkpoints in the folder; returns how often they began."""
     files, path = storage.filesystem(config.storage)
     resources = {"CPU": config.cpus_per_worker} | ({"GPU": 1.0} if config.use_gpu else {})
     trainer = TensorflowTrainer(
         train_worker,
-        train_loop_config={
-            "config": configuration.plain(config),
-            "run_id": run_id,
-            "folder": storage.join(config.storage, name),
-        },
+        train_loop_config={"config": configuration.plain(config), "run_id": run_id, "folder": folder},
         scaling_config=ScalingConfig(
             num_workers=config.num_workers, use_gpu=config.use_gpu, resources_per_worker=resources
         ),
         run_config=RunConfig(
-            name=name,
+            name=folder.rpartition("/")[2],
             storage_path=path,
             storage_filesystem=files,
             failure_config=FailureConfig(max_failures=config.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=1),
             # Its own lines on every report would bury ours.
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
-    result: Result = trainer.fit()
+    try:
+        result: Result = trainer.fit()
+    except TrainingFailedError as error:
+        causes = getattr(error, "worker_failures", {})
+        told = "; ".join(dict.fromkeys(f"{type(cause).__name__}: {cause}".splitlines()[0] for cause in causes.values()))
+        raise RuntimeError(
+            f"train: workers failed more than {config.max_failures} times ({told or error}); the same job started "
+            "again goes on from the last checkpoint"
+        ) from error
     returned: dict[str, Any] = result.return_value
     if returned["diverged"] is not None:
         raise ValueError(
             f"train.learning_rate: the loss is not finite in epoch {returned['diverged']}; a lower rate than "
             f"{config.learning_rate} may help"
         )
-    assert result.checkpoint is not None, "each epoch reports one"
-    with result.checkpoint.as_directory() as folder:
-        return returned, State.load(Path(folder))
+    return returned["attempts"]
 
 
-def _register(config: TrainConfig, prepared: PreparedSet, state: State, run_id: str) -> registry.ModelVersion:
-    model = build_unet(config.model, prepared.shape, len(prepared.labels.names), config.mixed_precision)
-    model.set_weights(state.best_weights)
-    example = synthetic.slice_bytes()
-    with tempfile.TemporaryDirectory(prefix="rayseg-bundle-") as folder:
-        bundle.save(folder, portable(model), prepared.preprocess, prepared.labels, config.threshold, example)
-        return registry.register(config.tracking_uri, run_id, folder, config.registered_model)
+def _conclude(config: TrainConfig, prepared: PreparedSet, folder: str, run_id: str, restarts: int) -> TrainResult:
+    """Registers the best epoch's weights and logs what came out."""
+    with tempfile.TemporaryDirectory(prefix="rayseg-bundle-") as temporary:
+        outputs = Path(temporary, "outputs")
+        state = State.load(folder, outputs)
+        assert state is not None, "each epoch leaves one"
+        assert state.untrained is not None, "validated before the first epoch"
+        if not journal.Journal(config.tracking_uri, run_id).publish(state.untrained, state.history):
+            raise RuntimeError(
+                f"train: MLflow at {config.tracking_uri} does not answer; start the same job again later"
+            )
+        model = build_unet(config.model, prepared.shape, len(prepared.labels.names), config.mixed_precision)
+        model.load_weights(outputs / BEST_FILE)
+        model = portable(model)
+        best_epoch, best = best_row(state)
+        text = record.end(config, prepared, state, model, outputs, run_id)
+        saved = Path(temporary, "bundle")
+        bundle.save(saved, model, prepared.preprocess, prepared.labels, config.threshold, synthetic.slice_bytes())
+        version = registry.register(config.tracking_uri, run_id, saved, config.registered_model, text)
+    reproduced = record.repeated(config, state, run_id) if config.reproduce else None
+    runs.log_metrics(config.tracking_uri, run_id, {"best_epoch": best_epoch, "restarts": restarts})
+    return TrainResult(
+        run_id=run_id,
+        model_uri=version.uri,
+        version=version.version,
+        epochs=state.epoch,
+        best_epoch=best_epoch,
+        val_dice=best["val/dice_pooled"],
+        untrained_val_dice=state.untrained["val/dice_pooled"],
+        train_workers=config.num_workers,
+        rows=prepared.rows["train"],
+        seconds=0.0,
+        restarts=restarts,
+        history=state.history,
+        reproduced=reproduced,
+    )
+
+
+def _finish(tracking_uri: str, run_id: str, status: Literal["FAILED", "KILLED"]) -> None:
+    """Ends the run while an error is on its way, which must not be hidden by another one."""
+    try:
+        runs.finish(tracking_uri, run_id, status)
+    except runs.UnreachableError:
+        logger.error("MLflow cannot be reached: run %s stays RUNNING until the same job is started again", run_id)

@@ -1,0 +1,65 @@
+"""Pictures of a model's best, median and worst validation cases."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from rayseg import storage
+from rayseg.data.prepared import PreparedSet
+from rayseg.data.samples import limited
+from rayseg.models.metrics import pooled_dice
+from rayseg.tracking import figures
+
+_ROWS = 200  # looked at, evenly over the patients: the driver may have no GPU
+_COLUMNS = ["patient_key", "foreground_pixels", "image", "mask"]
+
+
+def pictures(model: Any, prepared: PreparedSet, threshold: float) -> list[tuple[str, bytes]]:
+    """Name and PNG of the best, the median and the worst case by Dice, each the slice of it with most to find.
+
+    Args:
+        model: Keras model, uint8 (1, H, W, C) to probabilities.
+        prepared: its data; at most 200 rows of the validation split are looked at.
+        threshold: of a model of one class.
+    """
+    height, width, channels = prepared.shape
+    counts: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(3, np.int64))
+    largest: dict[str, tuple[int, np.ndarray, np.ndarray, np.ndarray]] = {}
+    for row in _rows(prepared):
+        image_HWC = np.frombuffer(row["image"], np.uint8).reshape(height, width, channels)
+        truth_HW = np.frombuffer(row["mask"], np.uint8).reshape(height, width)
+        probability_HWC = np.asarray(model(image_HWC[np.newaxis], training=False))[0]
+        if probability_HWC.shape[-1] == 1:
+            found_HW = (probability_HWC[..., 0] >= threshold).astype(np.uint8)
+        else:
+            found_HW = np.argmax(probability_HWC, axis=-1).astype(np.uint8)
+        agreed = np.count_nonzero((found_HW == truth_HW) & (truth_HW > 0))
+        patient = row["patient_key"]
+        counts[patient] += [agreed, np.count_nonzero(found_HW) - agreed, np.count_nonzero(truth_HW) - agreed]
+        if patient not in largest or row["foreground_pixels"] > largest[patient][0]:
+            largest[patient] = (row["foreground_pixels"], image_HWC[..., channels // 2], truth_HW, found_HW)
+    dice = {patient: pooled_dice(*(int(count) for count in counts[patient])) for patient in counts}
+    ranked = sorted((value, patient) for patient, value in dice.items() if value is not None)
+    if not ranked:
+        return []
+    places = {"worst": 0, "median": len(ranked) // 2, "best": len(ranked) - 1}
+    shown = []
+    for name, place in places.items():
+        value, patient = ranked[place]
+        title = f"{name} of {len(ranked)} validation cases: {patient[:10]} · Dice {value:.2f}"
+        shown.append((name, figures.overlay(*largest[patient][1:], title)))
+    return shown
+
+
+def _rows(prepared: PreparedSet) -> Iterator[dict[str, Any]]:
+    """The rows that are looked at; of the others only the keys are read, and of one shard at a time the pixels."""
+    keys = [storage.read_table(uri, ["patient_key"])["patient_key"].to_pylist() for uri in prepared.files("val")]
+    wanted = np.asarray(limited([key for of_file in keys for key in of_file], _ROWS))
+    first = 0
+    for uri, of_file in zip(prepared.files("val"), keys, strict=True):
+        within = wanted[(wanted >= first) & (wanted < first + len(of_file))] - first
+        if len(within):
+            yield from storage.read_table(uri, _COLUMNS).take(within).to_pylist()
+        first += len(of_file)

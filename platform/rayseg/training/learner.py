@@ -1,0 +1,228 @@
+"""The model of one rank and its compiled steps, in step with the other ranks.
+
+Keras's own `fit` does not run under MultiWorkerMirroredStrategy, so the step is written out: every rank takes the
+gradient of its share of the loss (`losses.batch_share`), the gradients are summed over the ranks, and then each rank
+makes the same update of the same weights, clipping, loss scaling and moving average included. A rank has one replica
+(one GPU, or its CPUs): its batch goes to `strategy.run` as it is.
+"""
+
+import contextlib
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from rayseg.data.feed import Batches, batches, steps
+from rayseg.data.prepared import PreparedSet
+from rayseg.models.losses import batch_share, bce_dice, ce_dice
+from rayseg.models.metrics import confusion, confusion_by_class, mean_of_defined, pooled_dice
+from rayseg.models.unet import build_unet
+from rayseg.training.schedule import learning_rate
+from rayseg.training.settings import TrainConfig
+
+
+class Learner:
+    """Trains and validates by epochs; each of its steps is traced once, the training step again after a freeze.
+
+    beat: called after each step, so that a watchdog knows that there is progress.
+    """
+
+    def __init__(
+        self, config: TrainConfig, prepared: PreparedSet, rank: int, ranks: int, beat: Callable[[], None]
+    ) -> None:
+        self.rank, self.ranks, self.prepared, self._config, self._beat = rank, ranks, prepared, config, beat
+        self.steps = steps(prepared.rows["train"], config.batch_size)
+        self.strategy = tf.distribute.MultiWorkerMirroredStrategy()
+        assert self.strategy.num_replicas_in_sync == ranks, "one replica a rank"
+        self._names = prepared.labels.names
+        self._loss = bce_dice if len(self._names) == 1 else ce_dice
+        with self.strategy.scope():
+            self.model = build_unet(config.model, prepared.shape, len(self._names), config.mixed_precision)
+            self.model.compile(optimizer=_optimizer(config, self.steps))
+            self._variables = list(self.model.trainable_variables)
+            self.model.optimizer.build(self._variables)
+        height, width, channels = prepared.shape
+        per_rank = config.batch_size // ranks
+        self._signature = [
+            tf.TensorSpec((per_rank, height, width, channels), tf.uint8),
+            tf.TensorSpec((per_rank, height, width), tf.uint8),
+            tf.TensorSpec((per_rank,), tf.float32),
+        ]
+        self._train_step = self._compiled_update()
+        self._val_step = self._compiled(self._judge, self._signature)
+        self._sum = self._compiled(_sum_over_ranks, [tf.TensorSpec((None,), tf.float64)])
+
+    def freeze(self, layers: list[keras.Layer], frozen: bool) -> None:
+        """Leaves the layers as they are in training, or lets them learn again."""
+        if any(layer.trainable == frozen for layer in layers):
+            for layer in layers:
+                layer.trainable = not frozen
+            self._train_step = self._compiled_update()
+
+    def train(self, epoch: int, called: keras.callbacks.CallbackList) -> dict[str, Any]:
+        """One epoch; returns its logs, the same on all ranks."""
+        began = time.perf_counter()
+        totals: Any = tf.zeros((2,), tf.float32)
+        with contextlib.closing(self._feed("train", epoch)) as feed:
+            for step, batch in enumerate(feed):
+                called.on_train_batch_begin(step)
+                # Not fetched here: a GPU goes on with the next step meanwhile.
+                totals += self._train_step(*batch)
+                called.on_train_batch_end(step)
+                self._beat()
+        share, weight = (float(value) for value in totals)
+        seconds = time.perf_counter() - began
+        total, rows, waited_s, seconds = self._over_ranks([share, weight, feed.waited_s, seconds])
+        return {
+            "train/loss": total / rows,
+            "learning_rate": float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate)),
+            "stall_percent": 100 * waited_s / seconds,
+            "rows_per_s": rows / (seconds / self.ranks),
+        }
+
+    def validate(self) -> dict[str, Any]:
+        """Loss and pooled Dice over the whole validation split, from sums and counts over all ranks.
+
+        Of several classes `val/dice_pooled` is the mean, and each has its own under `val/dice_pooled/NAME`.
+        """
+        totals = np.zeros(2 + 3 * len(self._names))
+        with contextlib.closing(self._feed("val", 0, shuffle=False)) as feed:
+            for batch in feed:
+                loss_sum, weight_sum, counts = self._val_step(*batch)
+                totals += [float(loss_sum), float(weight_sum), *counts.numpy()]
+                self._beat()
+        loss, rows, *counted = self._over_ranks(totals.tolist())
+        dice = [pooled_dice(*(int(count) for count in of_class)) for of_class in np.reshape(counted, (-1, 3))]
+        values = {"val/loss": loss / rows, "val/dice_pooled": mean_of_defined(dice)}
+        if len(dice) > 1:
+            values |= {f"val/dice_pooled/{name}": value for name, value in zip(self._names, dice, strict=True)}
+        return values
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within it the model has the moving averages of its weights, where the run keeps such."""
+        if self._config.ema_momentum is None:
+            yield
+            return
+        self._swap_averages()
+        try:
+            yield
+        finally:
+            self._swap_averages()
+
+    def _swap_averages(self) -> None:
+        optimizer = getattr(self.model.optimizer, "inner_optimizer", self.model.optimizer)
+        for variable, average in zip(self._variables, optimizer._model_variables_moving_average, strict=True):
+            kept = variable.numpy()
+            variable.assign(average.numpy())
+            average.assign(kept)
+
+    def any_rank(self, flag: bool) -> bool:
+        """Whether any rank says so: the ranks must do the same."""
+        return self._over_ranks([float(flag)])[0] > 0
+
+    def check_ranks(self) -> None:
+        """Raises RuntimeError where the ranks' weights are not bit-equal: what they would train is no one model."""
+        sha256 = hashlib.sha256()
+        for weight in self.model.get_weights():
+            sha256.update(weight.tobytes())
+        # 40 bits each: their sum over thousands of ranks is exact in float64.
+        own = int.from_bytes(sha256.digest()[:5])
+        if self._over_ranks([own]) != [own * self.ranks]:
+            raise RuntimeError(f"training: the weights of rank {self.rank} are not those of the other ranks")
+
+    def _feed(self, split: str, epoch: int, shuffle: bool = True) -> Batches:
+        return batches(
+            self.prepared,
+            split,
+            global_batch=self._config.batch_size,
+            rank=self.rank,
+            world_size=self.ranks,
+            seed=self._config.seed,
+            epoch=epoch,
+            shuffle=shuffle,
+        )
+
+    def _compiled_update(self) -> Callable[..., Any]:
+        """The training step: the sums of the loss and of the weights of the rank's share."""
+        of_part = tf.function(self._of_part, jit_compile=True) if self._config.jit_compile else self._of_part
+        parts = self._config.accumulation
+
+        def summed(*share: tf.Tensor) -> tuple[list[tf.Tensor], tf.Tensor]:
+            pieces = zip(*(tf.split(values, parts) for values in share), strict=True)
+            gradients, totals = of_part(*next(pieces))
+            for piece in pieces:
+                more, sums = of_part(*piece)
+                gradients, totals = [one + other for one, other in zip(gradients, more, strict=True)], totals + sums
+            context = tf.distribute.get_replica_context()
+            return context.all_reduce(tf.distribute.ReduceOp.SUM, gradients), totals
+
+        optimizer = self.model.optimizer
+        # Outside of the replica, where nothing is summed again. The loss scaling's `apply` insists on the replica; what
+        # it calls there does not.
+        apply = getattr(optimizer, "_common_apply", optimizer.apply)
+
+        def update(*share: tf.Tensor) -> tf.Tensor:
+            gradients, totals = self.strategy.run(summed, args=share)
+            apply(gradients, self._variables)
+            return totals
+
+        return tf.function(update, input_signature=self._signature, autograph=False)
+
+    def _of_part(
+        self, image_NHWC: tf.Tensor, mask_NHW: tf.Tensor, weight_N: tf.Tensor
+    ) -> tuple[list[tf.Tensor], tf.Tensor]:
+        """Gradients of the part's share of the loss, zero for frozen weights; sums of the loss and of the weights."""
+        optimizer = self.model.optimizer
+        with tf.GradientTape() as tape:
+            loss_N = self._supervised(mask_NHW, self.model(image_NHWC, training=True))
+            share = optimizer.scale_loss(batch_share(loss_N, weight_N, self._config.batch_size))
+        variables = [variable.value for variable in self._variables]
+        gradients = tape.gradient(share, variables, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+        return gradients, tf.stack([tf.reduce_sum(loss_N * weight_N), tf.reduce_sum(weight_N)])
+
+    def _supervised(self, mask_NHW: tf.Tensor, outputs: Any) -> tf.Tensor:
+        """The loss; under deep supervision each further output counts half as much as the one before.
+
+        As nnU-Net weighs them (Isensee et al. 2021, doi:10.1038/s41592-020-01008-z), to a sum of 1.
+        """
+        if not isinstance(outputs, list):
+            return self._loss(mask_NHW, outputs)
+        weights = [2.0**-index for index in range(len(outputs))]
+        losses = [weight * self._loss(mask_NHW, output) for weight, output in zip(weights, outputs, strict=True)]
+        return tf.add_n(losses) / sum(weights)
+
+    def _judge(self, image_NHWC: tf.Tensor, mask_NHW: tf.Tensor, weight_N: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        outputs = self.model(image_NHWC, training=False)
+        probability_NHWC = outputs[0] if isinstance(outputs, list) else outputs
+        loss_N = self._loss(mask_NHW, probability_NHWC)
+        if len(self._names) == 1:
+            counts = confusion(mask_NHW, probability_NHWC, weight_N, self._config.threshold)
+        else:
+            counts = tf.reshape(confusion_by_class(mask_NHW, probability_NHWC, weight_N), (-1,))
+        return tf.reduce_sum(loss_N * weight_N), tf.reduce_sum(weight_N), counts
+
+    def _over_ranks(self, values: list[float]) -> list[float]:
+        """The values summed over the ranks; in float64, so counts stay exact."""
+        return [float(value) for value in self._sum(np.asarray(values, np.float64))]
+
+    def _compiled(self, function: Callable[..., Any], signature: list[tf.TensorSpec]) -> Callable[..., Any]:
+        return tf.function(
+            lambda *inputs: self.strategy.run(function, args=inputs), input_signature=signature, autograph=False
+        )
+
+
+def _optimizer(config: TrainConfig, steps: int) -> keras.optimizers.Optimizer:
+    ema = {} if config.ema_momentum is None else {"use_ema": True, "ema_momentum": config.ema_momentum}
+    adam = keras.optimizers.Adam(learning_rate(config, steps), global_clipnorm=config.clip_norm, **ema)
+    # Small gradients vanish in half precision; bfloat16 has the exponents of float32.
+    return keras.optimizers.LossScaleOptimizer(adam) if config.mixed_precision == "mixed_float16" else adam
+
+
+def _sum_over_ranks(values: tf.Tensor) -> tf.Tensor:
+    # A copy made by the replica: the strategy asks on which device a value lies, and a function's input does not say.
+    return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, tf.identity(values))

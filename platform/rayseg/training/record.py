@@ -1,0 +1,149 @@
+"""What MLflow is told of a training run beside its values: enough to know what it was, and to repeat it."""
+
+import hashlib
+import json
+import logging
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import rayseg
+from rayseg import config as configuration
+from rayseg.data.prepared import PreparedSet
+from rayseg.tracking import figures, runs
+from rayseg.training import cases
+from rayseg.training.callbacks import HISTORY_FILE
+from rayseg.training.card import card
+from rayseg.training.settings import TrainConfig
+from rayseg.training.state import State
+
+logger = logging.getLogger(__name__)
+
+CONFIG_FILE, EPOCHS_FILE, _ENVIRONMENT_FILE = "config.json", "history.json", "environment.txt"
+_TIMES = ("stall_percent", "rows_per_s")  # of an epoch: another run has others
+
+
+def begin(config: TrainConfig, prepared: PreparedSet) -> str:
+    """Creates the run and logs what is known before training: configuration, data, split, code, environment."""
+    uri = config.tracking_uri
+    parameters = configuration.flat(config) | {
+        "scaled_learning_rate": config.scaled_learning_rate,
+        "prepared_digest": prepared.digest,
+    }
+    tags = {"rayseg.code_sha256": _code(), **_git()}
+    if config.reproduce:
+        tags["rayseg.reproduces"] = config.reproduce
+    run_id = runs.start(uri, config.experiment, config.name, parameters, tags)
+    profile = {"rows": prepared.rows, "shape": prepared.shape, "labels": prepared.labels.names}
+    runs.log_dataset(uri, run_id, config.prepared, prepared.digest, json.dumps(profile), "training")
+    kept = {"train": configuration.plain(config), "prepared_digest": prepared.digest}
+    runs.log_bytes(uri, run_id, CONFIG_FILE, json.dumps(kept, indent=2).encode())
+    runs.log_bytes(uri, run_id, _ENVIRONMENT_FILE, "\n".join(_environment()).encode())
+    runs.log_bytes(uri, run_id, "split.csv", prepared.read_split())
+    return run_id
+
+
+def end(config: TrainConfig, prepared: PreparedSet, state: State, model: Any, outputs: Path, run_id: str) -> str:
+    """Logs tables, curves, pictures and the model card; returns the card.
+
+    Args:
+        config: the run.
+        prepared: its data.
+        state: its last checkpoint.
+        model: the Keras model of its best epoch.
+        outputs: the folder of files that its callbacks wrote.
+        run_id: in MLflow.
+    """
+    uri = config.tracking_uri
+    epochs = {"untrained": state.untrained, "history": state.history}
+    runs.log_bytes(uri, run_id, EPOCHS_FILE, json.dumps(epochs).encode())
+    runs.log_file(uri, run_id, HISTORY_FILE, outputs / HISTORY_FILE)
+    runs.log_bytes(uri, run_id, "curves.png", figures.curves(state.history))
+    for name, picture in cases.pictures(model, prepared, config.threshold):
+        runs.log_bytes(uri, run_id, f"val/{name}.png", picture)
+    for file in sorted((outputs / "tensorboard").rglob("*")):
+        if file.is_file():
+            runs.log_file(uri, run_id, str(file.relative_to(outputs)), file)
+    text = card(config, prepared, state, run_id)
+    runs.log_bytes(uri, run_id, "model_card.md", text.encode())
+    return text
+
+
+def to_repeat(config: TrainConfig) -> TrainConfig:
+    """The configuration of the run that `config.reproduce` names, with the places that `config` names itself.
+
+    Raises:
+        ValueError: there is no such run of ours.
+    """
+    assert config.reproduce is not None, "asked for"
+    kept = json.loads(runs.read_bytes(config.tracking_uri, config.reproduce, CONFIG_FILE))
+    places = {name: getattr(config, name) for name in ("prepared", "storage") if getattr(config, name)}
+    here = {"tracking_uri": config.tracking_uri, "reproduce": config.reproduce}
+    return configuration.build(TrainConfig, kept["train"] | places | here)
+
+
+def check_repeatable(config: TrainConfig, prepared: PreparedSet) -> None:
+    """Raises ValueError where the run to repeat had other data; warns where its libraries or code were others."""
+    assert config.reproduce is not None, "asked for"
+    uri, run_id = config.tracking_uri, config.reproduce
+    digest = json.loads(runs.read_bytes(uri, run_id, CONFIG_FILE))["prepared_digest"]
+    if digest != prepared.digest:
+        raise ValueError(
+            f"train.reproduce: run {run_id} had a prepared set of digest {digest[:12]}, {config.prepared} has "
+            f"{prepared.digest[:12]}; prepare it again as it was, or name where it lies in train.prepared"
+        )
+    then = set(runs.read_bytes(uri, run_id, _ENVIRONMENT_FILE).decode().splitlines())
+    for line in sorted(then ^ set(_environment())):
+        logger.warning("train.reproduce: %s %s", "then, not now:" if line in then else "now, not then:", line)
+    if runs.client(uri).get_run(run_id).data.tags.get("rayseg.code_sha256") != _code():
+        logger.warning("train.reproduce: the code of rayseg is not that of run %s", run_id)
+
+
+def repeated(config: TrainConfig, state: State, run_id: str) -> bool:
+    """Whether every value of every epoch is equal to that of the run that was to be repeated; told as a tag, too."""
+    assert config.reproduce is not None, "asked for"
+    before = json.loads(runs.read_bytes(config.tracking_uri, config.reproduce, EPOCHS_FILE))
+    equal = before == {"untrained": state.untrained, "history": state.history}
+    if not equal:
+        pairs = zip(_lasting(before["history"]), _lasting(state.history), strict=False)
+        equal = len(before["history"]) == len(state.history) and all(one == other for one, other in pairs)
+    runs.client(config.tracking_uri).set_tag(run_id, "rayseg.reproduced", str(equal).lower())
+    if not equal:
+        logger.warning("train.reproduce: the values are not those of run %s", config.reproduce)
+    return equal
+
+
+def _lasting(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{name: value for name, value in row.items() if name not in _TIMES} for row in history]
+
+
+def _environment() -> list[str]:
+    """Python, processor and every installed distribution."""
+    installed = {f"{found.name}=={found.version}" for found in metadata.distributions() if found.name}
+    return [f"python=={platform.python_version()}", f"machine: {platform.machine()}", *sorted(installed)]
+
+
+def _code() -> str:
+    """SHA-256 over the modules of this package: a job on a cluster has no repository to ask."""
+    root = Path(rayseg.__file__).parent
+    sha256 = hashlib.sha256()
+    for file in sorted(root.rglob("*.py")):
+        sha256.update(f"{file.relative_to(root)}\n".encode() + file.read_bytes())
+    return sha256.hexdigest()
+
+
+def _git() -> dict[str, str]:
+    """The commit, as MLflow tags it, where the package stands in a repository; and whether files differ from it."""
+    folder = Path(rayseg.__file__).parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]  # of the path, as a user's shell finds it
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+
+    try:
+        changed = bool(git("status", "--porcelain", "--untracked-files=no"))
+        return {"mlflow.source.git.commit": git("rev-parse", "HEAD"), "rayseg.git_changed": str(changed).lower()}
+    except (OSError, subprocess.SubprocessError):
+        return {}
