@@ -2,6 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from rayseg import storage
 from rayseg.data import feed
+from rayseg.data.augment import Augment, generator
 from rayseg.data.feed import Batch, batches, steps
 from rayseg.data.labels import Labels
 from rayseg.data.prepared import PreparedSet
@@ -55,9 +57,9 @@ def prepared_set(root: Path, shards: list[int], row_group_rows: int) -> Prepared
     )
 
 
-def epoch(prepared: PreparedSet, global_batch: int, ranks: int = 1, **options: int) -> list[list[Batch]]:
+def epoch(prepared: PreparedSet, global_batch: int, ranks: int = 1, **options: Any) -> list[list[Batch]]:
     """Batches of one epoch, by rank."""
-    given_options = {"seed": 1, "epoch": 0} | options
+    given_options: dict[str, Any] = {"seed": 1, "epoch": 0} | options
     return [
         list(batches(prepared, "train", global_batch=global_batch, rank=rank, world_size=ranks, **given_options))
         for rank in range(ranks)
@@ -127,6 +129,41 @@ def test_masks_belong_to_their_images_and_padding_has_real_pixels_without_weight
         assert np.array_equal(batch.mask, batch.image[..., 0] + 1)
     assert sum(batch.weight.sum() for batch in made) == 10
     assert all(batch.image.any() for batch in made)
+
+
+def test_augmented_batches_are_bit_equal_for_1_2_and_3_ranks(tmp_path: Path) -> None:
+    prepared = prepared_set(tmp_path, [31, 9], 4)
+    augment = Augment(flip_vertical=0.5, noise=60, brightness=0.3)
+
+    def global_batches(ranks: int, number: int = 0) -> list[tuple[bytes, ...]]:
+        by_rank = epoch(prepared, 6, ranks, epoch=number, augment=augment)
+        return [
+            tuple(b"".join(getattr(batch, name).tobytes() for batch in of_step) for name in Batch._fields)
+            for of_step in zip(*by_rank, strict=True)
+        ]
+
+    alone = global_batches(1)
+    assert global_batches(2) == alone
+    assert global_batches(3) == alone
+    assert global_batches(1, number=1) != alone
+
+
+def test_a_row_is_augmented_by_seed_epoch_and_its_name_whatever_the_batch(tmp_path: Path) -> None:
+    prepared = prepared_set(tmp_path, [17], 4)
+    augment = Augment(flip_horizontal=1, noise=60, brightness=0.3)
+    expected = Counter()
+    for n in range(1, 18):
+        made = augment.apply(image(n), image(n)[..., 0] + 1, generator(5, 3, f"row{n}"))
+        expected[made[0].tobytes() + made[1].tobytes()] += 1
+    for global_batch in (2, 5):
+        [fed] = epoch(prepared, global_batch, seed=5, epoch=3, augment=augment)
+        found = Counter(
+            pixels.tobytes() + mask.tobytes()
+            for batch in fed
+            for pixels, mask, weight in zip(*batch, strict=True)
+            if weight
+        )
+        assert found == expected
 
 
 def test_batches_are_not_overwritten_by_later_ones(tmp_path: Path) -> None:

@@ -2,13 +2,39 @@
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from keras import ops
-from sklearn.metrics import f1_score
+from sklearn.metrics import (
+    accuracy_score,
+    average_precision_score,
+    f1_score,
+    jaccard_score,
+    precision_score,
+    recall_score,
+)
 
-from rayseg.models.metrics import confusion, confusion_by_class, mean_of_defined, pooled_dice
+from rayseg.models.metrics import (
+    BINS,
+    SIZE,
+    confusion,
+    confusion_by_class,
+    counts,
+    mean_of_defined,
+    pooled_dice,
+    scores,
+)
+
+OF_MASKS = {
+    "dice_pooled": f1_score,
+    "iou_pooled": jaccard_score,
+    "precision_pooled": precision_score,
+    "recall_pooled": recall_score,
+    "f1_pooled": f1_score,
+    "accuracy_pooled": accuracy_score,
+}
 
 
-def counts(mask: np.ndarray, probability: np.ndarray, weight: list[float], threshold: float = 0.5) -> list[int]:
+def counted(mask: np.ndarray, probability: np.ndarray, weight: list[float], threshold: float = 0.5) -> list[int]:
     return ops.convert_to_numpy(
         confusion(mask, probability[..., np.newaxis], np.array(weight, np.float32), threshold)
     ).tolist()
@@ -17,16 +43,16 @@ def counts(mask: np.ndarray, probability: np.ndarray, weight: list[float], thres
 def test_hand_counted_with_padding_and_the_threshold_itself() -> None:
     mask = np.array([[[1, 0, 1, 0]], [[1, 1, 1, 1]]], np.uint8)
     probability = np.array([[[0.5, 0.5, 0.49, 0.1]], [[0.9, 0.9, 0.9, 0.9]]], np.float32)
-    assert counts(mask, probability, [1, 0]) == [1, 1, 1]
-    assert counts(mask, probability, [1, 1]) == [5, 1, 1]
-    assert counts(mask, probability, [1, 0], threshold=0.3) == [2, 1, 0]
+    assert counted(mask, probability, [1, 0]) == [1, 1, 1]
+    assert counted(mask, probability, [1, 1]) == [5, 1, 1]
+    assert counted(mask, probability, [1, 0], threshold=0.3) == [2, 1, 0]
 
 
 def test_pooled_dice_of_summed_counts_is_the_f1_of_all_pixels() -> None:
     random = np.random.default_rng(5)
     mask = (random.random((6, 9, 7)) > 0.7).astype(np.uint8)
     probability = (0.6 * random.random((6, 9, 7)) + 0.3 * mask).astype(np.float32)
-    halves = [counts(mask[part], probability[part], [1] * 3) for part in (slice(0, 3), slice(3, 6))]
+    halves = [counted(mask[part], probability[part], [1] * 3) for part in (slice(0, 3), slice(3, 6))]
     assert pooled_dice(*np.sum(halves, axis=0).tolist()) == pytest.approx(
         f1_score(mask.ravel(), probability.ravel() >= 0.5), abs=1e-12
     )
@@ -57,3 +83,91 @@ def test_each_class_is_counted_by_the_most_probable_one_without_padding() -> Non
 def test_a_class_without_a_value_is_left_out_of_the_mean() -> None:
     assert mean_of_defined([0.25, None, 0.75]) == 0.5
     assert mean_of_defined([None, None]) is None
+
+
+def bins(probability: np.ndarray) -> np.ndarray:
+    """The bin of a probability, in float64: 4096 of equal width of log odds from -16.64 to 16.64."""
+    logit = np.log(probability.astype(float)) - np.log1p(-probability.astype(float))
+    return np.clip(np.floor((logit + 16.64) / 33.28 * 4096), 0, 4095)
+
+
+def network(truth: np.ndarray, spread: float, seed: int) -> np.ndarray:
+    """What a network might give: float32, the certain ones mostly right, away from the borders of the bins."""
+    random = np.random.default_rng(seed)
+    logit = random.normal(np.where(truth, 1.0, -4.0), spread)
+    centred = (np.floor((logit + 16.64) / 33.28 * 4096) + random.uniform(0.1, 0.9, truth.shape)) / 4096 * 33.28 - 16.64
+    return (1 / (1 + np.exp(-np.clip(centred, -16, 8)))).astype(np.float32)
+
+
+@pytest.mark.parametrize("spread", [0.5, 3, 8])
+def test_all_scores_of_one_class_are_those_of_scikit_learn_whatever_the_batches(spread: float) -> None:
+    truth = np.random.default_rng(7).random((9, 40, 30)) < 0.1
+    probability = network(truth, spread, 8)
+    total = np.zeros(SIZE)
+    for first, weight in ((0, [1, 1, 1, 1]), (4, [1, 1, 1, 1]), (8, [1, 0, 0, 0])):
+        rows = np.minimum(np.arange(first, first + 4), 8)  # the padding repeats a row
+        mask = truth[rows].astype(np.uint8) * 3  # any class is foreground
+        total += counts(mask, probability[rows, ..., np.newaxis], np.array(weight, np.float32), 0.4).numpy()
+    found = scores(total, ["lesion"])
+    assert set(found) == {f"val/{name}" for name in (*OF_MASKS, "average_precision")}
+    for name, function in OF_MASKS.items():
+        expected = function(truth.ravel(), probability.ravel() >= np.float32(0.4))
+        assert found[f"val/{name}"] == pytest.approx(expected, abs=1e-12)
+    quantised = average_precision_score(truth.ravel(), bins(probability).ravel())
+    assert found["val/average_precision"] == pytest.approx(quantised, abs=1e-9)
+    exact = average_precision_score(truth.ravel(), probability.ravel())
+    assert found["val/average_precision"] == pytest.approx(exact, abs=1e-3)
+
+
+def test_scores_of_several_classes_are_those_of_scikit_learn_and_their_means() -> None:
+    random = np.random.default_rng(9)
+    mask = random.integers(0, 3, (4, 30, 20)).astype(np.uint8)
+    probability = random.dirichlet(np.ones(4), (4, 30, 20)).astype(np.float32)
+    probability[np.arange(4) == mask[..., None]] += np.float32(0.2)
+    probability /= probability.sum(axis=-1, keepdims=True)
+    total = counts(mask, probability, np.ones(4, np.float32), 0.5).numpy()
+    found = scores(total, ["a", "b", "never"], split="test")
+    chosen = probability.argmax(axis=-1)
+    for index, name in ((1, "a"), (2, "b")):
+        for metric, function in OF_MASKS.items():
+            expected = function((mask == index).ravel(), (chosen == index).ravel())
+            assert found[f"test/{metric}/{name}"] == pytest.approx(expected, abs=1e-12)
+        expected = average_precision_score((mask == index).ravel(), probability[..., index].ravel())
+        assert found[f"test/average_precision/{name}"] == pytest.approx(expected, abs=1e-3)
+    assert found["test/average_precision/never"] is None
+    assert found["test/recall_pooled/never"] is None
+    assert found["test/dice_pooled/never"] == 0
+    for metric in (*OF_MASKS, "average_precision"):
+        of_class = [found[f"test/{metric}/{name}"] for name in ("a", "b", "never")]
+        assert found[f"test/{metric}"] == pytest.approx(np.mean([value for value in of_class if value is not None]))
+
+
+def test_average_precision_counted_by_hand() -> None:
+    # From the top: right, wrong, right and right at once with a wrong one: 1/3 * 1/1 + 2/3 * 3/5.
+    mask = np.array([[[1, 0, 1, 1, 0]]], np.uint8)
+    probability = np.array([[[0.9, 0.8, 0.3, 0.3, 0.3]]], np.float32)[..., np.newaxis]
+    total = counts(mask, probability, np.ones(1, np.float32), 0.5).numpy()
+    assert scores(total, ["lesion"])["val/average_precision"] == pytest.approx(1 / 3 + 2 / 3 * 3 / 5)
+
+
+def test_certain_probabilities_are_counted_and_what_is_no_number_ends_nothing() -> None:
+    mask = np.array([[[1, 1, 0, 0, 0]]], np.uint8)
+    probability = np.array([[[1, 0, 1, 0, np.nan]]], np.float32)[..., np.newaxis]
+    total = counts(mask, probability, np.ones(1, np.float32), 0.5).numpy()
+    assert total[3:].sum() == 5
+    assert total[[2 + BINS, 2 + 2 * BINS]].tolist() == [1, 1]  # the last bins
+    assert total[3 + BINS] == 1
+    found = scores(np.zeros(SIZE), ["lesion"])
+    assert set(found.values()) == {None}
+    nothing_there = counts(np.zeros((1, 2, 2), np.uint8), np.full((1, 2, 2, 1), 0.1, np.float32), np.ones(1), 0.5)
+    found = scores(nothing_there.numpy(), ["lesion"])
+    assert found["val/accuracy_pooled"] == 1
+    assert found["val/dice_pooled"] is found["val/average_precision"] is None
+
+
+def test_counts_compile_with_fixed_shapes() -> None:
+    mask = np.random.default_rng(1).integers(0, 3, (2, 8, 8)).astype(np.uint8)
+    probability = np.random.default_rng(2).dirichlet(np.ones(3), (2, 8, 8)).astype(np.float32)
+    compiled = tf.function(lambda *inputs: counts(*inputs, 0.5), jit_compile=True)
+    weight = np.ones(2, np.float32)
+    assert np.array_equal(compiled(mask, probability, weight), counts(mask, probability, weight, 0.5))

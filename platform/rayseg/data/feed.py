@@ -4,7 +4,7 @@ The row groups of a split, in an order drawn from (seed, epoch), form one sequen
 equal lanes as the global batch has samples; batch t takes row t of every lane, and rank r of N the lanes
 [r B/N, (r+1) B/N). So every row comes exactly once an epoch, all ranks make equally many steps, a rank reads its lanes'
 row groups and few others, and the number of ranks changes only who reads a row. A lane shuffles its rows within windows
-of a few row groups, which bounds the memory.
+of a few row groups, which bounds the memory. Augmentation is drawn from (seed, epoch, row), so it follows the rows.
 """
 
 import io
@@ -17,10 +17,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
+import cv2
 import numpy as np
 import pyarrow.parquet as pq
 
 from rayseg import storage
+from rayseg.data.augment import Augment, generator
 from rayseg.data.prepared import PreparedSet
 
 _PREFETCH = 4  # batches made ahead
@@ -38,6 +40,12 @@ class Batch(NamedTuple):
     weight: np.ndarray  # float32 (N,): 1, or 0 for padding, which only the last batch of an epoch has
 
 
+class _Row(NamedTuple):
+    id: str
+    image: np.ndarray  # uint8 (H, W, C)
+    mask: np.ndarray  # uint8 (H, W)
+
+
 def steps(rows: int, global_batch: int) -> int:
     """Batches of an epoch; the last one may be padded."""
     return -(-rows // global_batch)
@@ -53,6 +61,7 @@ def batches(
     seed: int,
     epoch: int,
     shuffle: bool = True,
+    augment: Augment | None = None,
 ) -> "Batches":
     """One epoch of `split` as rank `rank` of `world_size` sees it: `steps` batches of global_batch / world_size rows.
 
@@ -62,9 +71,10 @@ def batches(
         global_batch: rows of a batch over all ranks.
         rank: of this process, from 0.
         world_size: ranks.
-        seed: of the order, with `epoch`.
-        epoch: another epoch is another order.
+        seed: of the order and the augmentation, with `epoch`.
+        epoch: another epoch is another order, and the rows are augmented anew.
         shuffle: False keeps the set's order within each lane.
+        augment: what may happen to each row; None gives them as they are.
 
     Raises:
         ValueError: the batch cannot be dealt evenly; later, while iterating: a row whose pixels do not fit the set.
@@ -74,7 +84,7 @@ def batches(
             f"train.batch_size: the global batch must be a multiple of train.num_workers, got {global_batch} for "
             f"{world_size}"
         )
-    return Batches(_Plan(prepared, split, global_batch, rank, world_size, seed, epoch, shuffle))
+    return Batches(_Plan(prepared, split, global_batch, rank, world_size, seed, epoch, shuffle, augment))
 
 
 @dataclass(frozen=True)
@@ -98,6 +108,7 @@ class _Plan:
     seed: int
     epoch: int
     shuffle: bool
+    augment: Augment | None
 
     def batches(self) -> Iterator[Batch]:
         height, width, channels = self.prepared.shape
@@ -118,8 +129,14 @@ class _Plan:
             for position, lane in enumerate(lanes):
                 row = next(lane, None)
                 if row is not None:
-                    image_NHWC[position], mask_NHW[position], weight_N[position] = *row, 1
+                    image_NHWC[position], mask_NHW[position] = self._pixels(row)
+                    weight_N[position] = 1
             yield Batch(image_NHWC, mask_NHW, weight_N)
+
+    def _pixels(self, row: _Row) -> tuple[np.ndarray, np.ndarray]:
+        if self.augment is None:
+            return row.image, row.mask
+        return self.augment.apply(row.image, row.mask, generator(self.seed, self.epoch, row.id))
 
     def _deal(self, groups: tuple[_Group, ...], rows: int) -> Iterator[list[_Group]]:
         """The pieces of row groups that each lane has; the first lanes have one row more where it does not come out."""
@@ -138,7 +155,7 @@ class _Plan:
                     rest.append(_part(group, end, group.last))
             yield pieces
 
-    def _lane(self, number: int, pieces: list[_Group]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def _lane(self, number: int, pieces: list[_Group]) -> Iterator[_Row]:
         # Lanes begin with windows of different sizes, so that they do not all read at the same step.
         first, size = 0, 1 + number % _WINDOW
         while first < len(pieces):
@@ -181,6 +198,7 @@ class Batches(Iterator[Batch]):
         self._thread.join()
 
     def _make(self, plan: _Plan) -> None:
+        cv2.setNumThreads(1)  # OpenCV's own threads would take the training's cores for pictures too small for them
         try:
             for batch in plan.batches():
                 self._put(batch)
@@ -220,8 +238,7 @@ def _groups(uris: tuple[str, ...], digest: str) -> tuple[_Group, ...]:
         return tuple(group for groups in pool.map(of_file, uris) for group in groups)
 
 
-def _read(piece: _Group, shape_HWC: tuple[int, int, int]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The image (H, W, C) and mask (H, W) of each row of the piece."""
+def _read(piece: _Group, shape_HWC: tuple[int, int, int]) -> list[_Row]:
     files, path = storage.filesystem(piece.uri)
     with files.open_input_file(path) as file:
         metadata = pq.read_metadata(io.BytesIO(piece.footer))
@@ -234,5 +251,5 @@ def _read(piece: _Group, shape_HWC: tuple[int, int, int]) -> list[tuple[np.ndarr
                 f"prepared: row {row['row_id']} has {image.size} image and {mask.size} mask bytes, the set says "
                 f"{shape_HWC}; prepare again"
             )
-        rows.append((image.reshape(shape_HWC), mask.reshape(shape_HWC[:2])))
+        rows.append(_Row(row["row_id"], image.reshape(shape_HWC), mask.reshape(shape_HWC[:2])))
     return rows

@@ -78,8 +78,13 @@ class EvaluateResult:
     dice_pooled: float | None
     dice_per_case: float | None
     iou_pooled: float | None
+    iou_per_case: float | None
     precision_pooled: float | None
+    precision_per_case: float | None
     recall_pooled: float | None
+    recall_per_case: float | None
+    accuracy_pooled: float | None
+    accuracy_per_case: float | None
     background_dice: float | None  # pooled Dice of "everything is background": 0 unless there is nothing to find
     cases_scored: int
     cases_missed: int

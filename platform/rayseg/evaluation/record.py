@@ -110,7 +110,7 @@ class Record:
         table = io.StringIO()
         writer = csv.writer(table, lineterminator="\n")
         writer.writerow(
-            ["patient_key", "class", "slices", "tp", "fp", "fn", "tn", "dice", "iou", "precision", "recall"]
+            ["patient_key", "class", "slices", "tp", "fp", "fn", "tn", "dice", "iou", "precision", "recall", "accuracy"]
         )
         lines = [
             (patient, name, case)
@@ -118,7 +118,7 @@ class Record:
             for name, case in zip(self.labels.names, of_patient, strict=True)
         ]
         for patient, name, case in sorted(lines, key=lambda line: (line[2].dice is None, line[2].dice, *line[:2])):
-            told = (case.dice, case.iou, case.precision, case.recall)
+            told = (case.dice, case.iou, case.precision, case.recall, case.accuracy)
             cells = ["" if score is None else f"{score:.6f}" for score in told]
             writer.writerow([patient, name, self.slices[patient], case.tp, case.fp, case.fn, case.tn, *cells])
         return table.getvalue().encode()

@@ -7,7 +7,11 @@ Two averages, which differ and are never mixed:
 
 Cases with nothing in them, by definition here: an empty prediction for an empty truth has no Dice (0/0) and is left out
 of the per-case mean; it is counted as a true negative case. Any prediction for an empty truth scores 0 and stays in, as
-does an empty prediction where there is a truth.
+does an empty prediction where there is a truth. The other per-case scores are means over the cases that have them, too:
+precision over those with a prediction, recall over those with a truth, accuracy over all.
+
+Average precision needs probabilities, which predictions on the native grid no longer have: `models.metrics` counts it
+in validation.
 """
 
 from collections.abc import Iterable, Sequence
@@ -50,6 +54,11 @@ class Counts:
         return _ratio(self.tp, self.tp + self.fn)
 
     @property
+    def accuracy(self) -> float | None:
+        """(TP + TN) / all pixels; None without pixels."""
+        return _ratio(self.tp + self.tn, self.tp + self.fp + self.fn + self.tn)
+
+    @property
     def background(self) -> "Counts":
         """The counts that the prediction "everything is background" would have for the same truth: the baseline."""
         return Counts(fn=self.tp + self.fn, tn=self.tn + self.fp)
@@ -65,8 +74,13 @@ class Scores:
     dice_pooled: float | None
     dice_per_case: float | None
     iou_pooled: float | None
+    iou_per_case: float | None
     precision_pooled: float | None
+    precision_per_case: float | None
     recall_pooled: float | None
+    recall_per_case: float | None
+    accuracy_pooled: float | None
+    accuracy_per_case: float | None
     background_dice: float | None  # pooled Dice of "everything is background": 0 unless there is nothing to find
     cases_scored: int
     cases_missed: int
@@ -76,9 +90,13 @@ class Scores:
 
 @dataclass(frozen=True)
 class PerCase:
-    """Cases by kind, and the mean of their Dice. `scored + true_negative` is the number of cases."""
+    """Cases by kind, and the means of their scores. `scored + true_negative` is the number of cases."""
 
     dice: float | None  # mean over the scored cases; None without any
+    iou: float | None  # the same
+    precision: float | None  # mean over the cases with a prediction
+    recall: float | None  # mean over the cases with a truth
+    accuracy: float | None  # mean over all cases
     scored: int  # cases with a truth, a prediction or both
     missed: int  # of them: a truth and an empty prediction, Dice 0
     false_alarms: int  # of them: a prediction and an empty truth, Dice 0
@@ -112,8 +130,13 @@ def scores(cases: Iterable[Counts]) -> Scores:
         dice_pooled=pooled.dice,
         dice_per_case=single.dice,
         iou_pooled=pooled.iou,
+        iou_per_case=single.iou,
         precision_pooled=pooled.precision,
+        precision_per_case=single.precision,
         recall_pooled=pooled.recall,
+        recall_per_case=single.recall,
+        accuracy_pooled=pooled.accuracy,
+        accuracy_per_case=single.accuracy,
         background_dice=pooled.background.dice,
         cases_scored=single.scored,
         cases_missed=single.missed,
@@ -128,22 +151,32 @@ def over_classes(by_class: Sequence[Scores]) -> Scores:
         return by_class[0]
     values: dict[str, Any] = {}
     for field in fields(Scores):
-        found = [value for value in (getattr(one, field.name) for one in by_class) if value is not None]
-        values[field.name] = sum(found) if field.type is int else float(np.mean(found)) if found else None
+        of_class = [getattr(one, field.name) for one in by_class]
+        values[field.name] = sum(of_class) if field.type is int else _mean(of_class)
     return Scores(**values)
 
 
 def per_case(cases: Iterable[Counts]) -> PerCase:
     """Sums up cases, one Counts each (a patient's slices added)."""
     found = list(cases)
-    dice = [case.dice for case in found if case.dice is not None]
+    scored = sum(case.dice is not None for case in found)
     return PerCase(
-        dice=float(np.mean(dice)) if dice else None,
-        scored=len(dice),
+        dice=_mean(case.dice for case in found),
+        iou=_mean(case.iou for case in found),
+        precision=_mean(case.precision for case in found),
+        recall=_mean(case.recall for case in found),
+        accuracy=_mean(case.accuracy for case in found),
+        scored=scored,
         missed=sum(case.tp + case.fp == 0 and case.fn > 0 for case in found),
         false_alarms=sum(case.tp + case.fn == 0 and case.fp > 0 for case in found),
-        true_negative=len(found) - len(dice),
+        true_negative=len(found) - scored,
     )
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    """Over those that are defined."""
+    defined = [value for value in values if value is not None]
+    return float(np.mean(defined)) if defined else None
 
 
 def _ratio(part: int, whole: int) -> float | None:

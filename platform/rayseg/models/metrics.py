@@ -1,9 +1,70 @@
-"""Metrics as counts, to be added up over batches and workers and divided once."""
+"""Metrics as counts, to be added up over batches and workers and divided once.
 
-from collections.abc import Iterable
+Validation adds up the `counts` of its batches, in float64 or int64, where they stay exact, and over its workers;
+`scores` divides the sums. All of it is pooled: the pixels of all samples count together. Values per case come from
+`evaluation.scores`, which knows the cases.
+"""
+
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 from keras import ops
+
+BINS = 4096  # of the histograms for average precision, of equal width in the logarithm of the odds
+SIZE = 3 + 2 * BINS  # counts of a class
+_LOGIT = 16.64  # the logarithm of the odds of the greatest float32 below 1 is 16.636
+_LEAST, _GREATEST = 1e-8, 1 - 2**-24
+
+
+def counts(mask_NHW: Any, probability_NHWC: Any, weight_N: Any, threshold: float) -> Any:
+    """Everything that `scores` needs of a batch, for each foreground class.
+
+    Args:
+        mask_NHW: class indices, 0 is background; of one class, everything else is foreground.
+        probability_NHWC: of one class one channel; of several the background's too.
+        weight_N: 0 for padding, which is not counted.
+        threshold: one class: at least this probability counts as found. Of several the most probable class does.
+
+    Returns:
+        int32 (classes x SIZE,): of each class pixels found, wrongly found and missed, then the pixels that are not of
+        it by bins of its probability, then those that are. Exact for batches below 2**31 pixels.
+    """
+    channels = probability_NHWC.shape[-1]
+    if channels == 1:
+        confusion_K3 = ops.expand_dims(confusion(mask_NHW, probability_NHWC, weight_N, threshold), 0)
+        truth_NHWK, probability_NHWK = ops.expand_dims(mask_NHW > 0, -1), probability_NHWC
+    else:
+        confusion_K3 = confusion_by_class(mask_NHW, probability_NHWC, weight_N)
+        index_NHW1 = ops.expand_dims(ops.cast(mask_NHW, "int32"), -1)
+        truth_NHWK, probability_NHWK = index_NHW1 == ops.arange(1, channels), probability_NHWC[..., 1:]
+    histograms_KB = _histograms(truth_NHWK, probability_NHWK, weight_N)
+    return ops.reshape(ops.concatenate([confusion_K3, histograms_KB], axis=1), (-1,))
+
+
+def scores(totals: np.ndarray, names: Sequence[str], split: str = "val") -> dict[str, float | None]:
+    """The metrics of added-up `counts`, under the names `SPLIT/dice_pooled` and so on.
+
+    Dice, IoU, precision, recall and accuracy (the fraction of pixels that are right about the class or its absence) are
+    of the masks; of pixels F1 is the same as Dice. Average precision is of the probabilities, in bins: the sum over the
+    bins, from the top, of the gain in recall times the precision there, which scikit-learn's `average_precision_score`
+    gives for the bins' numbers as scores.
+
+    Args:
+        totals: (classes x SIZE,).
+        names: of the foreground classes.
+        split: begins the names of the metrics.
+
+    Returns:
+        None where a metric is undefined: nothing to find, nothing found, or both. Of several classes the mean over
+        those that have a value (of average precision this is mAP), and each class's own under `SPLIT/METRIC/NAME`.
+    """
+    of_class = [_scores(numbers) for numbers in np.reshape(totals, (len(names), SIZE))]
+    values = {f"{split}/{metric}": mean_of_defined(found[metric] for found in of_class) for metric in of_class[0]}
+    if len(names) > 1:
+        for name, found in zip(names, of_class, strict=True):
+            values |= {f"{split}/{metric}/{name}": value for metric, value in found.items()}
+    return values
 
 
 def confusion(mask_NHW: Any, probability_NHWC: Any, weight_N: Any, threshold: float) -> Any:
@@ -51,6 +112,52 @@ def _counts(truth_NHW: Any, found_NHW: Any, weight_N: Any) -> Any:
             count(ops.logical_and(ops.logical_not(found_NHW), truth_NHW)),
         ]
     )
+
+
+def _histograms(truth_NHWK: Any, probability_NHWK: Any, weight_N: Any) -> Any:
+    """Pixels that are not of the class by bins of its probability, then those that are: int32 (classes, 2 x BINS).
+
+    Bins of odds are as fine near 0 and 1, where networks put most pixels, as elsewhere: neighbours differ by 0.8 %.
+    Average precision from them was within 5e-4 of the exact one for normally distributed scores, however hard the task.
+    """
+    probability_NHWK = ops.clip(ops.cast(probability_NHWK, "float32"), _LEAST, _GREATEST)
+    logit_NHWK = ops.log(probability_NHWK) - ops.log1p(-probability_NHWK)
+    bin_NHWK = ops.cast((logit_NHWK + _LOGIT) * (BINS / (2 * _LOGIT)), "int32")
+    # Clipped, not trusted: what is not a number has no bin, and must not end the run here.
+    bin_NHWK = ops.clip(bin_NHWK, 0, BINS - 1)
+    classes = probability_NHWK.shape[-1]
+    index_NHWK = bin_NHWK + BINS * ops.cast(truth_NHWK, "int32") + 2 * BINS * ops.arange(classes)
+    valid_NHWK = ops.broadcast_to(ops.reshape(ops.cast(weight_N > 0, "int32"), (-1, 1, 1, 1)), ops.shape(index_NHWK))
+    flat = [ops.reshape(values, (-1,)) for values in (valid_NHWK, index_NHWK)]
+    return ops.reshape(ops.segment_sum(*flat, 2 * BINS * classes), (classes, 2 * BINS))
+
+
+def _scores(numbers: np.ndarray) -> dict[str, float | None]:
+    """The metrics of one class, by name."""
+    found, wrong, missed = (int(number) for number in numbers[:3])
+    negative_B, positive_B = numbers[3 : 3 + BINS], numbers[3 + BINS :]
+    dice = pooled_dice(found, wrong, missed)
+    return {
+        "dice_pooled": dice,
+        "iou_pooled": _ratio(found, found + wrong + missed),
+        "precision_pooled": _ratio(found, found + wrong),
+        "recall_pooled": _ratio(found, found + missed),
+        "f1_pooled": dice,
+        "accuracy_pooled": _ratio(numbers[3:].sum() - wrong - missed, numbers[3:].sum()),
+        "average_precision": _average_precision(negative_B, positive_B),
+    }
+
+
+def _average_precision(negative_B: np.ndarray, positive_B: np.ndarray) -> float | None:
+    """From histograms of scores; None where there is nothing to find."""
+    positive_B, negative_B = positive_B[::-1], negative_B[::-1]
+    found_B = positive_B.cumsum()
+    told_B = found_B + negative_B.cumsum()
+    return _ratio(np.sum(positive_B * found_B / np.maximum(told_B, 1)), found_B[-1])
+
+
+def _ratio(part: float, whole: float) -> float | None:
+    return float(part / whole) if whole else None
 
 
 def mean_of_defined(values: Iterable[float | None]) -> float | None:
