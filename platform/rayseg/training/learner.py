@@ -18,8 +18,8 @@ import tensorflow as tf
 
 from rayseg.data.feed import Batches, batches, steps
 from rayseg.data.prepared import PreparedSet
-from rayseg.models.losses import batch_share, bce_dice, ce_dice
-from rayseg.models.metrics import confusion, confusion_by_class, mean_of_defined, pooled_dice
+from rayseg.models.losses import batch_share, loss_function
+from rayseg.models.metrics import SIZE, counts, scores
 from rayseg.models.unet import build_unet
 from rayseg.training.schedule import learning_rate
 from rayseg.training.settings import TrainConfig
@@ -39,7 +39,7 @@ class Learner:
         self.strategy = tf.distribute.MultiWorkerMirroredStrategy()
         assert self.strategy.num_replicas_in_sync == ranks, "one replica a rank"
         self._names = prepared.labels.names
-        self._loss = bce_dice if len(self._names) == 1 else ce_dice
+        self._loss = loss_function(config.loss, len(self._names))
         with self.strategy.scope():
             self.model = build_unet(config.model, prepared.shape, len(self._names), config.mixed_precision)
             self.model.compile(optimizer=_optimizer(config, self.steps))
@@ -85,22 +85,15 @@ class Learner:
         }
 
     def validate(self) -> dict[str, Any]:
-        """Loss and pooled Dice over the whole validation split, from sums and counts over all ranks.
-
-        Of several classes `val/dice_pooled` is the mean, and each has its own under `val/dice_pooled/NAME`.
-        """
-        totals = np.zeros(2 + 3 * len(self._names))
+        """`val/loss` and the scores of `metrics.scores` over the whole validation split, summed over all ranks."""
+        totals = np.zeros(2 + SIZE * len(self._names))
         with contextlib.closing(self._feed("val", 0, shuffle=False)) as feed:
             for batch in feed:
-                loss_sum, weight_sum, counts = self._val_step(*batch)
-                totals += [float(loss_sum), float(weight_sum), *counts.numpy()]
+                sums, counted = self._val_step(*batch)
+                totals += np.concatenate([sums.numpy(), counted.numpy()])
                 self._beat()
         loss, rows, *counted = self._over_ranks(totals.tolist())
-        dice = [pooled_dice(*(int(count) for count in of_class)) for of_class in np.reshape(counted, (-1, 3))]
-        values = {"val/loss": loss / rows, "val/dice_pooled": mean_of_defined(dice)}
-        if len(dice) > 1:
-            values |= {f"val/dice_pooled/{name}": value for name, value in zip(self._names, dice, strict=True)}
-        return values
+        return {"val/loss": loss / rows, **scores(np.asarray(counted), self._names)}
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
@@ -145,6 +138,7 @@ class Learner:
             seed=self._config.seed,
             epoch=epoch,
             shuffle=shuffle,
+            augment=self._config.augment if split == "train" else None,
         )
 
     def _compiled_update(self) -> Callable[..., Any]:
@@ -196,15 +190,12 @@ class Learner:
         losses = [weight * self._loss(mask_NHW, output) for weight, output in zip(weights, outputs, strict=True)]
         return tf.add_n(losses) / sum(weights)
 
-    def _judge(self, image_NHWC: tf.Tensor, mask_NHW: tf.Tensor, weight_N: tf.Tensor) -> tuple[tf.Tensor, ...]:
+    def _judge(self, image_NHWC: tf.Tensor, mask_NHW: tf.Tensor, weight_N: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         outputs = self.model(image_NHWC, training=False)
         probability_NHWC = outputs[0] if isinstance(outputs, list) else outputs
         loss_N = self._loss(mask_NHW, probability_NHWC)
-        if len(self._names) == 1:
-            counts = confusion(mask_NHW, probability_NHWC, weight_N, self._config.threshold)
-        else:
-            counts = tf.reshape(confusion_by_class(mask_NHW, probability_NHWC, weight_N), (-1,))
-        return tf.reduce_sum(loss_N * weight_N), tf.reduce_sum(weight_N), counts
+        sums = tf.stack([tf.reduce_sum(loss_N * weight_N), tf.reduce_sum(weight_N)])
+        return sums, counts(mask_NHW, probability_NHWC, weight_N, self._config.threshold)
 
     def _over_ranks(self, values: list[float]) -> list[float]:
         """The values summed over the ranks; in float64, so counts stay exact."""

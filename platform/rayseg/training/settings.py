@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from rayseg.data.augment import Augment
+from rayseg.models.losses import Loss
 from rayseg.models.unet import UNetConfig
 
 
@@ -62,6 +64,8 @@ class TrainConfig:
     init_from: str | None = None  # a registered model to go on from: models:/NAME/VERSION or models:/NAME@ALIAS
     freeze_epochs: int = 0  # so many first epochs leave a pretrained encoder as it is
 
+    loss: Loss = field(default_factory=Loss)
+    augment: Augment | None = None  # `{}` is a light one
     batch_size: int = 8  # over all workers
     accumulation: int = 1  # parts that each worker's share of a batch is computed in, one after the other
     epochs: int = 10

@@ -22,6 +22,7 @@ from rayseg import config as configuration
 from rayseg.data import synthetic
 from rayseg.data.prepared import PreparedSet, describe
 from rayseg.data.split import LEAK_COLUMNS, SPLITS, check_leak
+from rayseg.models.losses import loss_function
 from rayseg.models.unet import build_unet, portable
 from rayseg.tracking import bundle, registry, runs
 from rayseg.training import journal, record, start
@@ -95,7 +96,8 @@ def _check(config: TrainConfig, prepared: PreparedSet) -> None:
         if not prepared.rows[split]:
             raise ValueError(f"train.prepared: the set has no rows in split {split}; prepare with more for {share}")
     check_leak(pa.concat_tables([prepared.read_rows(split, LEAK_COLUMNS) for split in SPLITS]))
-    # Built once here, so that sizes that do not fit fail before any worker starts.
+    # Built once here, so that what does not fit fails before any worker starts.
+    loss_function(config.loss, len(prepared.labels.names))
     build_unet(config.model, prepared.shape, len(prepared.labels.names), config.mixed_precision)
 
 
