@@ -66,3 +66,51 @@ def s3_store(s3_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) ->
 def tracking_uri(tmp_path: Path) -> str:
     """A fresh MLflow SQLite store."""
     return f"sqlite:///{tmp_path}/mlflow.db"
+
+
+@pytest.fixture(scope="session")
+def discs(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """URI of a prepared set of 22, 7 and 3 bright discs on noise, 32x32, a patient a row."""
+    import numpy as np
+    import pyarrow as pa
+
+    from rayseg import storage
+    from rayseg.config import plain
+    from rayseg.data.labels import Labels
+    from rayseg.data.prepared import DESCRIPTION, PATIENTS, VERSION
+    from rayseg.data.preprocess import Preprocess
+    from rayseg.records import PREPARED
+
+    root, size, wanted = str(tmp_path_factory.mktemp("discs")), 32, {"train": 22, "val": 7, "test": 3}
+    random = np.random.default_rng(0)
+    y, x = np.mgrid[:size, :size]
+    for split, rows in wanted.items():
+        table = []
+        for row in range(rows):
+            centre_y, centre_x, radius = [*random.uniform(8, 24, 2).tolist(), random.uniform(3, 8)]
+            mask = ((y - centre_y) ** 2 + (x - centre_x) ** 2 < radius**2).astype(np.uint8)
+            image = np.clip(random.normal(90, 20, mask.shape) + 70 * mask, 0, 255).astype(np.uint8)
+            table.append(
+                {
+                    "row_id": f"{split}{row}",
+                    "patient_key": f"{split}{row}",
+                    "split": split,
+                    "foreground_pixels": int(mask.sum()),
+                    "image": image.tobytes(),
+                    "mask": mask.tobytes(),
+                }
+            )
+        path = storage.join(root, f"split={split}/part-00000.parquet")
+        storage.write_table(path, pa.Table.from_pylist(table, schema=PREPARED), 4)
+    description = {
+        "version": VERSION,
+        "digest": "0" * 64,
+        "preprocess": plain(Preprocess(size=(size, size))),
+        "labels": plain(Labels()),
+        "shape": [size, size, 1],
+        "rows": wanted,
+        "shards": {split: [f"split={split}/part-00000.parquet"] for split in wanted},
+    }
+    storage.write_json(storage.join(root, DESCRIPTION), description)
+    storage.write(storage.join(root, PATIENTS), b"patient_key,part,split,rows,positive\ntrain0,train,train,1,1\n")
+    return root

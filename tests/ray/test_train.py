@@ -13,68 +13,22 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import ray
 import yaml
 
-from rayseg import storage
 from rayseg.config import build, plain
-from rayseg.data.labels import Labels
-from rayseg.data.prepared import DESCRIPTION, PATIENTS, VERSION, describe
-from rayseg.data.preprocess import Preprocess
+from rayseg.data.prepared import describe
 from rayseg.models.unet import UNetConfig
-from rayseg.records import PREPARED
 from rayseg.tracking import bundle, registry, runs
 from rayseg.training.settings import EarlyStopping, Plateau
 from rayseg.training.trainer import TrainConfig, TrainResult, fit
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
-SIZE = 32
-ROWS = {"train": 22, "val": 7, "test": 3}
 EPOCHS = 3
 # Adam turns rounding noise of small gradients into steps of its own; a wrong loss is off by 0.01 and more.
 TOLERANCE = 2e-3
-SPLIT_CSV = b"patient_key,part,split,rows,positive\ntrain0,train,train,1,1\n"
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A prepared set of bright discs on noise, a patient a row."""
-    root = str(tmp_path_factory.mktemp("prepared"))
-    random = np.random.default_rng(0)
-    y, x = np.mgrid[:SIZE, :SIZE]
-    for split, rows in ROWS.items():
-        table = []
-        for row in range(rows):
-            centre_y, centre_x, radius = [*random.uniform(8, 24, 2).tolist(), random.uniform(3, 8)]
-            mask = ((y - centre_y) ** 2 + (x - centre_x) ** 2 < radius**2).astype(np.uint8)
-            image = np.clip(random.normal(90, 20, mask.shape) + 70 * mask, 0, 255).astype(np.uint8)
-            table.append(
-                {
-                    "row_id": f"{split}{row}",
-                    "patient_key": f"{split}{row}",
-                    "split": split,
-                    "foreground_pixels": int(mask.sum()),
-                    "image": image.tobytes(),
-                    "mask": mask.tobytes(),
-                }
-            )
-        path = storage.join(root, f"split={split}/part-00000.parquet")
-        storage.write_table(path, pa.Table.from_pylist(table, schema=PREPARED), 4)
-    description = {
-        "version": VERSION,
-        "digest": "0" * 64,
-        "preprocess": plain(Preprocess(size=(SIZE, SIZE))),
-        "labels": plain(Labels()),
-        "shape": [SIZE, SIZE, 1],
-        "rows": ROWS,
-        "shards": {split: [f"split={split}/part-00000.parquet"] for split in ROWS},
-    }
-    storage.write_json(storage.join(root, DESCRIPTION), description)
-    storage.write(storage.join(root, PATIENTS), SPLIT_CSV)
-    return root
 
 
 def config(prepared: str, folder: Path, **changes: object) -> TrainConfig:
@@ -122,9 +76,9 @@ def unequal(job: TrainConfig, other: TrainConfig) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(prepared: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainConfig, TrainResult]:
+def undisturbed(discs: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainConfig, TrainResult]:
     """A run of two workers from start to end."""
-    job = config(prepared, tmp_path_factory.mktemp("undisturbed"))
+    job = config(discs, tmp_path_factory.mktemp("undisturbed"))
     return job, fit(job)
 
 
@@ -154,7 +108,7 @@ def test_the_run_tells_what_it_was(undisturbed: tuple[TrainConfig, TrainResult],
     assert sorted(steps) == list(range(EPOCHS + 1))
 
     kept = Path(mlflow.download_artifacts(result.run_id, "", str(tmp_path)))
-    assert (kept / "split.csv").read_bytes() == SPLIT_CSV
+    assert (kept / "split.csv").read_bytes() == describe(job.prepared).read_split()
     assert build(TrainConfig, json.loads((kept / "config.json").read_text())["train"]) == job
     with (kept / "history.csv").open() as file:
         table = list(csv.DictReader(file))
@@ -169,13 +123,13 @@ def test_the_run_tells_what_it_was(undisturbed: tuple[TrainConfig, TrainResult],
 
 
 def test_the_registered_model_scores_what_the_history_says(
-    prepared: str, undisturbed: tuple[TrainConfig, TrainResult]
+    discs: str, undisturbed: tuple[TrainConfig, TrainResult]
 ) -> None:
     job, result = undisturbed
     folder, _ = registry.fetch(job.tracking_uri, result.model_uri)
-    rows = describe(prepared).read_rows("val").to_pylist()
-    images = np.stack([np.frombuffer(row["image"], np.uint8).reshape(SIZE, SIZE, 1) for row in rows])
-    truth = np.stack([np.frombuffer(row["mask"], np.uint8).reshape(SIZE, SIZE) for row in rows]) > 0
+    rows = describe(discs).read_rows("val").to_pylist()
+    images = np.stack([np.frombuffer(row["image"], np.uint8).reshape(32, 32, 1) for row in rows])
+    truth = np.stack([np.frombuffer(row["mask"], np.uint8).reshape(32, 32) for row in rows]) > 0
     found = bundle.load(folder).model(images).numpy()[..., 0] >= 0.5
     dice = 2 * (found & truth).sum() / (found.sum() + truth.sum())
     # The validation ran in another process and order of additions; a pixel at the threshold may fall to either side.
@@ -183,10 +137,10 @@ def test_the_registered_model_scores_what_the_history_says(
 
 
 def test_one_worker_ends_with_the_weights_of_two_at_the_same_global_batch(
-    prepared: str, tmp_path: Path, undisturbed: tuple[TrainConfig, TrainResult], unregistered: None
+    discs: str, tmp_path: Path, undisturbed: tuple[TrainConfig, TrainResult], unregistered: None
 ) -> None:
     # That both ranks of two are bit-equal is checked by the loop itself, each epoch.
-    alone = config(prepared, tmp_path, num_workers=1)
+    alone = config(discs, tmp_path, num_workers=1)
     result = fit(alone)
     differences = apart(alone, undisturbed[0])
     assert max(differences.values()) < TOLERANCE, differences
@@ -213,10 +167,10 @@ def test_a_run_whose_worker_is_killed_reproduces_the_undisturbed_one(
 
 
 def test_three_workers_a_killed_driver_and_workers_that_hang_change_nothing(
-    prepared: str, tmp_path: Path, undisturbed: tuple[TrainConfig, TrainResult], unregistered: None
+    discs: str, tmp_path: Path, undisturbed: tuple[TrainConfig, TrainResult], unregistered: None
 ) -> None:
     copied = str(tmp_path / "prepared")
-    shutil.copytree(prepared, copied)
+    shutil.copytree(discs, copied)
     job = config(copied, tmp_path, num_workers=3, hang_timeout_s=15.0)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump({"train": plain(job)}))

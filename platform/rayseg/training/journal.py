@@ -8,7 +8,7 @@ from rayseg.tracking import runs
 
 logger = logging.getLogger(__name__)
 
-_SIGN = "train/loss"  # every epoch has it
+_SIGN = "val/loss"  # every epoch has it, and the untrained model
 
 
 class Journal:

@@ -175,8 +175,10 @@ class Learner:
         with tf.GradientTape() as tape:
             loss_N = self._supervised(mask_NHW, self.model(image_NHWC, training=True))
             share = optimizer.scale_loss(batch_share(loss_N, weight_N, self._config.batch_size))
-        variables = [variable.value for variable in self._variables]
-        gradients = tape.gradient(share, variables, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+        # Zeros for the others: Adam's moments stay zero with them, and so do its steps.
+        learning = [variable.value for variable in self._variables if variable.trainable]
+        found = iter(tape.gradient(share, learning, unconnected_gradients=tf.UnconnectedGradients.ZERO))
+        gradients = [next(found) if variable.trainable else tf.zeros_like(variable) for variable in self._variables]
         return gradients, tf.stack([tf.reduce_sum(loss_N * weight_N), tf.reduce_sum(weight_N)])
 
     def _supervised(self, mask_NHW: tf.Tensor, outputs: Any) -> tf.Tensor:

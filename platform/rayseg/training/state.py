@@ -47,23 +47,23 @@ class State:
         Raises:
             RuntimeError: the store cannot take it; what was saved before stays.
         """
-        with tempfile.TemporaryDirectory(prefix="rayseg-checkpoint-") as temporary:
-            folder = Path(temporary)
-            np.savez(folder / ARRAYS, **{name: variable.numpy() for name, variable in _variables(model).items()})
-            (folder / _VALUES).write_text(json.dumps(asdict(self)), encoding="utf-8")
-            try:
-                before = _latest(uri)
-                storage.upload(folder, storage.join(uri, _name(self.epoch)))
-                storage.upload(outputs, storage.join(uri, _name(self.epoch), _OUTPUTS))
-                storage.write_json(storage.join(uri, _LATEST), {"epoch": self.epoch})
-            except OSError as error:
-                raise RuntimeError(
-                    f"train.storage: the checkpoint of epoch {self.epoch} cannot be written ("
-                    f"{error.strerror or type(error).__name__}); the one before stays, and the same job started again "
-                    "goes on from there"
-                ) from error
-        if before is not None and before != self.epoch:
-            storage.delete_tree(storage.join(uri, _name(before)))
+        before = _latest(uri)
+        try:
+            with tempfile.TemporaryDirectory(prefix="rayseg-checkpoint-") as temporary:
+                variables = {name: variable.numpy() for name, variable in _variables(model).items()}
+                np.savez(Path(temporary, ARRAYS), **variables)
+                Path(temporary, _VALUES).write_text(json.dumps(asdict(self)), encoding="utf-8")
+                storage.upload(temporary, storage.join(uri, _name(self.epoch)))
+            storage.upload(outputs, storage.join(uri, _name(self.epoch), _OUTPUTS))
+            storage.write_json(storage.join(uri, _LATEST), {"epoch": self.epoch})
+            if before is not None and before != self.epoch:
+                storage.delete_tree(storage.join(uri, _name(before)))
+        except OSError as error:
+            raise RuntimeError(
+                f"train.storage: the checkpoint of epoch {self.epoch} cannot be written ("
+                f"{error.strerror or type(error).__name__}); the one before stays, and the same job started again goes "
+                "on from there"
+            ) from error
 
     @classmethod
     def load(cls, uri: str, outputs: Path, model: keras.Model | None = None) -> "State | None":

@@ -1,0 +1,134 @@
+"""The training step: what it does to the weights, against the formulas, in one process."""
+
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from rayseg.data.prepared import describe
+from rayseg.models.losses import bce_dice
+from rayseg.models.unet import UNetConfig
+from rayseg.training.learner import Learner
+from rayseg.training.settings import TrainConfig
+
+STEPS = 3  # of an epoch of 22 rows
+
+
+def learner(discs: str, **changes: Any) -> Learner:
+    keras.utils.set_random_seed(1)
+    values: dict[str, Any] = {
+        "prepared": discs,
+        "storage": "unused",
+        "tracking_uri": "unused",
+        "model": UNetConfig(widths=(4,), convolutions=1),
+        "batch_size": 8,
+        "learning_rate": 0.02,
+        "schedule": "constant",
+        "num_workers": 1,
+    }
+    return Learner(TrainConfig(**(values | changes)), describe(discs), 0, 1, lambda: None)
+
+
+def train(learner: Learner, *callbacks: keras.callbacks.Callback, epoch: int = 0) -> dict[str, Any]:
+    return learner.train(epoch, keras.callbacks.CallbackList(list(callbacks), model=learner.model))
+
+
+def test_a_batch_in_parts_makes_the_step_of_the_whole(discs: str) -> None:
+    whole, parts = learner(discs), learner(discs, accumulation=4)
+    losses = [train(one)["train/loss"] for one in (whole, parts)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    for ours, others in zip(whole.model.get_weights(), parts.model.get_weights(), strict=True):
+        np.testing.assert_allclose(ours, others, atol=1e-5)
+
+
+def test_xla_computes_the_same(discs: str) -> None:
+    assert train(learner(discs, jit_compile=True))["train/loss"] == pytest.approx(
+        train(learner(discs))["train/loss"], rel=1e-4
+    )
+
+
+def test_gradients_are_clipped_to_their_common_norm(discs: str) -> None:
+    class Momentum(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+            # Adam's first moment after one step is a tenth of the gradient (Kingma and Ba 2015, beta_1 = 0.9).
+            if batch == 0:
+                moments = [value.numpy() for value in self.model.optimizer.variables if "momentum" in value.path]
+                self.norm = 10 * np.sqrt(sum(float(np.square(moment).sum()) for moment in moments))
+
+    free, clipped = Momentum(), Momentum()
+    train(learner(discs), free)
+    train(learner(discs, clip_norm=0.01), clipped)
+    assert free.norm > 0.1
+    assert clipped.norm == pytest.approx(0.01, rel=1e-4)
+
+
+def test_the_moving_average_follows_its_formula_and_leaves_the_weights(discs: str) -> None:
+    class Weights(keras.callbacks.Callback):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list[list[np.ndarray]] = []
+
+        def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+            self.seen.append([value.numpy() for value in self.model.trainable_variables])
+
+    run, weights = learner(discs, ema_momentum=0.8), Weights()
+    train(run, weights)
+    assert len(weights.seen) == STEPS
+    expected = weights.seen[0]
+    for step in weights.seen[1:]:
+        expected = [0.8 * average + 0.2 * value for average, value in zip(expected, step, strict=True)]
+    with run.averaged():
+        averaged = [value.numpy() for value in run.model.trainable_variables]
+    for ours, formula in zip(averaged, expected, strict=True):
+        np.testing.assert_allclose(ours, formula, atol=1e-6)
+    for value, last in zip(run.model.trainable_variables, weights.seen[-1], strict=True):
+        np.testing.assert_array_equal(value.numpy(), last)
+
+
+def test_half_precision_skips_a_step_whose_gradients_overflow(discs: str) -> None:
+    run = learner(discs, mixed_precision="mixed_float16")
+    run.model.optimizer.dynamic_scale.assign(2.0**40)
+    before = run.model.get_weights()
+    train(run)
+    for ours, others in zip(run.model.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(ours, others)
+    assert run.model.optimizer.dynamic_scale.numpy() == 2.0 ** (40 - STEPS)
+    run.model.optimizer.dynamic_scale.assign(2.0**10)
+    train(run)
+    assert any((ours != others).any() for ours, others in zip(run.model.get_weights(), before, strict=True))
+
+
+def test_frozen_layers_stay_and_learn_again_afterwards(discs: str) -> None:
+    run = learner(discs)
+    first, last = run.model.get_layer("bottom_conv1"), run.model.get_layer("logits")
+    run.freeze([first], True)
+    before = first.get_weights(), last.get_weights()
+    train(run)
+    np.testing.assert_array_equal(first.get_weights()[0], before[0][0])
+    assert (last.get_weights()[0] != before[1][0]).any()
+    run.freeze([first], False)
+    train(run, epoch=1)
+    assert (first.get_weights()[0] != before[0][0]).any()
+
+
+def test_each_further_output_counts_half_as_much(discs: str) -> None:
+    mask_NHW = tf.constant(np.random.default_rng(0).integers(0, 2, (2, 8, 8)), tf.uint8)
+    outputs = [tf.fill((2, 8, 8, 1), value) for value in (0.3, 0.5, 0.9)]
+    losses = [bce_dice(mask_NHW, output).numpy() for output in outputs]
+    expected = (losses[0] + losses[1] / 2 + losses[2] / 4) / 1.75
+    np.testing.assert_allclose(learner(discs)._supervised(mask_NHW, outputs).numpy(), expected, rtol=1e-6)
+
+
+def test_validation_counts_what_the_model_finds(discs: str, tmp_path: Path) -> None:
+    run = learner(discs)
+    train(run)
+    rows = describe(discs).read_rows("val").to_pylist()
+    images = np.stack([np.frombuffer(row["image"], np.uint8).reshape(32, 32, 1) for row in rows])
+    truth = np.stack([np.frombuffer(row["mask"], np.uint8).reshape(32, 32) for row in rows]) > 0
+    found = np.asarray(run.model(images))[..., 0] >= 0.5
+    scores = run.validate()
+    assert scores["val/dice_pooled"] == pytest.approx(2 * (found & truth).sum() / (found.sum() + truth.sum()))
+    assert scores["val/accuracy_pooled"] == pytest.approx((found == truth).mean())
