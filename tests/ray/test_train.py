@@ -14,7 +14,7 @@ from rayseg.config import plain
 from rayseg.data.labels import Labels
 from rayseg.data.prepared import DESCRIPTION, PATIENTS, VERSION, describe
 from rayseg.data.preprocess import Preprocess
-from rayseg.models.unet import UNetConfig
+from rayseg.models.presets import NetworkConfig
 from rayseg.records import PREPARED
 from rayseg.tracking import bundle, registry, runs
 from rayseg.training.trainer import TrainConfig, TrainResult, fit
@@ -72,7 +72,7 @@ def config(prepared: str, folder: Path, **changes: object) -> TrainConfig:
         "prepared": prepared,
         "storage": str(folder / "runs"),
         "tracking_uri": f"sqlite:///{folder}/mlflow.db",
-        "model": UNetConfig(widths=(4, 8)),
+        "model": NetworkConfig(widths=(4, 8)),
         "batch_size": 4,
         "epochs": EPOCHS,
         "learning_rate": 0.015,

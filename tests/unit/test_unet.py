@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from rayseg.models.blocks import GroupNormalization
 from rayseg.models.losses import bce_dice
-from rayseg.models.unet import GroupNormalization, UNetConfig, build_unet, portable
+from rayseg.models.network import build_network, portable
+from rayseg.models.presets import NetworkConfig
 
 SHAPE = (16, 24, 2)
 
@@ -22,8 +24,8 @@ def images(count: int = 3) -> np.ndarray:
 @pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
 @pytest.mark.parametrize("normalization", ["none", "group", "batch"])
 def test_probabilities_in_float32_and_finite_gradients_for_every_weight(normalization: str, policy: str) -> None:
-    config = UNetConfig(widths=(4, 8, 12), normalization=normalization, dropout=0.2)  # type: ignore[arg-type]
-    model = build_unet(config, SHAPE, policy=policy)
+    config = NetworkConfig(widths=(4, 8, 12), normalization=normalization, dropout=0.2)  # type: ignore[arg-type]
+    model = build_network(config, SHAPE, policy=policy)
     assert model.input_shape == (None, *SHAPE)
     mask = (images()[..., 0] > 128).astype(np.uint8)
     with tf.GradientTape() as tape:
@@ -40,14 +42,14 @@ def test_probabilities_in_float32_and_finite_gradients_for_every_weight(normaliz
 
 @pytest.mark.parametrize("normalization", ["none", "group", "batch"])
 def test_a_saved_model_gives_the_same_probabilities(normalization: str, tmp_path: Path) -> None:
-    model = build_unet(UNetConfig(widths=(4, 8), normalization=normalization), SHAPE)  # type: ignore[arg-type]
+    model = build_network(NetworkConfig(widths=(4, 8), normalization=normalization), SHAPE)  # type: ignore[arg-type]
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras", compile=False)
     assert np.array_equal(loaded(images()), model(images()))
 
 
 def test_a_portable_model_opens_without_this_package_and_agrees(tmp_path: Path) -> None:
-    model = build_unet(UNetConfig(widths=(8, 16)), SHAPE)
+    model = build_network(NetworkConfig(widths=(8, 16)), SHAPE)
     model.set_weights([weight + np.float32(0.1) for weight in model.get_weights()])
     portable(model).save(tmp_path / "model.keras")
     np.save(tmp_path / "images.npy", images())
@@ -64,22 +66,28 @@ def test_the_number_of_parameters_is_that_of_the_paper_s_network_without_its_ext
     # | 4 + 1; without normalisation a bias for each filter: 4 + 4 + 8 + 8 + 4 + 4.
     convolutions = 36 + 144 + 288 + 576 + 132 + 288 + 144 + 5
     shape = (8, 8, 1)
-    assert build_unet(UNetConfig((4, 8), normalization="none"), shape).count_params() == convolutions + 32
-    assert build_unet(UNetConfig((4, 8), normalization="group"), shape).count_params() == convolutions + 2 * 32
-    assert build_unet(UNetConfig((4, 8), normalization="batch"), shape).count_params() == convolutions + 4 * 32
+    assert build_network(NetworkConfig(widths=(4, 8), normalization="none"), shape).count_params() == convolutions + 32
+    assert (
+        build_network(NetworkConfig(widths=(4, 8), normalization="group"), shape).count_params()
+        == convolutions + 2 * 32
+    )
+    assert (
+        build_network(NetworkConfig(widths=(4, 8), normalization="batch"), shape).count_params()
+        == convolutions + 4 * 32
+    )
 
 
 def test_equal_seeds_give_equal_weights() -> None:
     def weights(seed: int) -> list[np.ndarray]:
         keras.utils.set_random_seed(seed)
-        return build_unet(UNetConfig((4, 8)), SHAPE).get_weights()
+        return build_network(NetworkConfig(widths=(4, 8)), SHAPE).get_weights()
 
     assert all(np.array_equal(a, b) for a, b in zip(weights(1), weights(1), strict=True))
     assert any(not np.array_equal(a, b) for a, b in zip(weights(1), weights(2), strict=True))
 
 
 def test_a_sample_does_not_see_the_others_of_its_batch_with_group_normalisation() -> None:
-    model = build_unet(UNetConfig((8, 16)), SHAPE)
+    model = build_network(NetworkConfig(widths=(8, 16)), SHAPE)
     together = model(images(5), training=True)
     alone = np.concatenate([model(images(5)[n : n + 1], training=True) for n in range(5)])
     assert np.abs(together - alone).max() < 1e-5
@@ -105,17 +113,17 @@ def test_group_normalisation_is_that_of_keras(groups: int, channels: int, dtype:
 
 def test_what_does_not_fit_is_refused_with_the_key() -> None:
     with pytest.raises(ValueError, match=r"model\.widths: 4 levels need .* divisible by 8.*20 x 24"):
-        build_unet(UNetConfig(), (20, 24, 1))
+        build_network(NetworkConfig(), (20, 24, 1))
     with pytest.raises(ValueError, match=r"model\.widths"):
-        UNetConfig(widths=())
+        NetworkConfig(widths=())
     with pytest.raises(ValueError, match=r"model\.convolutions"):
-        UNetConfig(convolutions=0)
+        NetworkConfig(convolutions=0)
     with pytest.raises(ValueError, match=r"model\.dropout"):
-        UNetConfig(dropout=1.0)
+        NetworkConfig(dropout=1.0)
 
 
 def test_several_classes_are_a_softmax_with_the_background() -> None:
-    model = build_unet(UNetConfig(widths=(4, 8)), SHAPE, classes=3, policy="mixed_bfloat16")
+    model = build_network(NetworkConfig(widths=(4, 8)), SHAPE, classes=3, policy="mixed_bfloat16")
     probability = model(images()).numpy()
     assert probability.shape == (3, 16, 24, 4)
     assert probability.dtype == np.float32

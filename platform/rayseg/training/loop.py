@@ -26,7 +26,7 @@ from rayseg.data.feed import batches, steps
 from rayseg.data.prepared import PreparedSet, describe
 from rayseg.models.losses import batch_share, bce_dice, ce_dice
 from rayseg.models.metrics import confusion, confusion_by_class, mean_of_defined, pooled_dice
-from rayseg.models.unet import build_unet
+from rayseg.models.network import build_network
 from rayseg.training.callbacks import Checkpoints, Progress, RunMetrics
 from rayseg.training.schedule import learning_rate
 from rayseg.training.settings import TrainConfig
@@ -99,7 +99,7 @@ class _Learner:
         self._names = prepared.labels.names
         self._loss = bce_dice if len(self._names) == 1 else ce_dice
         with self.strategy.scope():
-            self.model = build_unet(config.model, prepared.shape, len(self._names), config.mixed_precision)
+            self.model = build_network(config.model, prepared.shape, len(self._names), config.mixed_precision)
             self.model.compile(optimizer=keras.optimizers.Adam(learning_rate(config, self.steps)))
             self.model.optimizer.build(self.model.trainable_variables)
         height, width, channels = prepared.shape

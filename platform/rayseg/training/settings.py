@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from rayseg.models.unet import UNetConfig
+from rayseg.models.presets import NetworkConfig
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class TrainConfig:
     experiment: str = "rayseg"
     name: str = "train"
     registered_model: str = "rayseg"
-    model: UNetConfig = field(default_factory=UNetConfig)
+    model: NetworkConfig = field(default_factory=NetworkConfig)
     batch_size: int = 8  # over all workers
     epochs: int = 10
     learning_rate: float = 1e-3  # the highest

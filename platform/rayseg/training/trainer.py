@@ -22,7 +22,7 @@ from rayseg import config as configuration
 from rayseg.data import synthetic
 from rayseg.data.prepared import PreparedSet, describe
 from rayseg.data.split import LEAK_COLUMNS, SPLITS, check_leak
-from rayseg.models.unet import build_unet, portable
+from rayseg.models.network import build_network, portable
 from rayseg.tracking import bundle, figures, registry, runs
 from rayseg.training.loop import train_worker
 from rayseg.training.settings import TrainConfig, TrainResult
@@ -103,7 +103,7 @@ def _check(config: TrainConfig, prepared: PreparedSet) -> None:
             raise ValueError(f"train.prepared: the set has no rows in split {split}; prepare with more for {share}")
     check_leak(pa.concat_tables([prepared.read_rows(split, LEAK_COLUMNS) for split in SPLITS]))
     # Built once here, so that sizes that do not fit fail before any worker starts.
-    build_unet(config.model, prepared.shape, len(prepared.labels.names), config.mixed_precision)
+    build_network(config.model, prepared.shape, len(prepared.labels.names), config.mixed_precision)
 
 
 def _unfinished(uri: str, tracking_uri: str) -> str | None:
@@ -153,7 +153,9 @@ def _train(config: TrainConfig, name: str, run_id: str) -> tuple[dict[str, Any],
 
 
 def _register(config: TrainConfig, prepared: PreparedSet, state: State, run_id: str) -> registry.ModelVersion:
-    model = build_unet(config.model, prepared.shape, len(prepared.labels.names), config.mixed_precision)
+    # Its weights come from the training.
+    form = dataclasses.replace(config.model, weights=None)
+    model = build_network(form, prepared.shape, len(prepared.labels.names), config.mixed_precision)
     model.set_weights(state.best_weights)
     example = synthetic.slice_bytes()
     with tempfile.TemporaryDirectory(prefix="rayseg-bundle-") as folder:
