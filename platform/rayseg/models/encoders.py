@@ -101,7 +101,7 @@ def _normalized(inputs: Any, bgr: bool) -> Any:
     return layers.Rescaling(
         [1 / of for of in deviation],
         [-middle / of for middle, of in zip(mean, deviation, strict=True)],
-        # Half a type's digits are fewer than those of a grey value with its mean taken away.
+        # bfloat16's 8 bits are too few for a grey value with its mean taken away.
         dtype="float32",
         name="normalize",
     )(inputs)

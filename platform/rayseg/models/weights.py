@@ -26,10 +26,9 @@ Weights = Mapping[str, list[np.ndarray]]  # of layers, by name, in the order of 
 def load_encoder(model: keras.Model, source: str, name: str) -> None:
     """Sets the weights of the network's encoder.
 
-    The first kernel of ImageNet's weights is for red, green and blue. Of one channel the network gets their sum: a grey
-    picture is one whose three channels are equal, and gives what it would give in colours. Of other numbers the
-    channels get the three in turn, scaled so that equal channels again give what equal colours would; unlike one mean
-    for all, that tells the channels apart while the encoder is frozen.
+    The first kernel of ImageNet's weights is for red, green and blue. Other channels share these out, so that equal
+    channels give what equal colours would: one channel gets their sum, for a grey picture is one whose colours are
+    equal; more get them in turn, which unlike one mean for all tells the channels apart while the encoder is frozen.
 
     Args:
         model: of `network.build_network`.
@@ -91,7 +90,7 @@ def read(uri: str) -> Weights:
             f"model.weights: {uri} is no weights file of Keras (.keras, .weights.h5, .h5): {type(error).__name__}"
         ) from None
     if not found:
-        raise ValueError(f"model.weights: {uri} names no layers; save the model with Keras 3.10 or later")
+        raise ValueError(f"model.weights: {uri} names no layers; save the model anew, with a Keras that is not older")
     return found
 
 
@@ -115,10 +114,10 @@ def _for_channels(kernel: np.ndarray, channels: int) -> np.ndarray:
     """A kernel (height, width, 3, filters) for so many input channels; one that is not for three stays as it is."""
     if kernel.shape[2] != _RGB or channels == _RGB:
         return kernel
-    if channels == 1:
-        return kernel.sum(axis=2, keepdims=True)
-    # As timm does for other numbers (Wightman 2019, its `adapt_input_conv`).
-    return kernel[:, :, np.arange(channels) % _RGB] * np.float32(_RGB / channels)
+    turns = np.arange(max(channels, _RGB))
+    share = np.zeros((channels, _RGB), kernel.dtype)
+    share[turns % channels, turns % _RGB] = 1
+    return np.einsum("cr,hwrf->hwcf", share / share.sum(axis=0), kernel)
 
 
 def _assign(targets: Mapping[str, keras.Layer], weights: Weights, key: str, source: str) -> None:
@@ -152,13 +151,12 @@ def _legacy(group: h5py.Group) -> dict[str, list[np.ndarray]]:
 
 
 def _current(file: h5py.File) -> dict[str, list[np.ndarray]]:
-    """Keras 3's format: a group holds the layer's weights by number in `vars`, and the layer's name as an attribute."""
+    """Keras 3's format: a layer has a group `vars`, with its name as an attribute and its weights by number."""
     found: dict[str, list[np.ndarray]] = {}
 
-    def visit(_: str, item: Any) -> None:
-        if isinstance(item, h5py.Group) and "vars" in item and "name" in item.attrs:
-            variables = item["vars"]
-            found[str(item.attrs["name"])] = [np.asarray(variables[key]) for key in sorted(variables, key=int)]
+    def visit(path: str, item: Any) -> None:
+        if path.endswith("/vars") and "name" in item.attrs and len(item) and all(key.isdigit() for key in item):
+            found[str(item.attrs["name"])] = [np.asarray(item[key]) for key in sorted(item, key=int)]
 
     file.visititems(visit)
     return found
