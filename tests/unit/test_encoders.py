@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import h5py
 import keras
 import numpy as np
 import pytest
@@ -181,6 +182,18 @@ def test_every_kind_of_file_is_read_by_the_names_of_its_layers(tmp_path: Path) -
     for one, its in zip(encoder_layers(other), encoder_layers(model), strict=True):
         assert all(np.array_equal(*pair) for pair in zip(one.get_weights(), its.get_weights(), strict=True)), one.name
     assert not np.array_equal(other.get_layer("up1_conv1").kernel, model.get_layer("up1_conv1").kernel)
+
+
+def test_keras_s_own_downloads_are_read_where_names_have_slashes(tmp_path: Path) -> None:
+    kernel = np.arange(6, dtype=np.float32).reshape(1, 1, 3, 2)
+    with h5py.File(tmp_path / "a_notop.h5", "w") as file:  # as densenet121_weights_tf_dim_ordering_tf_kernels_notop.h5
+        file.attrs["layer_names"] = [b"input_1", b"conv1/conv"]
+        file.create_group("input_1").attrs["weight_names"] = np.array([], "S1")
+        file.create_group("conv1/conv").attrs["weight_names"] = [b"conv1/conv/kernel:0"]
+        file["conv1/conv/conv1/conv/kernel:0"] = kernel
+    ((name, values),) = weights.read(str(tmp_path / "a_notop.h5")).items()
+    assert name == "conv1_conv"
+    assert np.array_equal(values, [kernel])
 
 
 def test_files_that_do_not_fit_are_refused_with_the_layer_and_its_shapes(tmp_path: Path) -> None:

@@ -137,14 +137,14 @@ def _is_legacy(file: h5py.File) -> bool:
 
 
 def _legacy(group: h5py.Group) -> dict[str, list[np.ndarray]]:
-    """Keras 2's format: names of layers and of their weights stand in attributes."""
+    """Keras 2's format: names of layers and of their weights stand in attributes. Slashes were allowed in them."""
 
     def text(value: Any) -> str:
         return value.decode() if isinstance(value, bytes) else str(value)
 
     layers = {text(name): group[text(name)] for name in group.attrs["layer_names"]}
     return {
-        name: [np.asarray(layer[text(weight)]) for weight in layer.attrs["weight_names"]]
+        name.replace("/", "_"): [np.asarray(layer[text(weight)]) for weight in layer.attrs["weight_names"]]
         for name, layer in layers.items()
         if len(layer.attrs["weight_names"])
     }
