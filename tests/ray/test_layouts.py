@@ -32,7 +32,8 @@ from rayseg.dicom.pseudonyms import from_environment
 from rayseg.evaluation.evaluate import EvaluateConfig, evaluate
 from rayseg.inference.predictor import Prediction, Predictor
 from rayseg.models.losses import batch_share, bce_dice, ce_dice
-from rayseg.models.unet import UNetConfig, build_unet
+from rayseg.models.network import build_network
+from rayseg.models.presets import NetworkConfig
 from rayseg.tracking import registry, runs
 from rayseg.training.trainer import TrainConfig, fit
 
@@ -78,7 +79,7 @@ def run(source: Path, layout: Layout, labels: Labels, preprocess: Preprocess) ->
 def train_a_little(found: prepared.PreparedSet) -> None:
     """Two steps of the network and the loss that the train job takes for these classes and channels."""
     classes = len(found.labels.names)
-    model = build_unet(UNetConfig(widths=(2, 4), convolutions=1), found.shape, classes)
+    model = build_network(NetworkConfig(widths=(2, 4), convolutions=1), found.shape, classes)
     optimizer = keras.optimizers.SGD(0.1)
     before = model.get_weights()
     feed = batches(found, "train", global_batch=2, rank=0, world_size=1, seed=1, epoch=0)
@@ -307,7 +308,7 @@ def test_several_classes_from_the_folder_to_a_registered_model_and_its_scores(
             str(tmp_path / "runs"),
             tracking_uri,
             registered_model="bleeds",
-            model=UNetConfig(widths=(4, 8)),
+            model=NetworkConfig(widths=(4, 8)),
             batch_size=4,
             epochs=2,
             num_workers=1,

@@ -19,7 +19,7 @@ import yaml
 
 from rayseg.config import build, plain
 from rayseg.data.prepared import describe
-from rayseg.models.unet import UNetConfig
+from rayseg.models.presets import NetworkConfig
 from rayseg.tracking import bundle, registry, runs
 from rayseg.training.settings import EarlyStopping, Plateau
 from rayseg.training.trainer import TrainConfig, TrainResult, fit
@@ -37,7 +37,7 @@ def config(prepared: str, folder: Path, **changes: object) -> TrainConfig:
         "prepared": prepared,
         "storage": str(folder / "runs"),
         "tracking_uri": f"sqlite:///{folder}/mlflow.db",
-        "model": UNetConfig(widths=(4, 8)),
+        "model": NetworkConfig(widths=(4, 8)),
         "batch_size": 6,
         "epochs": EPOCHS,
         "learning_rate": 0.02,

@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from rayseg.data.prepared import describe
 from rayseg.models.losses import bce_dice
-from rayseg.models.unet import UNetConfig
+from rayseg.models.presets import NetworkConfig
 from rayseg.training.learner import Learner
 from rayseg.training.settings import TrainConfig
 
@@ -23,7 +23,7 @@ def learner(discs: str, **changes: Any) -> Learner:
         "prepared": discs,
         "storage": "unused",
         "tracking_uri": "unused",
-        "model": UNetConfig(widths=(4,), convolutions=1),
+        "model": NetworkConfig(widths=(4,), convolutions=1),
         "batch_size": 8,
         "learning_rate": 0.02,
         "schedule": "constant",

@@ -1,1 +1,1 @@
-"""Networks, losses and metrics: backend-neutral Keras, no Ray, no storage."""
+"""Networks, losses and metrics: backend-neutral Keras, no Ray."""

@@ -99,7 +99,7 @@ def save(
     Raises:
         ValueError: the model's shapes do not fit `preprocess`, the threshold is no probability, the example no slice.
     """
-    from rayseg.models.unet import output_channels  # Keras comes with it, and the model is Keras's already
+    from rayseg.models.network import output_channels  # Keras comes with it, and the model is Keras's already
 
     inputs = (None, *preprocess.size, preprocess.channels)
     outputs = (None, *preprocess.size, output_channels(len(labels.names)))

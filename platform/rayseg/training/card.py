@@ -63,7 +63,7 @@ def card(config: TrainConfig, prepared: PreparedSet, state: State, run_id: str) 
         rows=sum(prepared.rows.values()),
         preprocess=configuration.plain(prepared.preprocess),
         label_settings=configuration.plain(prepared.labels),
-        model=configuration.plain(config.model),
+        model=configuration.plain(config.model.resolved()),
         epochs=state.epoch,
         batch_size=config.batch_size,
         rate=config.scaled_learning_rate,

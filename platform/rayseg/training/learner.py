@@ -20,9 +20,9 @@ from rayseg.data.feed import Batches, batches, steps
 from rayseg.data.prepared import PreparedSet
 from rayseg.models.losses import batch_share, loss_function
 from rayseg.models.metrics import SIZE, counts, scores
-from rayseg.models.unet import build_unet
 from rayseg.training.schedule import learning_rate
 from rayseg.training.settings import TrainConfig
+from rayseg.training.start import network
 
 
 class Learner:
@@ -41,7 +41,7 @@ class Learner:
         self._names = prepared.labels.names
         self._loss = loss_function(config.loss, len(self._names))
         with self.strategy.scope():
-            self.model = build_unet(config.model, prepared.shape, len(self._names), config.mixed_precision)
+            self.model = network(config, prepared)
             self.model.compile(optimizer=_optimizer(config, self.steps))
             self._variables = list(self.model.trainable_variables)
             self.model.optimizer.build(self._variables)

@@ -13,6 +13,7 @@ import tensorflow as tf
 from rayseg import config as configuration
 from rayseg import storage
 from rayseg.data.prepared import describe
+from rayseg.models.encoders import encoder_layers
 from rayseg.training import start
 from rayseg.training.callbacks import recall, remembered, rules, writers
 from rayseg.training.learner import Learner
@@ -78,7 +79,7 @@ class _Run:
         called.on_train_begin()
         recall(self._callbacks, state.callbacks)
         self._publish()
-        encoder = start.encoder(learner.model) if config.freeze_epochs else []
+        encoder = encoder_layers(learner.model)
         for epoch in range(state.epoch, config.epochs):  # counted from 0, as Keras's callbacks have it
             if state.stopped:
                 break

@@ -1,5 +1,6 @@
 """What MLflow is told of a training run beside its values: enough to know what it was, and to repeat it."""
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -28,7 +29,8 @@ _TIMES = ("stall_percent", "rows_per_s")  # of an epoch: another run has others
 def begin(config: TrainConfig, prepared: PreparedSet) -> str:
     """Creates the run and logs what is known before training: configuration, data, split, code, environment."""
     uri = config.tracking_uri
-    parameters = configuration.flat(config) | {
+    resolved = dataclasses.replace(config, model=config.model.resolved())
+    parameters = configuration.flat(resolved) | {
         "scaled_learning_rate": config.scaled_learning_rate,
         "prepared_digest": prepared.digest,
     }

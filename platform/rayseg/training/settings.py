@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from rayseg.data.augment import Augment
 from rayseg.models.losses import Loss
-from rayseg.models.unet import UNetConfig
+from rayseg.models.presets import NetworkConfig
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class TrainConfig:
     registered_model: str = "rayseg"
     reproduce: str | None = None  # id of a run in MLflow to repeat: all else but the three places above is as it was
 
-    model: UNetConfig = field(default_factory=UNetConfig)
+    model: NetworkConfig = field(default_factory=NetworkConfig)
     init_from: str | None = None  # a registered model to go on from: models:/NAME/VERSION or models:/NAME@ALIAS
     freeze_epochs: int = 0  # so many first epochs leave a pretrained encoder as it is
 

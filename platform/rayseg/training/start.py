@@ -4,6 +4,7 @@ What does not come from the seed is brought by the driver, once, as a file in th
 network nor the registry, and a run that is started again starts from the same.
 """
 
+import dataclasses
 import io
 
 import keras
@@ -11,11 +12,18 @@ import numpy as np
 
 from rayseg import storage
 from rayseg.data.prepared import PreparedSet
-from rayseg.models.unet import build_unet
+from rayseg.models.network import build_network
+from rayseg.models.weights import start_from
 from rayseg.tracking import bundle, registry
 from rayseg.training.settings import TrainConfig
 
 _FILE = "initial.npz"
+
+
+def network(config: TrainConfig, prepared: PreparedSet) -> keras.Model:
+    """The run's network with weights of the seed; raises ValueError where it does not fit the prepared images."""
+    form = dataclasses.replace(config.model, weights=None)
+    return build_network(form, prepared.shape, len(prepared.labels.names), config.mixed_precision)
 
 
 def bring_initial(config: TrainConfig, prepared: PreparedSet, folder: str) -> None:
@@ -24,15 +32,18 @@ def bring_initial(config: TrainConfig, prepared: PreparedSet, folder: str) -> No
     Raises:
         ValueError: they cannot be had, or do not fit the network.
     """
-    if config.init_from is None:
+    uri = storage.join(folder, _FILE)
+    pretrained = config.model.weights not in (None, "none")
+    if not (pretrained or config.init_from) or storage.exists(uri):
         return
-    model = build_unet(config.model, prepared.shape, len(prepared.labels.names), config.mixed_precision)
-    if config.init_from is not None:
+    keras.utils.set_random_seed(config.seed)  # for the layers that the source lacks
+    model = build_network(config.model, prepared.shape, len(prepared.labels.names), config.mixed_precision)
+    if config.init_from:
         path, _ = registry.fetch(config.tracking_uri, config.init_from)
-        model.set_weights(bundle.load(path).model.get_weights())
+        start_from(model, bundle.load(path).model)
     buffer = io.BytesIO()
     np.savez(buffer, **{str(index): weight for index, weight in enumerate(model.get_weights())})
-    storage.write(storage.join(folder, _FILE), buffer.getvalue())
+    storage.write(uri, buffer.getvalue())
 
 
 def set_initial(model: keras.Model, folder: str) -> None:
@@ -43,8 +54,3 @@ def set_initial(model: keras.Model, folder: str) -> None:
         return
     with np.load(io.BytesIO(data)) as arrays:
         model.set_weights([arrays[str(index)] for index in range(len(arrays.files))])
-
-
-def encoder(model: keras.Model) -> list[keras.Layer]:
-    """The layers that `freeze_epochs` leaves as they are."""
-    return []

@@ -22,8 +22,9 @@ from rayseg import config as configuration
 from rayseg.data import synthetic
 from rayseg.data.prepared import PreparedSet, describe
 from rayseg.data.split import LEAK_COLUMNS, SPLITS, check_leak
+from rayseg.models.encoders import encoder_layers
 from rayseg.models.losses import loss_function
-from rayseg.models.unet import build_unet, portable
+from rayseg.models.network import portable
 from rayseg.tracking import bundle, registry, runs
 from rayseg.training import journal, record, start
 from rayseg.training.callbacks import BEST_FILE
@@ -98,7 +99,9 @@ def _check(config: TrainConfig, prepared: PreparedSet) -> None:
     check_leak(pa.concat_tables([prepared.read_rows(split, LEAK_COLUMNS) for split in SPLITS]))
     # Built once here, so that what does not fit fails before any worker starts.
     loss_function(config.loss, len(prepared.labels.names))
-    build_unet(config.model, prepared.shape, len(prepared.labels.names), config.mixed_precision)
+    model = start.network(config, prepared)
+    if config.freeze_epochs and not encoder_layers(model):
+        raise ValueError(f"train.freeze_epochs: {config.model.preset} has no encoder to freeze")
 
 
 def _unfinished(uri: str, tracking_uri: str) -> str | None:
@@ -158,7 +161,7 @@ def _conclude(config: TrainConfig, prepared: PreparedSet, folder: str, run_id: s
             raise RuntimeError(
                 f"train: MLflow at {config.tracking_uri} does not answer; start the same job again later"
             )
-        model = build_unet(config.model, prepared.shape, len(prepared.labels.names), config.mixed_precision)
+        model = start.network(config, prepared)
         model.load_weights(outputs / BEST_FILE)
         model = portable(model)
         best_epoch, best = best_row(state)

@@ -1,0 +1,171 @@
+"""What network a training job asks for: a preset by name, and what differs from it."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+_LEVELS_OF_ENCODER = 5  # an encoder U-Net's way up: from a 32nd of the size, doubled five times
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """The network's form. Every field but `preset` is None by default: as the preset has it.
+
+    preset: a name of `PRESETS`; `resolved` tells what it stands for.
+    widths: filters of each level of a U-Net, from the full resolution down to the bottleneck; each halves the size.
+    convolutions: 3x3 convolutions of a block; with `residual` of one of the way up.
+    residual: residual blocks (of two 3x3 convolutions) of each level of the way down, which then halves the size by
+        strides; empty for plain blocks and pooling.
+    normalization: after each convolution. `group` and `instance` do not see the batch, so neither the batch size nor
+        the number of workers changes what they compute; `batch` is over the global batch. Of an encoder U-Net it is
+        the decoder's, the encoder keeps its own.
+    bias: whether convolutions before a normalisation have one, which has no effect but on rounding: `batch` takes the
+        mean away again. Others always have it.
+    activation: after each convolution; a leaky ReLU has the slope 0.01 below 0.
+    dropout: a rate. Its masks depend on the number of workers.
+    dropout_place: `deep`: after the last two levels of the way down (after the encoder; before the last convolution of
+        DeepLab); `blocks`: after the first convolution of each block.
+    upsampling: `transpose`: a 2x2 transposed convolution; `upsample`: nearest neighbours; `upsample_conv`: these and a
+        2x2 convolution.
+    initializer: of convolutions' kernels, a name of Keras. A pretrained form's encoder keeps its own.
+    head: filters of a last 3x3 convolution before the one that gives the classes; 0 for none.
+    deep_supervision: auxiliary outputs, at the second finest level and below.
+    output_stride: of DeepLab: how many times smaller its last features are than the image.
+    weights: of the encoder: `none`; `imagenet`, which Keras downloads; or path or URI of a file (`models.weights`).
+    """
+
+    preset: str = "unet-small"
+    widths: tuple[int, ...] | None = None
+    convolutions: int | None = None
+    residual: tuple[int, ...] | None = None
+    normalization: Literal["none", "batch", "group", "instance"] | None = None
+    bias: bool | None = None
+    activation: Literal["relu", "leaky_relu"] | None = None
+    dropout: float | None = None
+    dropout_place: Literal["deep", "blocks"] | None = None
+    upsampling: Literal["transpose", "upsample", "upsample_conv"] | None = None
+    initializer: Literal["he_normal", "he_uniform", "glorot_normal", "glorot_uniform"] | None = None
+    head: int | None = None
+    deep_supervision: int | None = None
+    output_stride: Literal[8, 16] | None = None
+    weights: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.preset not in PRESETS:
+            raise ValueError(f"model.preset: one of {', '.join(PRESETS)} expected, got {self.preset!r}")
+        for key in self._given():
+            if key not in PRESETS[self.preset]:
+                raise ValueError(
+                    f"model.{key}: does not apply to {self.preset}, which takes {', '.join(PRESETS[self.preset])}"
+                )
+        if self.widths is not None and (not self.widths or min(self.widths) < 1):
+            raise ValueError(f"model.widths: positive numbers of filters expected, got {list(self.widths)}")
+        if self.convolutions is not None and self.convolutions < 1:
+            raise ValueError(f"model.convolutions: at least 1 expected, got {self.convolutions}")
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            raise ValueError(f"model.dropout: a rate from 0 to below 1 expected, got {self.dropout}")
+        if self.head is not None and self.head < 0:
+            raise ValueError(f"model.head: 0 or more filters expected, got {self.head}")
+        if self.weights == "":
+            raise ValueError("model.weights: none, imagenet or the path or URI of a file expected, got nothing")
+        levels = len(self.widths or PRESETS[self.preset].get("widths", ()))
+        if self.residual and (len(self.residual) != levels or min(self.residual) < 1):
+            raise ValueError(
+                f"model.residual: a positive number of blocks for each of the {levels} levels expected, got "
+                f"{list(self.residual)}"
+            )
+        most = self._most_auxiliary()
+        if self.deep_supervision is not None and not 0 <= self.deep_supervision <= most:
+            raise ValueError(
+                f"model.deep_supervision: 0 to {most} auxiliary outputs expected, a level each between the finest and "
+                f"the bottleneck, got {self.deep_supervision}"
+            )
+
+    def resolved(self) -> "NetworkConfig":
+        """The same network with every field set that applies to its preset.
+
+        Where `widths` has another number of levels than the preset, its residual blocks and auxiliary outputs follow:
+        the last number of blocks stands for deeper levels.
+        """
+        values = PRESETS[self.preset] | self._given()
+        if values.get("residual"):
+            levels, blocks = len(values["widths"]), values["residual"]
+            values["residual"] = (blocks + levels * blocks[-1:])[:levels]
+        if "deep_supervision" in values:
+            values["deep_supervision"] = min(values["deep_supervision"], self._most_auxiliary())
+        return NetworkConfig(preset=self.preset, **values)
+
+    def _given(self) -> dict[str, Any]:
+        return {key: getattr(self, key) for key in _FIELDS if key != "preset" and getattr(self, key) is not None}
+
+    def _most_auxiliary(self) -> int:
+        widths = self.widths or PRESETS[self.preset].get("widths")
+        return max(0, len(widths) - 2) if widths else _LEVELS_OF_ENCODER - 1
+
+
+_FIELDS = {field.name: field for field in dataclasses.fields(NetworkConfig)}
+
+_UNET: dict[str, Any] = {
+    "widths": (16, 32, 64, 128),
+    "convolutions": 2,
+    "residual": (),
+    "normalization": "group",
+    "bias": False,
+    "activation": "relu",
+    "dropout": 0.0,
+    "dropout_place": "deep",
+    "upsampling": "transpose",
+    "initializer": "he_normal",
+    "head": 0,
+    "deep_supervision": 0,
+}
+# The decoder of segmentation_models (Yakubovskiy 2019) and its PyTorch twin.
+_ENCODER_UNET: dict[str, Any] = {
+    "convolutions": 2,
+    "normalization": "batch",
+    "bias": False,
+    "activation": "relu",
+    "dropout": 0.0,
+    "dropout_place": "deep",
+    "upsampling": "upsample",
+    "initializer": "he_normal",
+    "deep_supervision": 0,
+    "weights": "none",
+}
+_DEEPLAB: dict[str, Any] = {"dropout": 0.5, "initializer": "he_normal", "output_stride": 16, "weights": "none"}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "unet-small": _UNET,
+    # Ronneberger et al. 2015, arXiv:1505.04597, with padding and dropout as Keras users have it since 2017.
+    "unet-original": _UNET
+    | {
+        "widths": (64, 128, 256, 512, 1024),
+        "normalization": "none",
+        "dropout": 0.5,
+        "upsampling": "upsample_conv",
+        "head": 2,
+    },
+    # With the biases that its known parameter count holds.
+    "unet-batchnorm": _UNET | {"widths": (64, 128, 256, 512), "normalization": "batch", "bias": True},
+    "unet-stroke": _UNET | {"widths": (64, 128, 256, 512, 512), "normalization": "none", "upsampling": "upsample"},
+    "unet-dropout": _UNET
+    | {"widths": (16, 32, 64, 128, 256), "normalization": "none", "dropout": 0.2, "dropout_place": "blocks"},
+    # nnU-Net's residual encoder (Isensee et al. 2024, arXiv:2404.09556), in two dimensions.
+    "unet-residual": _UNET
+    | {
+        "widths": (32, 64, 128, 256, 512, 512),
+        "convolutions": 1,
+        "residual": (1, 3, 4, 6, 6, 6),
+        "normalization": "instance",
+        "activation": "leaky_relu",
+        "deep_supervision": 3,
+    },
+    "unet-resnet34": _ENCODER_UNET,
+    "unet-resnet50": _ENCODER_UNET,
+    "unet-resnet101": _ENCODER_UNET,
+    "unet-resnext101-32x8d": _ENCODER_UNET,
+    "unet-densenet121": _ENCODER_UNET,
+    "unet-efficientnet-b0": _ENCODER_UNET,
+    "deeplabv3-resnet50": _DEEPLAB,
+    "deeplabv3-resnet101": _DEEPLAB,
+}
