@@ -2,10 +2,10 @@
 
 A fingerprint is the signs of the picture's low frequencies (a perceptual hash by discrete cosine transform, after
 Zauner, "Implementation and benchmarking of perceptual image hash functions", 2010, with signs in place of a median).
-Where two pictures differ in few of its bits they are one: of 575 bits, JPEG of quality 75, noise, a gamma of 0.9 or
-another clipping change up to 13, quality 30 up to 24. Slices of different patients differ in 59 or more (2,032 MR
-slices in 41 groups) or 33 (phantom heads in the bone window, which shows little but ellipses). Mirrored,
-rotated or shifted copies are not found.
+Where two pictures differ in few of its bits they are one: of 575 bits, JPEG of quality 75, a gamma of 0.9 or another
+clipping change up to 13, noise of three grey values up to 18, JPEG of quality 30 up to 30. Slices of different
+patients differ in 59 or more (2,032 MR slices in 41 groups) or 33 (phantom heads in the bone window, which shows little
+but ellipses). Mirrored, rotated or shifted copies are not found.
 """
 
 from collections.abc import Sequence
