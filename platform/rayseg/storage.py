@@ -233,14 +233,20 @@ def read_footer(uri: str) -> pq.FileMetaData:
 
 def read_row_groups(uri: str, columns: Sequence[str]) -> Iterator[pa.Table]:
     """`columns` of the Parquet file at `uri`, a row group at a time."""
+    footer = read_footer(uri)
+    for number in range(footer.num_row_groups):
+        yield read_row_group(uri, number, columns, footer)
+
+
+def read_row_group(uri: str, number: int, columns: Sequence[str], footer: pq.FileMetaData) -> pa.Table:
+    """`columns` of one row group of the Parquet file at `uri`, whose footer is known."""
     files, path = filesystem(uri)
-    for number in range(read_footer(uri).num_row_groups):
 
-        def call(number: int = number) -> pa.Table:
-            with files.open_input_file(path) as file:
-                return pq.ParquetFile(file).read_row_group(number, list(columns))
+    def call() -> pa.Table:
+        with files.open_input_file(path) as file:
+            return pq.ParquetFile(file, metadata=footer, pre_buffer=True).read_row_group(number, list(columns))
 
-        yield _try(call)
+    return _try(call)
 
 
 def write_table(uri: str, table: pa.Table, row_group_rows: int | None = None) -> None:

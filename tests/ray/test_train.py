@@ -61,6 +61,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> str:
         "shape": [SIZE, SIZE, 1],
         "rows": ROWS,
         "shards": {split: [f"split={split}/part-00000.parquet"] for split in ROWS},
+        "shard_rows": {split: [rows] for split, rows in ROWS.items()},
+        "row_group_rows": 4,
     }
     storage.write_json(storage.join(root, DESCRIPTION), description)
     storage.write(storage.join(root, PATIENTS), SPLIT_CSV)

@@ -126,6 +126,8 @@ def prepare(config: PrepareConfig) -> PrepareResult:
         "shape": [*config.preprocess.size, config.preprocess.channels],
         "rows": rows,
         "shards": {split: [shard["path"] for shard in shards[split]] for split in SPLITS},
+        "shard_rows": {split: [shard["rows"] for shard in shards[split]] for split in SPLITS},
+        "row_group_rows": config.row_group_rows,
         "positive": sum(shard["positive"] for shard in written),
         "reasons": reasons,
     }
