@@ -14,7 +14,6 @@ from unittest.mock import patch
 
 import pyarrow as pa
 import ray
-import ray.data
 from ray._private import internal_api  # what the object store has spilled is told nowhere else
 
 from rayseg import storage
@@ -103,7 +102,6 @@ def _preparing(folder: Path, repeats: int) -> dict[str, Any]:
         _SCALED.apply_mask(classes)
 
     cores = os.cpu_count() or 1
-    ray.data.DataContext.get_current().enable_progress_bars = False
     ray.init(address="local", num_cpus=cores, object_store_memory=OBJECT_STORE_BYTES, include_dashboard=False)
     ratios, rates = [], []
     try:
