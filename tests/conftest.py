@@ -110,6 +110,8 @@ def discs(tmp_path_factory: pytest.TempPathFactory) -> str:
         "shape": [size, size, 1],
         "rows": wanted,
         "shards": {split: [f"split={split}/part-00000.parquet"] for split in wanted},
+        "shard_rows": {split: [rows] for split, rows in wanted.items()},
+        "row_group_rows": 4,
     }
     storage.write_json(storage.join(root, DESCRIPTION), description)
     storage.write(storage.join(root, PATIENTS), b"patient_key,part,split,rows,positive\ntrain0,train,train,1,1\n")

@@ -54,6 +54,8 @@ def prepared_set(root: Path, shards: list[int], row_group_rows: int) -> Prepared
         rows={"train": sum(shards)},
         digest=str(root),
         shards={"train": tuple(paths)},
+        shard_rows={"train": tuple(shards)},
+        row_group_rows=row_group_rows,
     )
 
 
@@ -205,10 +207,32 @@ def test_a_batch_that_cannot_be_dealt_evenly_is_refused(tmp_path: Path) -> None:
 
 def test_a_row_that_does_not_fit_the_set_stops_the_epoch_and_is_named(tmp_path: Path) -> None:
     prepared = prepared_set(tmp_path, [4], 2)
-    short = pa.Table.from_pylist([{"row_id": "r9", "image": b"12345", "mask": b"123456"}], schema=PREPARED)
-    storage.write_table(prepared.files("train")[0], short)
-    with pytest.raises(ValueError, match="row r9 has 5 image"):
+    rows = [{"row_id": f"r{n}", "image": bytes(6 - (n == 3)), "mask": bytes(6)} for n in range(4)]
+    storage.write_table(prepared.files("train")[0], pa.Table.from_pylist(rows, schema=PREPARED), 2)
+    with pytest.raises(ValueError, match="row r3 has 5 image"):
         epoch(prepared, 2)
+
+
+@pytest.mark.parametrize(("rows", "row_group_rows"), [(3, 2), (4, 1), (1, 2)])
+def test_a_shard_with_other_row_groups_than_the_set_tells_is_named(
+    tmp_path: Path, rows: int, row_group_rows: int
+) -> None:
+    prepared = prepared_set(tmp_path, [4], 2)
+    other = prepared_set(tmp_path / "other", [rows], row_group_rows)
+    Path(prepared.files("train")[0]).write_bytes(Path(other.files("train")[0]).read_bytes())
+    with pytest.raises(ValueError, match=r"part-00000\.parquet.*prepare again"):
+        epoch(prepared, 2)
+
+
+def test_the_first_batch_reads_footers_of_few_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared = prepared_set(tmp_path, [8] * 200, 4)
+    opened: set[str] = set()
+    original = storage.read_footer
+    monkeypatch.setattr(storage, "read_footer", lambda uri: opened.add(uri) or original(uri))
+    fed = batches(prepared, "train", global_batch=4, rank=0, world_size=1, seed=1, epoch=0)
+    next(fed)
+    fed.close()
+    assert 0 < len(opened) <= 4 * 2 * 4  # lanes x two windows, as batches are made ahead, x row groups
 
 
 def test_time_spent_waiting_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,6 +260,14 @@ def test_it_reads_from_s3_too(s3_store: str) -> None:
     )
     storage.write_table(f"{s3_store}/feed/a.parquet", table, 2)
     prepared = PreparedSet(
-        f"{s3_store}/feed", SHAPE, Preprocess(size=(2, 3)), Labels(), {"train": 8}, "s3", {"train": ("a.parquet",)}
+        uri=f"{s3_store}/feed",
+        shape=SHAPE,
+        preprocess=Preprocess(size=SHAPE[:2]),
+        labels=Labels(),
+        rows={"train": 8},
+        digest="s3",
+        shards={"train": ("a.parquet",)},
+        shard_rows={"train": (8,)},
+        row_group_rows=2,
     )
     assert sorted(row for batch in order(epoch(prepared, 4, 2)) for row in batch) == list(range(1, 9))

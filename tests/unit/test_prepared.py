@@ -41,6 +41,8 @@ def uri(tmp_path: Path) -> str:
         "shape": [2, 3, 1],
         "rows": {"train": 5, "val": 0, "test": 0},
         "shards": shards,
+        "shard_rows": {"train": [3, 2], "val": [], "test": []},
+        "row_group_rows": 16,
     }
     storage.write_json(storage.join(root, DESCRIPTION), description)
     return root
@@ -54,6 +56,8 @@ def test_the_description_comes_back_typed(uri: str) -> None:
     assert found.labels == LABELS
     assert found.rows == {"train": 5, "val": 0, "test": 0}
     assert found.digest == "d" * 64
+    assert found.shard_rows == {"train": (3, 2), "val": (), "test": ()}
+    assert found.row_group_rows == 16
 
 
 def test_rows_come_in_the_order_of_the_shards_and_only_from_them(uri: str) -> None:

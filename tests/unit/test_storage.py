@@ -221,6 +221,14 @@ def test_read_each_is_in_order_and_gives_failures_as_values(tree: Path) -> None:
     assert isinstance(found[-1], FileNotFoundError)
 
 
+def test_read_each_is_a_few_objects_ahead(tree: Path) -> None:
+    asked: list[str] = []
+    reader = storage.read_each(asked.append(uri) or uri for uri in [str(tree / "a.dcm")] * 100)
+    for taken in range(1, 90):
+        next(reader)
+        assert taken <= len(asked) <= taken + 8
+
+
 def test_tables_come_back_and_equal_tables_are_equal_bytes(tmp_path: Path) -> None:
     table = pa.table({"x": list(range(100)), "name": [str(number) for number in range(100)]})
     one, two = str(tmp_path / "split=train" / "one.parquet"), str(tmp_path / "two.parquet")

@@ -1,4 +1,4 @@
-"""The data plane: decoding by stage, preparing against a bare loop, spill, and the start and memory of the feed."""
+"""The data plane: decoding by stage, preparing against a bare loop, spill, the feed's start and memory, S3 reads."""
 
 import json
 import os
@@ -6,13 +6,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 import pyarrow as pa
 import ray
-import ray.data
 from ray._private import internal_api  # what the object store has spilled is told nowhere else
 
 from rayseg import storage
@@ -22,6 +23,7 @@ from rayseg.data.masks import truth
 from rayseg.data.prepare import PrepareConfig, prepare
 from rayseg.data.preprocess import Preprocess
 from rayseg.data.split import Split
+from rayseg.demo.store import object_store
 from rayseg.dicom.reading import Slice, read_slice
 from rayseg.records import MANIFEST, Reject
 
@@ -30,6 +32,7 @@ _WINDOW = Preprocess(size=(inputs.SIZE, inputs.SIZE), window="brain", percentile
 _SCALED = Preprocess(size=(256, 256), window="brain", percentiles=None)
 _FILES = 64  # of which the source of the preparing is made, by links
 _PREPARED_ROWS = 4096
+_OBJECTS = 128  # on S3
 _FEED = """
 import json, sys, time
 from rayseg.data.feed import batches
@@ -49,7 +52,7 @@ print(json.dumps([first, int(peak.split()[1])]))
 
 def measure(folder: Path, repeats: int, rows: int) -> dict[str, Any]:
     """All figures of the suite; `folder` is for its files."""
-    return _by_stage(repeats) | _preparing(folder, repeats) | _feeding(folder, repeats, rows) | _s3()
+    return _by_stage(repeats) | _preparing(folder, repeats) | _feeding(folder, repeats, rows) | _s3(folder, repeats)
 
 
 def figure(values: list[float]) -> dict[str, float]:
@@ -99,7 +102,6 @@ def _preparing(folder: Path, repeats: int) -> dict[str, Any]:
         _SCALED.apply_mask(classes)
 
     cores = os.cpu_count() or 1
-    ray.data.DataContext.get_current().enable_progress_bars = False
     ray.init(address="local", num_cpus=cores, object_store_memory=OBJECT_STORE_BYTES, include_dashboard=False)
     ratios, rates = [], []
     try:
@@ -172,5 +174,35 @@ def _feeding(folder: Path, repeats: int, rows: int) -> dict[str, Any]:
     }
 
 
-def _s3() -> dict[str, Any]:
-    return {"s3_read_vs_boto3": {"reason": "boto3 is no dependency of rayseg"}}
+def _s3(folder: Path, repeats: int) -> dict[str, Any]:
+    """Objects a second of `storage.read_each` over those of boto3 in as many threads, from a store on this machine."""
+    try:
+        import boto3
+        from botocore.config import Config
+    except ModuleNotFoundError:
+        return {"s3_read_vs_boto3": {"reason": "boto3 is not installed"}}
+    data, bucket = inputs.ct_slice("uncompressed"), "benchmark"
+    keys = [f"{number}.dcm" for number in range(_OBJECTS)]
+    uris = [f"s3://{bucket}/{key}" for key in keys]
+    with object_store(folder / "store", bucket) as environment, patch.dict(os.environ, environment):
+        os.environ.pop("AWS_ENDPOINT_URL_S3", None)  # it would come first
+        for uri in uris:
+            storage.write(uri, data)
+        client = boto3.client("s3", config=Config(max_pool_connections=storage.THREADS))
+        with ThreadPoolExecutor(storage.THREADS) as pool:
+
+            def theirs() -> None:
+                for read in pool.map(lambda key: client.get_object(Bucket=bucket, Key=key)["Body"].read(), keys):
+                    assert len(read) == len(data)
+
+            def ours() -> None:
+                for read in storage.read_each(uris):
+                    assert isinstance(read, bytes)
+                    assert len(read) == len(data)
+
+            theirs()  # opens the connections, as writing did for ours
+            seconds = [(_seconds(theirs, 1), _seconds(ours, 1)) for _ in range(repeats)]
+    return {
+        "s3_read_vs_boto3": figure([of_theirs / of_ours for of_theirs, of_ours in seconds]),
+        "s3_read.objects_per_second": figure([_OBJECTS / of_ours for _, of_ours in seconds]),
+    }

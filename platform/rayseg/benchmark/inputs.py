@@ -89,10 +89,11 @@ def prepared_set(folder: Path, rows: int, size: int = 32, rows_per_shard: int = 
         for number in range(rows_per_shard)
     ]
     table = pa.Table.from_pylist(samples, schema=PREPARED)
-    paths = []
+    shards, row_group_rows = {}, 16
     for part, start in enumerate(range(0, rows, rows_per_shard)):
-        paths.append(f"split=train/part-{part:05d}.parquet")
-        storage.write_table(str(folder / paths[-1]), table.slice(0, rows - start), 16)
+        path = f"split=train/part-{part:05d}.parquet"
+        shards[path] = min(rows_per_shard, rows - start)
+        storage.write_table(str(folder / path), table.slice(0, shards[path]), row_group_rows)
     preprocess = Preprocess(size=(size, size))
     description = {
         "version": VERSION,
@@ -101,7 +102,9 @@ def prepared_set(folder: Path, rows: int, size: int = 32, rows_per_shard: int = 
         "labels": config.plain(Labels()),
         "shape": [size, size, 1],
         "rows": {"train": rows, "val": 0, "test": 0},
-        "shards": {"train": paths, "val": [], "test": []},
+        "shards": {"train": list(shards), "val": [], "test": []},
+        "shard_rows": {"train": list(shards.values()), "val": [], "test": []},
+        "row_group_rows": row_group_rows,
     }
     storage.write(str(folder / PATIENTS), b"patient_key,part,split,rows,positive\n")
     storage.write_json(str(folder / DESCRIPTION), description)

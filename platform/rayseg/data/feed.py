@@ -12,7 +12,6 @@ import queue
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -27,7 +26,7 @@ from rayseg.data.prepared import PreparedSet
 
 _PREFETCH = 4  # batches made ahead
 _WINDOW = 4  # row groups that a lane shuffles together
-_FOOTERS_AT_ONCE = 8
+_FOOTERS = 1024  # that are kept
 _COLUMNS = ["row_id", "image", "mask"]
 _POLL_S = 0.1
 
@@ -87,13 +86,13 @@ def batches(
     return Batches(_Plan(prepared, split, global_batch, rank, world_size, seed, epoch, shuffle, augment))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Group:
     """A row group, or rows [first, last) of it."""
 
     uri: str
+    digest: str  # of the set; it keeps the footers of an older one of the same names out of the cache
     index: int
-    footer: bytes  # of the file, as `pq.read_metadata` takes it; parsed it is thirteen times as large
     first: int
     last: int
 
@@ -113,7 +112,7 @@ class _Plan:
     def batches(self) -> Iterator[Batch]:
         height, width, channels = self.prepared.shape
         per_rank = self.global_batch // self.world_size
-        groups = _groups(tuple(self.prepared.files(self.split)), self.prepared.digest)
+        groups = _groups(self.prepared, self.split)
         rows = sum(group.last for group in groups)
         lanes = [
             self._lane(number, pieces)
@@ -138,10 +137,10 @@ class _Plan:
             return row.image, row.mask
         return self.augment.apply(row.image, row.mask, generator(self.seed, self.epoch, row.id))
 
-    def _deal(self, groups: tuple[_Group, ...], rows: int) -> Iterator[list[_Group]]:
+    def _deal(self, groups: list[_Group], rows: int) -> Iterator[list[_Group]]:
         """The pieces of row groups that each lane has; the first lanes have one row more where it does not come out."""
         order = np.random.default_rng([self.seed, self.epoch]).permutation(len(groups)) if self.shuffle else None
-        rest = [groups[i] for i in order][::-1] if order is not None else list(groups)[::-1]
+        rest = [groups[i] for i in order][::-1] if order is not None else groups[::-1]
         shorter, longer = divmod(rows, self.global_batch)
         for number in range(self.global_batch):
             needed = shorter + (number < longer)
@@ -218,31 +217,31 @@ class Batches(Iterator[Batch]):
 
 
 def _part(group: _Group, first: int, last: int) -> _Group:
-    return _Group(group.uri, group.index, group.footer, first, last)
+    return _Group(group.uri, group.digest, group.index, first, last)
 
 
-@lru_cache(maxsize=4)
-def _groups(uris: tuple[str, ...], digest: str) -> tuple[_Group, ...]:
-    """All row groups of the shards; the set's digest keeps an older set of the same names out of the cache."""
+def _groups(prepared: PreparedSet, split: str) -> list[_Group]:
+    """All row groups of the split, by what the set tells of its shards: none of them is opened for it."""
+    return [
+        _Group(uri, prepared.digest, index, 0, min(prepared.row_group_rows, rows - first))
+        for uri, rows in zip(prepared.files(split), prepared.shard_rows[split], strict=True)
+        for index, first in enumerate(range(0, rows, prepared.row_group_rows))
+    ]
 
-    def of_file(uri: str) -> list[_Group]:
-        metadata, buffer = storage.read_footer(uri), io.BytesIO()
-        metadata.write_metadata_file(buffer)
-        footer = buffer.getvalue()
-        return [
-            _Group(uri, index, footer, 0, metadata.row_group(index).num_rows)
-            for index in range(metadata.num_row_groups)
-        ]
 
-    with ThreadPoolExecutor(_FOOTERS_AT_ONCE, thread_name_prefix="rayseg-footers") as pool:
-        return tuple(group for groups in pool.map(of_file, uris) for group in groups)
+@lru_cache(maxsize=_FOOTERS)
+def _footer(uri: str, digest: str) -> bytes:
+    """The shard's footer as `pq.read_metadata` takes it; parsed it is thirteen times as large."""
+    buffer = io.BytesIO()
+    storage.read_footer(uri).write_metadata_file(buffer)
+    return buffer.getvalue()
 
 
 def _read(piece: _Group, shape_HWC: tuple[int, int, int]) -> list[_Row]:
-    files, path = storage.filesystem(piece.uri)
-    with files.open_input_file(path) as file:
-        metadata = pq.read_metadata(io.BytesIO(piece.footer))
-        table = pq.ParquetFile(file, metadata=metadata, pre_buffer=True).read_row_group(piece.index, _COLUMNS)
+    metadata = pq.read_metadata(io.BytesIO(_footer(piece.uri, piece.digest)))
+    if piece.index >= metadata.num_row_groups or piece.last > metadata.row_group(piece.index).num_rows:
+        raise ValueError(f"prepared: {piece.uri} has fewer rows than the set says; prepare again")
+    table = storage.read_row_group(piece.uri, piece.index, _COLUMNS, metadata)
     rows = []
     for row in table.slice(piece.first, piece.last - piece.first).to_pylist():
         image, mask = np.frombuffer(row["image"], np.uint8), np.frombuffer(row["mask"], np.uint8)

@@ -5,7 +5,7 @@ import logging
 import re
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import ray.data
 from tqdm import tqdm
 
 from rayseg import cluster, storage
@@ -127,6 +126,8 @@ def prepare(config: PrepareConfig) -> PrepareResult:
         "shape": [*config.preprocess.size, config.preprocess.channels],
         "rows": rows,
         "shards": {split: [shard["path"] for shard in shards[split]] for split in SPLITS},
+        "shard_rows": {split: [shard["rows"] for shard in shards[split]] for split in SPLITS},
+        "row_group_rows": config.row_group_rows,
         "positive": sum(shard["positive"] for shard in written),
         "reasons": reasons,
     }
@@ -213,13 +214,9 @@ def _deal(taken: pa.Table, config: PrepareConfig, standing: Mapping[str, str]) -
             ("", packed(taken.slice(start, _ROWS_PER_LOOK).select(TAKEN)))
             for start in range(0, len(taken), _ROWS_PER_LOOK)
         ]
-        arguments = {"preprocess": config.preprocess, "labels": config.labels}
-        for batch in (
-            _planned(cells)
-            .map_batches(positive_patients, batch_size=1, batch_format="pyarrow", fn_kwargs=arguments)
-            .iter_batches(batch_size=None, batch_format="pyarrow")
-        ):
-            patients |= dict.fromkeys(batch["patient_key"].to_pylist(), True)
+        looks = _planned(cells)
+        for found in cluster.each(positive_patients, looks, preprocess=config.preprocess, labels=config.labels):
+            patients |= dict.fromkeys(found["patient_key"].to_pylist(), True)
     return config.split.deal(patients, standing)
 
 
@@ -261,21 +258,18 @@ def _refuse_empty(rows: Counter[str] | dict[str, int], split: Split, what: str) 
 
 def _write(plan: list[tuple[str, bytes]], rows: int, output: str, config: PrepareConfig) -> list[dict[str, Any]]:
     """Prepares the shards, a task each; returns rows of `WRITTEN` in the order of the shards."""
-    dataset = _planned(plan).map_batches(
+    tasks = cluster.each(
         write_shards,
-        batch_size=1,
-        batch_format="pyarrow",
-        fn_kwargs={
-            "output": output,
-            "preprocess": config.preprocess,
-            "labels": config.labels,
-            "row_group_rows": config.row_group_rows,
-        },
+        _planned(plan),
+        output=output,
+        preprocess=config.preprocess,
+        labels=config.labels,
+        row_group_rows=config.row_group_rows,
     )
     written: list[dict[str, Any]] = []
     with tqdm(total=rows, desc="prepare", unit=" rows", disable=None) as progress:
-        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-            for shard in batch.to_pylist():
+        for of_task in tasks:
+            for shard in of_task.to_pylist():
                 written.append(shard)
                 progress.update(shard["rows"] + len(shard["rejects"]))
     assert len(written) == len(plan), "every shard reports"
@@ -284,11 +278,10 @@ def _write(plan: list[tuple[str, bytes]], rows: int, output: str, config: Prepar
     return sorted(written, key=lambda shard: order[shard["path"]])
 
 
-def _planned(cells: Iterable[tuple[str, bytes]]) -> ray.data.Dataset:
-    """A data set of `PLAN`, a block a row. No pixels go through Ray's store: a task writes what it makes itself."""
-    return ray.data.from_arrow(
-        [pa.table({"path": [path], "samples": pa.array([cell], pa.binary())}, schema=PLAN) for path, cell in cells]
-    )
+def _planned(cells: Iterable[tuple[str, bytes]]) -> Iterator[pa.Table]:
+    """A row of `PLAN` for each task. No pixels go through Ray's store: a task writes what it makes itself."""
+    for path, cell in cells:
+        yield pa.table({"path": [path], "samples": pa.array([cell], pa.binary())}, schema=PLAN)
 
 
 def _keys(output: str, shards: list[dict[str, Any]]) -> pa.Table:

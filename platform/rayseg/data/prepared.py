@@ -12,7 +12,7 @@ from rayseg.records import PREPARED
 
 DESCRIPTION = "_prepared.json"
 PATIENTS = "split.csv"  # which patient is where
-VERSION = 3  # of the format and of what preparing does: another number makes older sets stale
+VERSION = 4  # of the format and of what preparing does: another number makes older sets stale
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,8 @@ class PreparedSet:
     rows: dict[str, int]  # by split
     digest: str  # of everything that the set was made from
     shards: dict[str, tuple[str, ...]]  # by split: paths below `uri`
+    shard_rows: dict[str, tuple[int, ...]]  # by split: of each shard
+    row_group_rows: int  # of each row group but a shard's last, which has what is left
 
     def files(self, split: str) -> list[str]:
         """The URIs of a split's Parquet shards, in order."""
@@ -59,4 +61,6 @@ def describe(uri: str) -> PreparedSet:
         rows=values["rows"],
         digest=values["digest"],
         shards={split: tuple(paths) for split, paths in values["shards"].items()},
+        shard_rows={split: tuple(rows) for split, rows in values["shard_rows"].items()},
+        row_group_rows=values["row_group_rows"],
     )
