@@ -146,7 +146,7 @@ def test_real_segmentations_of_every_encoding_agree(shared_data: Path) -> None:
         data = path.read_bytes()
         for index, groups in enumerate(twin.PerFrameFunctionalGroupsSequence):
             instance = groups.DerivationImageSequence[0].SourceImageSequence[0].ReferencedSOPInstanceUID
-            found = segments.of_instance(data, instance)
+            found = segments.of_slice(data, replace(header(0), sop_instance_uid=instance))
             assert isinstance(found, list), path.name
             ((number, label, inside),) = found
             assert (number, label) == (1, "Liver")
