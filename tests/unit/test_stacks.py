@@ -14,12 +14,14 @@ import pyarrow as pa
 import pytest
 
 from rayseg import storage
+from rayseg.config import load
 from rayseg.data import stacks, synthetic
 from rayseg.data.labels import Labels
 from rayseg.data.prepare import PrepareConfig, _shards, _taken
 from rayseg.data.preprocess import Preprocess, Window
 from rayseg.data.samples import PLAN, TAKEN, write_shards
 from rayseg.data.spool import packed
+from rayseg.demo.pipeline import DemoConfig
 from rayseg.dicom.reading import Slice, read_slice
 from rayseg.inference import predictor as predictor_module
 from rayseg.inference.predictor import Predictor
@@ -325,3 +327,8 @@ def test_a_store_that_fails_for_a_neighbour_rejects_the_sample(tmp_path: Path, m
     preprocess = Preprocess((4, 4), UNITS, None, neighbours=1)
     (shard,) = write_shards(plan_of(samples), str(tmp_path), preprocess, Labels(), 16).to_pylist()
     assert [reject["reason"] for reject in shard["rejects"]] == ["read_failed"]
+
+
+def test_the_demo_refuses_what_its_service_would() -> None:
+    with pytest.raises(ValueError, match=r"prepare\.preprocess\.neighbours: the demo asks .* single slices"):
+        load(DemoConfig, None, Path(__file__).parents[2] / "configs/demo.yaml", ["prepare.preprocess.neighbours=1"])

@@ -100,7 +100,8 @@ def prepare(config: PrepareConfig) -> PrepareResult:
         logger.info("prepare: an equal set stands at %s", output)
         return _result(output, standing, cached=True, seconds=time.monotonic() - began)
 
-    columns = list(dict.fromkeys([*TAKEN, *PLACE, "verdict", "bytes"]))
+    placing = PLACE if config.preprocess.neighbours else ()
+    columns = list(dict.fromkeys([*TAKEN, *placing, "verdict", "bytes"]))
     taken = _taken(pq.read_table(pa.BufferReader(manifest), columns=columns), config)
     parts = _deal(taken, config, standing_split)
     samples = _samples(taken, parts, config.split)

@@ -8,7 +8,7 @@ and `Preprocess.apply` repeats the nearest one towards the middle.
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, repeat
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +19,8 @@ from rayseg.records import NEIGHBOURS, Reason, Reject
 
 T = TypeVar("T")
 
-PLACE = ("patient_key", "series_key", "kind", "instance_number", "image_position_mm")  # a manifest's, for `beside`
+# Columns of a manifest that tell which rows are of one series, and whether it has an order.
+PLACE = ("patient_key", "series_key", "kind", "instance_number", "image_position_mm")
 
 
 def along(series: Iterable[T], neighbours: int) -> Iterator[tuple[T | None, ...]]:
@@ -58,7 +59,7 @@ def beside(accepted: pa.Table, rows: Sequence[int], neighbours: int) -> tuple[pa
 
     Args:
         accepted: all accepted rows in the manifest's order, which has the slices of a series together and in order;
-            columns PLACE, `uri`, `frame` and `bytes`.
+            columns `uri`, `frame`, `bytes` and, where neighbours are wanted, PLACE.
         rows: which are wanted, by index.
         neighbours: on each side.
 
@@ -68,8 +69,10 @@ def beside(accepted: pa.Table, rows: Sequence[int], neighbours: int) -> tuple[pa
     Raises:
         ValueError: some rows are image files of one image, which nothing puts into an order.
     """
-    if neighbours:
-        _refuse_unordered(accepted.take(pa.array(rows, pa.int64())))
+    if not neighbours:
+        none: list[list[Any]] = [[]] * len(rows)
+        return pa.array(none, NEIGHBOURS), pa.array(none, pa.list_(pa.int64()))
+    _refuse_unordered(accepted.select(["kind", "frame"]).take(pa.array(rows, pa.int64())))
     offsets = np.array([step for step in range(-neighbours, neighbours + 1) if step], np.int64)
     centres = np.repeat(np.asarray(rows, np.int64), len(offsets))
     places = centres + np.tile(offsets, len(rows))
