@@ -1,5 +1,6 @@
 """2.5D from files to masks: hand-made series through catalog, prepare, scoring, bulk and a local call."""
 
+import contextlib
 import io
 import zlib
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from pydicom.encaps import encapsulate
 
 from rayseg.data import prepared, synthetic
 from rayseg.data.catalog import CatalogConfig, catalog
+from rayseg.data.feed import batches
 from rayseg.data.labels import Labels
 from rayseg.data.layouts import Layout
 from rayseg.data.prepare import PrepareConfig, prepare
@@ -30,6 +32,7 @@ from rayseg.dicom.reading import Slice, read_slice
 from rayseg.evaluation import evaluate
 from rayseg.inference.predictor import Prediction, Predictor
 from rayseg.inference.series import Task, segment_series
+from rayseg.models.unet import UNetConfig, build_unet
 from rayseg.tracking import bundle, registry
 from rayseg.tracking.registry import ModelVersion
 
@@ -148,6 +151,12 @@ def test_prepared_rows_have_the_neighbours_channels_and_the_centres_mask(world: 
         assert mask_HW.sum() == SIDE
         around = [None if one is None else place_of(one["uri"]) for one in row["neighbours"]]
         assert around == [(patient, at) if 0 <= at < 5 else None for at in (place - 1, place + 1)]
+    # The feed and the network take the shape as it is.
+    feed = batches(found, "train", global_batch=3, rank=0, world_size=1, seed=1, epoch=0)
+    with contextlib.closing(feed):
+        fed = next(iter(feed)).image
+    assert {image_HWC.tobytes() for image_HWC in fed} <= {row["image"] for row in rows.values()}
+    assert build_unet(UNetConfig(widths=(2, 4), convolutions=1), found.shape, 1)(fed).shape == (3, SIDE, SIDE, 1)
     (reject,) = pq.read_table(tmp_path / "set/rejects.parquet").to_pylist()
     assert (place_of(reject["uri"]), reject["reason"]) == (UNREADABLE, "decode_failed")
 
