@@ -74,7 +74,6 @@ class ModelReplica:
             loaded = bundle.load(bundle_dir)
             self._example_sha256 = bundle.describe(bundle_dir)["example_mask_sha256"]
         self._mask_sha256 = bundle.mask_sha256
-        self._example = loaded.example
         self._predictor = Predictor(loaded)
         self._info = ModelInfo(
             name=version.name,
@@ -92,8 +91,11 @@ class ModelReplica:
         logger.info("model %s version %s is ready", version.name, version.version)
 
     @serve.batch
-    async def segment(self, bodies: Sequence[bytes]) -> list[Segmented | Reject]:
-        """One request's bytes to its mask or the reason there is none; called singly, run in batches."""
+    async def segment(self, bodies: Sequence[bytes | None]) -> list[Segmented | Reject]:
+        """One request's bytes to its mask or the reason there is none; called singly, run in batches.
+
+        None stands for the bundle's example, which is segmented whatever the model looks at beside a slice.
+        """
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._forward, bodies)
 
     async def describe(self) -> ModelInfo:
@@ -103,13 +105,15 @@ class ModelReplica:
     async def check(self) -> Health:
         """Runs the bundle's example the way that requests go, queue and batch included."""
         started = time.perf_counter()
-        result = await self.segment(self._example)
+        result = await self.segment(None)
         matches = isinstance(result, Segmented) and self._mask_sha256(result.mask) == self._example_sha256
         return Health(model=self._info, matches=matches, seconds=time.perf_counter() - started)
 
-    def _forward(self, bodies: Sequence[bytes]) -> list[Segmented | Reject]:
+    def _forward(self, bodies: Sequence[bytes | None]) -> list[Segmented | Reject]:
         started = time.perf_counter()
-        results = self._predictor.segment(bodies)
+        results = [
+            self._predictor.segment_example() if body is None else self._predictor.segment([body])[0] for body in bodies
+        ]
         forward_ms = 1000 * (time.perf_counter() - started)
         return [
             result

@@ -43,6 +43,7 @@ STATUS = {
     Reason.UNSUPPORTED_PIXELS: HTTPStatus.UNPROCESSABLE_ENTITY,
     Reason.UNSUPPORTED_MULTIFRAME: HTTPStatus.UNPROCESSABLE_ENTITY,
     Reason.MISSING_ATTRIBUTE: HTTPStatus.UNPROCESSABLE_ENTITY,
+    Reason.NEEDS_NEIGHBOURS: HTTPStatus.UNPROCESSABLE_ENTITY,
     Reason.WRITE_FAILED: HTTPStatus.INTERNAL_SERVER_ERROR,
     Reason.INTERNAL: HTTPStatus.INTERNAL_SERVER_ERROR,
 }
@@ -59,6 +60,7 @@ DESCRIPTION = """
 | 413 | the body, or the pixels that it declares, are over the limit |
 | 415 | the `Content-Type` or `Content-Encoding` is not one that is read |
 | 422 | a readable object that cannot be segmented, or has no geometry for a DICOM SEG; a bad parameter |
+| 422 | `needs_neighbours`: the model looks at the slices beside one too; segment the series as a bulk job |
 | 503 | the model did not answer in time, or is starting |
 """
 

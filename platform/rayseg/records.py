@@ -28,11 +28,12 @@ class Reason(StrEnum):
     TOO_LARGE = "too_large"  # over a limit of pixels, frames, inflated bytes, scans or tiles; detail names it
     NOT_AN_IMAGE = "not_an_image"  # an image file (PNG, JPEG, TIFF) that cannot be decoded
     NO_MASK = "no_mask"  # the layout asks for a mask and none pairs with this image
-    MASK_MISMATCH = "mask_mismatch"  # the mask's size is not its image's size
+    MASK_MISMATCH = "mask_mismatch"  # the mask's size or place is not its image's
     MASK_VALUES = "mask_values"  # the mask holds a value, colour or segment that no class is named for
     LOCALIZER = "localizer"  # a scout view, no part of a stack
     SERIES_MIXED = "series_mixed"  # a series with several sizes or orientations
     SERIES_DUPLICATES = "series_duplicates"  # a copy, or several different slices at one position
+    NEEDS_NEIGHBOURS = "needs_neighbours"  # a slice alone, for a model that looks at those beside it too (HTTP, MLflow)
     WRITE_FAILED = "write_failed"  # the result could not be made or stored
     INTERNAL = "internal"  # anything unforeseen: the detail names the exception's type only
 
@@ -47,6 +48,9 @@ class Reject:
 
 # The masks of an image, none or several; `label` is what the `{label}` of the layout's pattern has in its path.
 MASKS = pa.list_(pa.struct([("uri", pa.string()), ("label", pa.string())]))
+
+# The slices beside a slice in its series, as many on each side, in order along the normal; null beyond the series.
+NEIGHBOURS = pa.list_(pa.struct([("uri", pa.string()), ("frame", pa.int32())]))
 
 # Lists have no fixed size in the type: Parquet readers disagree about fixed-size lists with nulls between.
 # One row per slice of the source: a DICOM instance, a frame of one, or an image file.
@@ -91,6 +95,7 @@ PREPARED = pa.schema(
         ("uri", pa.string()),
         ("frame", pa.int32()),  # as in the manifest
         ("masks", MASKS),
+        ("neighbours", NEIGHBOURS),  # whose channels `image` has too
         ("split", pa.string()),  # "train", "val" or "test"
         ("fingerprint", pa.binary()),  # of `image`, to find near-duplicates; null where there is nothing to tell
         ("foreground_pixels", pa.int64()),  # of `mask`

@@ -341,6 +341,7 @@ def test_healthz_and_model(service: Service):
             "percentiles": None,
             "z_score": None,
             "color": False,
+            "neighbours": 0,
         },
         "threshold": 0.5,
     }

@@ -276,7 +276,7 @@ def test_one_mask_is_not_that_of_every_frame(enhanced: Enhanced, as_file: AsFile
     one = read_slice(as_file(enhanced(WORDS_NHW)), 1)
     mask = io.BytesIO()
     Image.fromarray(np.zeros((36, 40), np.uint8)).save(mask, "PNG")
-    made = make(one, [(mask.getvalue(), None)], Preprocess(size=(8, 8)), Labels(), frame=1)
+    made = make([one], [(mask.getvalue(), None)], Preprocess(size=(8, 8)), Labels(), frame=1)
     assert made == Reject(Reason.MASK_MISMATCH, "one mask image for an object of several frames")
 
 

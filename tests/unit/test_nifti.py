@@ -4,6 +4,7 @@ import gzip
 import itertools
 import math
 import struct
+from collections.abc import Callable
 from typing import Any
 
 import nibabel
@@ -12,6 +13,8 @@ import pytest
 
 from rayseg.data.labels import Labels
 from rayseg.data.masks import truth
+from rayseg.data.preprocess import Preprocess
+from rayseg.data.samples import make
 from rayseg.dicom import nifti
 from rayseg.dicom.reading import Slice, read_slice, read_slices
 from rayseg.records import Reason, Reject
@@ -177,6 +180,50 @@ def test_a_label_volume_is_the_mask_of_each_slice_though_it_is_stored_otherwise(
         refused = truth([(data, None)], SHAPE[1::-1], labels, None, other)
         assert isinstance(refused, Reject)
         assert refused.reason == Reason.MASK_MISMATCH
+
+
+def moved(affine: np.ndarray, by_mm: tuple[float, float, float]) -> np.ndarray:
+    changed = affine.copy()
+    changed[:3, 3] += by_mm
+    return changed
+
+
+def scaled(affine: np.ndarray) -> np.ndarray:
+    return affine @ np.diag([1.2, 1, 1, 1])
+
+
+@pytest.mark.parametrize(
+    ("change", "apart_mm"),
+    [
+        (lambda affine: affine, 0.0),
+        (lambda affine: moved(affine, (0.1, 0, 0)), 0.0),  # a fifth of the smaller spacing: rounding
+        (lambda affine: moved(affine, (0.3, 0, 0)), 0.3),
+        (lambda affine: moved(affine, (0, 0, 4.0)), 4.0),  # a slice further up
+        (lambda affine: moved(affine, (3, 4, 0)), 5.0),
+        (scaled, 0.4),  # 0.5 mm for 4 steps, 20 % longer
+    ],
+)
+def test_a_label_volume_lies_where_its_image_does(change: Callable[[np.ndarray], np.ndarray], apart_mm: float) -> None:
+    affine = np.diag([-SPACING[0], -SPACING[1], SPACING[2], 1.0])
+    affine[:3, 3] = (11, -7, 30)
+    image = read_slice(encoded(TRUE, affine), 1)
+    assert isinstance(image, Slice)
+    labels = encoded((TRUE % 2).astype(np.uint8), change(affine))
+    made = make([image], [(labels, None)], Preprocess((4, 4)), Labels(), 1)
+    if apart_mm == 0:
+        assert isinstance(made, dict)
+    else:
+        detail = f"affine: the mask volume lies {apart_mm:.3g} mm from its image"
+        assert made == Reject(Reason.MASK_MISMATCH, detail)
+
+
+def test_labels_without_a_place_do_not_belong_to_an_image_with_one() -> None:
+    """They would be turned by another rule than the image: columns stored to the left are taken for right."""
+    image = read_slice(encoded(TRUE, np.diag([1.0, 1, 1, 1])), 1)
+    assert isinstance(image, Slice)
+    made = make([image], [(encoded((TRUE % 2).astype(np.uint8)), None)], Preprocess((4, 4)), Labels(), 1)
+    assert isinstance(made, Reject)
+    assert made.reason == Reason.MASK_MISMATCH
 
 
 def test_labels_that_are_no_integers_are_refused() -> None:

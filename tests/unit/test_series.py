@@ -132,7 +132,7 @@ def test_the_odd_one_falls_away_the_majority_stays(changes: dict[str, Any]) -> N
 
 def test_rounding_in_orientation_and_spacing_is_no_mixture() -> None:
     first = header(0, (0.0, 0.0, 0.0))
-    second = header(1, (0, 0, 5.0), image_orientation=(0.99999, 0.0009, 0, 0, 1, 0), pixel_spacing_mm=(0.50001, 0.5))
+    second = header(1, (0, 0, 5.0), image_orientation=(0.99999, 0.0004, 0, 0, 1, 0), pixel_spacing_mm=(0.50001, 0.5))
     assert verdict([first, second]).verdict == "ok"
 
 

@@ -11,9 +11,9 @@ from pydicom import uid
 from pydicom.pixels import pixel_array
 
 from rayseg.data.labels import Labels
-from rayseg.dicom import image_files, nifti, segments
+from rayseg.dicom import image_files, nifti, planes, segments
 from rayseg.dicom.parsing import parse, silence_libraries
-from rayseg.dicom.reading import Header
+from rayseg.dicom.reading import Geometry, Header
 from rayseg.records import Reason, Reject
 
 _FORMATS = ("PNG", "JPEG", "TIFF", "BMP")
@@ -42,6 +42,7 @@ def truth(
     labels: Labels,
     header: Header | None = None,
     frame: int | None = None,
+    geometry: Geometry | None = None,
 ) -> np.ndarray | Reject:
     """The classes of a slice from its masks; all background where it has none.
 
@@ -49,8 +50,9 @@ def truth(
         masks: bytes of each, and the `{label}` of its path.
         shape: rows and columns of the slice.
         labels: the classes.
-        header: of the slice, where it is a DICOM object: a segmentation's frames refer to it.
+        header: of the slice, where it is a DICOM object: a segmentation's frames refer to it, or lie where it does.
         frame: of the slice in an object of several; a mask that is no segmentation has as many, in the same order.
+        geometry: of the slice, where it is one of a volume: a label volume must lie in the same place.
 
     Returns:
         uint8 (rows, columns), class indices; of overlapping classes the later one.
@@ -58,7 +60,7 @@ def truth(
     classes = np.zeros(shape, np.uint8)
     uncovered = 0
     for data, source in masks:
-        layers = read_mask(data, source, labels.by_value, header, frame)
+        layers = read_mask(data, source, labels.by_value, header, frame, geometry)
         if isinstance(layers, Reject):
             if layers.reason != Reason.NO_MASK:
                 return layers
@@ -82,6 +84,7 @@ def read_mask(
     by_value: bool = False,
     header: Header | None = None,
     frame: int | None = None,
+    geometry: Geometry | None = None,
 ) -> list[Layer] | Reject:
     """The layers of a mask: one, or as many as a segmentation has segments in the slice.
 
@@ -91,6 +94,7 @@ def read_mask(
         by_value: whether a palette's indices are wanted, and not the colours that they show.
         header: of the slice, for a segmentation.
         frame: of the slice, in an object of several.
+        geometry: of the slice, for a label volume, where `header` has none.
 
     Returns:
         The layers, none where a segmentation that refers to the slice has nothing in it; NO_MASK where it does not
@@ -104,12 +108,7 @@ def read_mask(
             return Reject(Reason.MASK_MISMATCH, "one mask image for an object of several frames")
         return _of_image(data, source, by_value)
     if nifti.is_nifti(data):
-        volume = nifti.labels(data)
-        if isinstance(volume, Reject):
-            return volume
-        if frame is None or frame >= len(volume):
-            return Reject(Reason.MASK_MISMATCH, f"a mask volume of {len(volume)} slices")
-        return [Layer(volume[frame], source)]
+        return _of_volume(data, source, frame, header.geometry if header else geometry)
     parsed = parse(data)
     if isinstance(parsed, Reject):
         return Reject(Reason.NOT_AN_IMAGE if parsed.reason == Reason.NOT_DICOM else parsed.reason, "mask")
@@ -155,10 +154,29 @@ def _of_dicom(data: bytes, transfer_syntax_uid: str, source: str | None, frame: 
     return [Layer(pixel_array(dataset, index=frame or 0), source, transfer_syntax_uid in _LOSSY)]
 
 
+def _of_volume(data: bytes, source: str | None, frame: int | None, image: Geometry | None) -> list[Layer] | Reject:
+    """The slice of a label volume, which must lie where the image's does, where the image says where that is."""
+    values, volume = nifti.labels(data), nifti.read_volume(data)
+    if isinstance(values, Reject):
+        return values
+    assert isinstance(volume, nifti.Volume)
+    if frame is None or frame >= len(values):
+        return Reject(Reason.MASK_MISMATCH, f"a mask volume of {len(values)} slices")
+    corners_mm = None if image is None else planes.corners_mm(image)
+    mask = Geometry(**volume.place(frame))
+    if image is not None and corners_mm is not None and (mask.rows, mask.columns) == (image.rows, image.columns):
+        theirs_mm = planes.corners_mm(mask)
+        assert theirs_mm is not None
+        apart_mm = float(planes.apart_mm(corners_mm, theirs_mm))
+        if apart_mm > planes.tolerance_mm(image):
+            return Reject(Reason.MASK_MISMATCH, f"affine: the mask volume lies {apart_mm:.3g} mm from its image")
+    return [Layer(values[frame], source)]
+
+
 def _of_segmentation(data: bytes, header: Header | None) -> list[Layer] | Reject:
     if header is None:
         return Reject(Reason.NO_MASK, "a DICOM segmentation refers to DICOM instances, and the image is none")
-    found = segments.of_instance(data, header.sop_instance_uid, header.frame)
+    found = segments.of_slice(data, header)
     if isinstance(found, Reject):
         return found
     return [Layer(np.where(inside, np.int32(number), 0), label) for number, label, inside in found]

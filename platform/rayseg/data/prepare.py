@@ -23,12 +23,14 @@ from rayseg.data.preprocess import Preprocess
 from rayseg.data.samples import PLAN, TAKEN, limited, positive_patients, row_id, write_shards
 from rayseg.data.split import LEAK_COLUMNS, SPLITS, Split, check_leak, read_standing, to_csv
 from rayseg.data.spool import packed
+from rayseg.data.stacks import PLACE, beside
 from rayseg.records import REJECTS
 
 logger = logging.getLogger(__name__)
 
 REJECTS_FILE = "rejects.parquet"
 _SHARD = re.compile(rf"split=({'|'.join(SPLITS)})/part-\d+(-[0-9a-f]+)?\.parquet")
+_SIZES = ["bytes", "neighbour_bytes"]  # of the objects: another size is another shard
 _ROWS_PER_LOOK = 512  # of a task that only looks at masks
 
 
@@ -97,8 +99,9 @@ def prepare(config: PrepareConfig) -> PrepareResult:
         logger.info("prepare: an equal set stands at %s", output)
         return _result(output, standing, cached=True, seconds=time.monotonic() - began)
 
-    columns = [*TAKEN, "verdict", "bytes"]
-    taken = _taken(pq.read_table(pa.BufferReader(manifest), columns=columns), config.limit, config.labels)
+    placing = PLACE if config.preprocess.neighbours else ()
+    columns = list(dict.fromkeys([*TAKEN, *placing, "verdict", "bytes"]))
+    taken = _taken(pq.read_table(pa.BufferReader(manifest), columns=columns), config)
     parts = _deal(taken, config, standing_split)
     samples = _samples(taken, parts, config.split)
     plan = _shards(samples, config)
@@ -196,14 +199,18 @@ def _clear(output: str, keep: set[str]) -> None:
                 storage.delete(info.uri)
 
 
-def _taken(manifest: pa.Table, limit: int | None, labels: Labels) -> pa.Table:
-    """The accepted rows that are prepared, in the manifest's order; columns TAKEN and `bytes`."""
-    accepted = manifest.filter(pc.equal(manifest["verdict"], "ok")).drop_columns("verdict")
+def _taken(manifest: pa.Table, config: PrepareConfig) -> pa.Table:
+    """The accepted rows that are prepared, in the manifest's order: TAKEN, `neighbours` and the sizes of all these."""
+    accepted = manifest.filter(pc.equal(manifest["verdict"], "ok"))
     masks = pc.list_flatten(accepted["masks"])
     if not len(masks):
         raise ValueError("prepare.manifest: no accepted row has a mask; name catalog.layout.masks and catalog again")
-    labels.check_sources(set(pc.unique(pc.struct_field(masks, "label")).to_pylist()) - {None})
-    return accepted.take(pa.array(limited(accepted["patient_key"].to_pylist(), limit), pa.int64()))
+    config.labels.check_sources(set(pc.unique(pc.struct_field(masks, "label")).to_pylist()) - {None})
+    rows = limited(accepted["patient_key"].to_pylist(), config.limit)
+    # Those that the limit leaves out are neighbours all the same.
+    neighbours, their_bytes = beside(accepted, rows, config.preprocess.neighbours)
+    taken = accepted.select([*TAKEN, "bytes"]).take(pa.array(rows, pa.int64()))
+    return taken.append_column("neighbours", neighbours).append_column("neighbour_bytes", their_bytes)
 
 
 def _deal(taken: pa.Table, config: PrepareConfig, standing: Mapping[str, str]) -> dict[str, str]:
@@ -243,7 +250,7 @@ def _shards(samples: pa.Table, config: PrepareConfig) -> list[tuple[str, bytes]]
         for part, start in enumerate(range(0, len(of_split), config.rows_per_shard)):
             rows = of_split.slice(start, config.rows_per_shard)
             digest = configuration.digest([settings, rows.to_pylist()])[:16]
-            shards.append((f"split={split}/part-{part:05d}-{digest}.parquet", packed(rows.drop_columns("bytes"))))
+            shards.append((f"split={split}/part-{part:05d}-{digest}.parquet", packed(rows.drop_columns(_SIZES))))
     return shards
 
 

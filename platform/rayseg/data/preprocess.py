@@ -6,7 +6,7 @@ centres lie at half-integers in both grids, so nothing shifts, neither there nor
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -60,6 +60,7 @@ class Preprocess:
     percentiles: tuple[float, float] | None = (0.5, 99.5)  # mapped to 0 and 255
     z_score: float | None = None  # so many standard deviations below and above the mean are mapped to 0 and 255
     color: bool = False  # red, green and blue as three channels, each by its own values; a grey slice three times
+    neighbours: int = 0  # so many slices on each side of the series are further channels (2.5D), see `apply`
 
     def __post_init__(self) -> None:
         if sum(value is not None for value in (self.window, self.percentiles, self.z_score)) > 1:
@@ -70,6 +71,8 @@ class Preprocess:
             raise ValueError(f"preprocess.size: two positive numbers expected, got {self.size}")
         if self.percentiles is not None and not 0 <= self.percentiles[0] < self.percentiles[1] <= 100:
             raise ValueError(f"preprocess.percentiles: 0 <= low < high <= 100 expected, got {self.percentiles}")
+        if self.neighbours < 0:
+            raise ValueError(f"preprocess.neighbours: 0 or more slices on each side expected, got {self.neighbours}")
         if self.z_score is not None and not self.z_score > 0:
             raise ValueError(f"preprocess.z_score: a positive number expected, got {self.z_score}")
         if self.window is not None:
@@ -80,11 +83,37 @@ class Preprocess:
 
     @property
     def channels(self) -> int:
-        """Channels of what `apply` gives: three of colours, else as many as windows, else one."""
+        """Channels of what `apply` gives: those of a slice, times the slices that it is given."""
+        return self._channels_of_slice * (2 * self.neighbours + 1)
+
+    @property
+    def _channels_of_slice(self) -> int:
+        """Three of colours, else as many as windows, else one."""
         return 3 if self.color else len(self._windows)
 
-    def apply(self, slice: Slice) -> np.ndarray:
-        """The slice as uint8 (height, width, channels): intensities to 0..255, scaled with anti-aliasing, padded."""
+    def apply(self, *stack: Slice | None) -> np.ndarray:
+        """A slice as uint8 (height, width, channels): intensities to 0..255, scaled with anti-aliasing, padded.
+
+        Each slice of the stack is treated by itself, percentiles and scale included, and its channels follow those of
+        the slice before: the lowest neighbour's first, the slice's own in the middle, the highest neighbour's last.
+
+        Args:
+            stack: 2 * `neighbours` + 1 slices in order of position along the normal of their planes (row direction x
+                column direction, PS3.3 C.7.6.2), which is how a manifest has a series; the slice itself is the middle
+                one. None where there is no neighbour: the nearest one towards the middle takes its place.
+        """
+        assert len(stack) == 2 * self.neighbours + 1
+        filled = _filled(stack)
+        images = {slice: self._image(slice) for slice in dict.fromkeys(filled)}
+        return images[filled[0]] if len(filled) == 1 else np.concatenate([images[one] for one in filled], axis=-1)
+
+    def centre(self, image_HWC: np.ndarray) -> np.ndarray:
+        """Of what `apply` gives the channels of the slice itself, without its neighbours'."""
+        first = self.neighbours * self._channels_of_slice
+        return image_HWC[..., first : first + self._channels_of_slice]
+
+    def _image(self, slice: Slice) -> np.ndarray:
+        """uint8 (height, width, channels of a slice)."""
         height, width = self._fitted(*slice.shape)
         planes = []
         for grey in self._greys(slice):
@@ -92,7 +121,7 @@ class Preprocess:
                 # Pillow's filters widen with the scale when shrinking, which is the anti-aliasing.
                 grey = np.asarray(Image.fromarray(grey).resize((width, height), Image.Resampling.BILINEAR))
             planes.append(self._pad(grey))
-        return np.stack(planes * (self.channels // len(planes)), axis=-1)
+        return np.stack(planes * (self._channels_of_slice // len(planes)), axis=-1)
 
     def _greys(self, slice: Slice) -> Iterator[np.ndarray]:
         """uint8 (rows, columns), one a channel; of a grey slice one where colours are wanted."""
@@ -177,6 +206,18 @@ class Preprocess:
     def _around(self, mean: float, deviation: float) -> tuple[float, float]:
         assert self.z_score is not None
         return mean - self.z_score * deviation, mean + self.z_score * deviation
+
+
+def _filled(stack: Sequence[Slice | None]) -> list[Slice]:
+    """The stack with the nearest slice towards the middle in the place of each that is missing."""
+    middle = len(stack) // 2
+    centre = stack[middle]
+    assert centre is not None
+    below, above = [centre], [centre]
+    for side, found in ((stack[:middle][::-1], below), (stack[middle + 1 :], above)):
+        for slice in side:
+            found.append(found[-1] if slice is None else slice)
+    return [*below[:0:-1], *above]
 
 
 def _window(window: Window | str) -> Window:

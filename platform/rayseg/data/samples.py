@@ -1,8 +1,9 @@
 """Samples: which accepted rows are taken, and how a task turns them into a shard of pixels."""
 
+import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import repeat
 from typing import Any
 
@@ -16,11 +17,12 @@ from rayseg.data.manifest import read_failure
 from rayseg.data.masks import truth
 from rayseg.data.preprocess import Preprocess
 from rayseg.data.spool import unpacked
-from rayseg.dicom.reading import Slice, read_slice, read_slices, slice_uid
+from rayseg.data.stacks import usable
+from rayseg.dicom.reading import Slice, read_slices, slice_uid
 from rayseg.records import PREPARED, REJECTS, Reason, Reject
 
 TAKEN = ("patient_key", "study_key", "series_key", "uri", "frame", "masks")  # columns of a manifest that a sample keeps
-# A shard to write; its samples (TAKEN and `split`) are packed: all of the plan is in Ray's store.
+# A shard to write; its samples (TAKEN, `neighbours` and `split`) are packed: all of the plan is in Ray's store.
 PLAN = pa.schema([("path", pa.string()), ("samples", pa.binary())])
 # A shard as it came out; without rows it has no file.
 WRITTEN = pa.schema(
@@ -42,7 +44,7 @@ def row_id(uri: str, frame: int | None) -> str:
 
 
 def _unpacked(cell: bytes) -> list[dict[str, Any]]:
-    return [{"row_id": row_id(row["uri"], row["frame"]), **row} for row in unpacked(cell).to_pylist()]
+    return [{"row_id": row_id(row["uri"], row["frame"]), "neighbours": [], **row} for row in unpacked(cell).to_pylist()]
 
 
 def limited(patient_keys: Sequence[str], limit: int | None) -> Sequence[int]:
@@ -86,8 +88,8 @@ def write_shards(plan: pa.Table, output: str, preprocess: Preprocess, labels: La
         samples = _unpacked(shard["samples"])
         found: dict[int, dict[str, Any]] = {}
         rejects = []
-        for place, image, masks in _read(samples, preprocess.color):
-            made = make(image, masks, preprocess, labels, samples[place]["frame"])
+        for place, stack, masks in _read(samples, preprocess.color):
+            made = make(stack, masks, preprocess, labels, samples[place]["frame"])
             if isinstance(made, Reject):
                 told = {name: samples[place][name] for name in ("uri", "frame", "patient_key", "series_key")}
                 rejects.append({**told, "stage": "prepare", "reason": made.reason.value, "detail": made.detail})
@@ -116,10 +118,11 @@ def _standing(uri: str) -> dict[str, Any] | None:
 def positive_patients(plan: pa.Table, preprocess: Preprocess, labels: Labels) -> pa.Table:
     """A task: the patients (column `patient_key`) of the planned samples that have foreground once prepared."""
     positive = set()
+    preprocess = dataclasses.replace(preprocess, neighbours=0)
     for cell in plan["samples"].to_pylist():
         samples = [sample for sample in _unpacked(cell) if sample["masks"]]
-        for place, image, masks in _read(samples, preprocess.color):
-            made = make(image, masks, preprocess, labels, samples[place]["frame"])
+        for place, stack, masks in _read(samples, preprocess.color):
+            made = make(stack, masks, preprocess, labels, samples[place]["frame"])
             if not isinstance(made, Reject) and made["foreground_pixels"]:
                 positive.add(samples[place]["patient_key"])
     return pa.table({"patient_key": pa.array(sorted(positive), pa.string())})
@@ -128,37 +131,59 @@ def positive_patients(plan: pa.Table, preprocess: Preprocess, labels: Labels) ->
 def _read(
     samples: list[dict[str, Any]],
     color: bool,
-) -> Iterator[tuple[int, bytes | OSError | Slice | Reject, list[tuple[bytes | OSError, str | None]]]]:
-    """Each sample's place, with its image, and its masks' bytes and labels, some read ahead.
+) -> Iterator[tuple[int, list[Slice | Reject | None], list[tuple[bytes | OSError, str | None]]]]:
+    """Each sample's place, with its slice among its neighbours, and its masks' bytes and labels, some read ahead.
 
-    The image is the object's bytes or the slice of a frame. An object of which there are several frames is read once,
-    and so is a mask that the next image has too.
+    An object of which there are several frames is read and parsed once, and so is a mask or a neighbour that the
+    object before needed too. Every slice is decoded for each stack that it is in.
     """
+    stacks = [_stack(sample) for sample in samples]
     places: dict[str, list[int]] = {}
     for place, sample in enumerate(samples):
         places.setdefault(sample["uri"], []).append(place)
-    masks = {
-        uri: dict.fromkeys(mask["uri"] for place in of_uri for mask in samples[place]["masks"])
-        for uri, of_uri in places.items()
-    }
-    before: list[dict[str, None]] = [{}, *masks.values()]
-    fresh = {uri: [mask for mask in masks[uri] if mask not in last] for uri, last in zip(places, before, strict=False)}
-    objects = storage.read_each(uri for image in places for uri in (image, *fresh[image]))
+    needed = {uri: _objects(uri, of_uri, samples, stacks) for uri, of_uri in places.items()}
+    before: list[dict[str, None]] = [{}, *needed.values()]
+    fresh = {uri: [one for one in needed[uri] if one not in last] for uri, last in zip(places, before, strict=False)}
+    objects = storage.read_each(one for uri in places for one in fresh[uri])
     held: dict[str, bytes | OSError] = {}
     for uri, of_uri in places.items():
-        image = next(objects)
-        held = {mask: data for mask, data in held.items() if mask in masks[uri]}
-        held |= {mask: next(objects) for mask in fresh[uri]}
-        frames = [samples[place]["frame"] for place in of_uri]
-        slices: Iterable[bytes | OSError | Slice | Reject] = repeat(image, len(frames))
-        if isinstance(image, bytes) and frames[0] is not None:
-            slices = read_slices(image, frames, color)
-        for place, slice in zip(of_uri, slices, strict=True):
-            yield place, slice, [(held[mask["uri"]], mask["label"]) for mask in samples[place]["masks"]]
+        held = {one: data for one, data in held.items() if one in needed[uri]}
+        held |= {one: next(objects) for one in fresh[uri]}
+        asked: dict[str, list[int | None]] = {}  # frames of each object, in the order in which the stacks have them
+        for at, frame in (slice for place in of_uri for slice in stacks[place] if slice is not None):
+            asked.setdefault(at, []).append(frame)
+        opened = {at: _slices(held[at], frames, color) for at, frames in asked.items()}
+        for place in of_uri:
+            stack = [None if slice is None else next(opened[slice[0]]) for slice in stacks[place]]
+            yield place, stack, [(held[mask["uri"]], mask["label"]) for mask in samples[place]["masks"]]
+
+
+def _stack(sample: dict[str, Any]) -> list[tuple[str, int | None] | None]:
+    """URI and frame of the sample's slice in the middle of its neighbours'."""
+    stack = [None if one is None else (one["uri"], one["frame"]) for one in sample["neighbours"]]
+    stack.insert(len(stack) // 2, (sample["uri"], sample["frame"]))
+    return stack
+
+
+def _objects(
+    uri: str,
+    places: list[int],
+    samples: list[dict[str, Any]],
+    stacks: list[list[tuple[str, int | None] | None]],
+) -> dict[str, None]:
+    """What must be read for the samples of an object, the object first."""
+    neighbours = [slice[0] for place in places for slice in stacks[place] if slice is not None]
+    return dict.fromkeys([uri, *neighbours, *(mask["uri"] for place in places for mask in samples[place]["masks"])])
+
+
+def _slices(data: bytes | OSError, frames: list[int | None], color: bool) -> Iterator[Slice | Reject]:
+    if isinstance(data, OSError):
+        return repeat(read_failure(data), len(frames))
+    return read_slices(data, frames, color)
 
 
 def make(
-    image: bytes | OSError | Slice | Reject,
+    stack: Sequence[Slice | Reject | None],
     masks: Sequence[tuple[bytes | OSError, str | None]],
     preprocess: Preprocess,
     labels: Labels,
@@ -166,25 +191,25 @@ def make(
 ) -> dict[str, Any] | Reject:
     """The columns foreground_pixels, fingerprint, image and mask of one sample, or why there are none; never raises."""
     try:
-        if isinstance(image, OSError):
-            return read_failure(image)
+        slices = usable(stack)
+        if isinstance(slices, Reject):
+            return slices
         readable = []
         for mask, label in masks:
             if isinstance(mask, OSError):
                 return read_failure(mask, "mask")
             readable.append((mask, label))
-        slice = read_slice(image, color=preprocess.color) if isinstance(image, bytes) else image
-        if isinstance(slice, Reject):
-            return slice
-        classes = truth(readable, slice.shape, labels, slice.header, frame)
+        slice = slices[len(slices) // 2]
+        assert slice is not None
+        classes = truth(readable, slice.shape, labels, slice.header, frame, slice.geometry)
         if isinstance(classes, Reject):
             return classes
         # Nearest neighbour picks pixels: classes before it or after are the same, a mean of classes would be none.
         mask_HW = preprocess.apply_mask(classes)
-        image_HWC = preprocess.apply(slice)
+        image_HWC = preprocess.apply(*slices)
         return {
             "foreground_pixels": int(np.count_nonzero(mask_HW)),
-            "fingerprint": fingerprint(image_HWC),
+            "fingerprint": fingerprint(preprocess.centre(image_HWC)),
             "image": image_HWC.tobytes(),
             "mask": mask_HW.tobytes(),
         }

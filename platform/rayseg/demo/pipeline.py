@@ -59,6 +59,13 @@ class DemoConfig:
     serve: dict[str, Any]  # the configuration of jobs.serve, which runs as a process of its own
     demo: Demo = field(default_factory=Demo)
 
+    def __post_init__(self) -> None:
+        if self.prepare.preprocess.neighbours:
+            raise ValueError(
+                "prepare.preprocess.neighbours: the demo asks the service for single slices, which a model that looks "
+                "at neighbours refuses; set it to 0, or run the jobs one by one"
+            )
+
 
 @dataclass(frozen=True)
 class DemoResult:

@@ -48,17 +48,17 @@ class Volume:
         return self.shape[2]
 
     def place(self, index: int) -> dict[str, Any]:
-        """Where axial slice `index`, counted from the feet, lies: the columns of a manifest that say so."""
+        """Where axial slice `index`, counted from the feet, lies: columns of a manifest, and values of a `Geometry`."""
         steps = self.affine[:3, :3]
         lengths = np.linalg.norm(steps, axis=0)
         along_row, along_column = steps[:, 0] / lengths[0], steps[:, 1] / lengths[1]
         return {
             "rows": self.shape[1],
             "columns": self.shape[0],
-            "pixel_spacing_mm": [float(lengths[1]), float(lengths[0])],
+            "pixel_spacing_mm": (float(lengths[1]), float(lengths[0])),
             "slice_thickness_mm": float(lengths[2]),
-            "image_position_mm": (self.affine @ (0, 0, index, 1))[:3].tolist(),
-            "image_orientation": [*along_row.tolist(), *along_column.tolist()],
+            "image_position_mm": tuple((self.affine @ (0, 0, index, 1))[:3].tolist()),
+            "image_orientation": (*along_row.tolist(), *along_column.tolist()),
         }
 
 
@@ -68,6 +68,7 @@ def is_nifti(data: bytes) -> bool:
     return any(beginning[place : place + 4] == magic for magic, (place, _, _) in _HEADERS.items())
 
 
+@lru_cache(maxsize=2)  # of an image and its labels, whose slices come one after the other
 def read_volume(data: bytes) -> Volume | Reject:
     """The header, from the file or its beginning."""
     beginning = _inflated(data, _BEGINNING)

@@ -81,12 +81,14 @@ class Slice:
         removed. Pixels of the padding value or range hold the smallest real value. May be read-only. Of a colour image
         (rows, columns, 3) uint8: red, green, blue.
     header: None for image files.
+    geometry: where the slice of a volume lies; a DICOM object's header has it, other image files have none.
     """
 
     stored: np.ndarray
     rescale_slope: float
     rescale_intercept: float
     header: Header | None
+    geometry: Geometry | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -219,11 +221,14 @@ def _of_volume(data: bytes, frame: int | None) -> Slice | Reject:
         if isinstance(found, Reject):
             return found
         stored, slope, intercept = found
+        volume = nifti.read_volume(data)
+        assert isinstance(volume, nifti.Volume)
         if frame is None and len(stored) > 1:
             return Reject(Reason.UNSUPPORTED_MULTIFRAME, "a NIfTI volume of several slices")
         if not 0 <= (frame or 0) < len(stored):
             return Reject(Reason.MISSING_ATTRIBUTE, "NIfTI: dim")
-        return Slice(stored[frame or 0], slope, intercept, None)
+        geometry = Geometry(**volume.place(frame or 0))
+        return Slice(stored[frame or 0], slope, intercept, None, geometry)
     except Exception as error:
         return Reject(Reason.INTERNAL, type(error).__name__)
 

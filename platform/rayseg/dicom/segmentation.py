@@ -21,13 +21,13 @@ from pydicom.sr.coding import Code
 
 from rayseg.dicom.parsing import silence_libraries
 from rayseg.dicom.reading import slice_uid
+from rayseg.dicom.series import SAME_DIRECTION
 from rayseg.dicom.sources import PLAIN_CLASS, Source, attributes, name_sources
 from rayseg.records import Reason, Reject
 
 Kind = Literal["BINARY", "LABELMAP"]
 
-# Of direction cosines: scanners write some slices of a stack with fewer digits; moves a pixel by a hundredth of a mm.
-_ROUNDING = 1e-4
+_ROUNDING = 2.001 * SAME_DIRECTION  # any two of the slices that a series' verdict keeps together
 _NO_DATE, _NO_TIME = "19700101", "000000"  # of a source without dates; the attributes are mandatory
 
 _ALTERED = Code("49755003", "SCT", "Morphologically Altered Structure")

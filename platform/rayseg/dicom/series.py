@@ -12,7 +12,10 @@ from rayseg.dicom.reading import Geometry, Header
 from rayseg.records import Reason
 
 _SAME_POSITION_MM = 0.01  # closer slices lie at one position
-_SAME_DIRECTION = 0.01  # cosines: half a degree
+# Of direction cosines, against the first of the planes: what rounding to three decimals leaves. On the far edge of a
+# slice of 250 mm it is an eighth of a millimetre, a quarter of a pixel. A slice that differs by more lies on a plane of
+# its own, and no segmentation can be of it and the others: the frames of one share an orientation.
+SAME_DIRECTION = 5e-4
 _SAME_SPACING = 0.001  # of the pixel spacing, relative
 _UNEVEN = 0.02  # of the slice distance, relative to the median; less is rounding in the attributes
 _GAP = 1.5  # times the median slice distance
@@ -109,7 +112,7 @@ def _match(first: Header, second: Header) -> bool:
     if first.frame_of_reference_uid != second.frame_of_reference_uid:
         return False
     cosines = zip(a.image_orientation, b.image_orientation, strict=True)
-    return all(abs(x - y) <= _SAME_DIRECTION for x, y in cosines)
+    return all(abs(x - y) <= SAME_DIRECTION for x, y in cosines)
 
 
 def _is_placed(geometry: Geometry) -> bool:

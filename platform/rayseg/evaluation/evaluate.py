@@ -12,6 +12,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +25,8 @@ from tqdm import tqdm
 from rayseg import cluster, storage
 from rayseg.data import prepared as prepared_sets
 from rayseg.data.labels import Labels
+from rayseg.data.manifest import read_failure
+from rayseg.dicom.reading import Slice, read_slice
 from rayseg.evaluation.record import Record, read_truth
 from rayseg.evaluation.scores import Counts, Scores, counts_by_class, over_classes
 from rayseg.inference.predictor import Predictor, limit_threads
@@ -33,7 +36,7 @@ from rayseg.tracking import registry
 
 _ROWS_PER_TASK = 32
 _CPUS_PER_ACTOR = 1
-_COLUMNS = ("row_id", "patient_key", "uri", "frame", "masks")
+_COLUMNS = ("row_id", "patient_key", "uri", "frame", "masks", "neighbours")
 # A row with its counts, one of each class, or with the reason why there are none. `prediction` is the mask (uint8,
 # rows x columns, zlib) where it or the truth has foreground, null elsewhere.
 SCORED = pa.schema(
@@ -102,7 +105,8 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
     """Scores a registered model on a split; metrics, table and pictures go to the MLflow run that trained it.
 
     Raises:
-        ValueError: no such set or model, a split without rows, labels that are not the model's, too many rejects.
+        ValueError: no such set or model, a split without rows, labels that are not the model's, a set that does not
+            know the neighbours that the model looks at, too many rejects.
     """
     began = time.monotonic()
     cluster.connect()
@@ -111,7 +115,14 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
     if rows.num_rows == 0:
         raise ValueError(f"evaluate.split: the prepared set has no rows in {config.split}")
     bundle_dir, version = registry.fetch(config.tracking_uri, config.model_uri)
-    found = tuple(bundles.describe(bundle_dir)["labels"]["names"])
+    description = bundles.describe(bundle_dir)
+    found = tuple(description["labels"]["names"])
+    neighbours, known = description["preprocess"].get("neighbours", 0), held_out.preprocess.neighbours
+    if neighbours > known:
+        raise ValueError(
+            f"evaluate.prepared: {version.uri} looks at {neighbours} slices on each side, the set names {known}; "
+            f"prepare one with preprocess.neighbours of at least {neighbours}"
+        )
     if found != held_out.labels.names:
         raise ValueError(f"evaluate: {version.uri} finds {found}, the prepared set is of {held_out.labels.names}")
 
@@ -154,7 +165,9 @@ class _Scorer:
             for name, content in ray.get(bundle).items():
                 Path(folder, name).write_bytes(content)
             self._predictor = Predictor.load(folder)
-        self._object = ("", b"")  # the URI and bytes of the last one: the next row may be another frame of it
+        self._object: tuple[str, bytes] = ("", b"")  # the last one: the next slice may be another frame of it
+        # The next row's stack has all but one of these slices.
+        self._slice = lru_cache(maxsize=2 * self._predictor.neighbours + 1)(self._read)
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         return pa.Table.from_pylist([row | self._score(row) for row in rows.to_pylist()], schema=SCORED)
@@ -177,13 +190,24 @@ class _Scorer:
         }
 
     def _masks(self, row: dict[str, Any]) -> tuple[np.ndarray, np.ndarray] | Reject:
-        if self._object[0] != row["uri"]:
-            self._object = row["uri"], storage.read(row["uri"])
-        (result,) = self._predictor.segment([self._object[1]], [row["frame"]])
+        neighbours, around = self._predictor.neighbours, row["neighbours"]
+        middle = len(around) // 2
+        stack = [*around[middle - neighbours : middle], row, *around[middle : middle + neighbours]]
+        result = self._predictor.predict_stack(
+            [None if one is None else self._slice(one["uri"], one["frame"]) for one in stack]
+        )
         if isinstance(result, Reject):
             return result
         truth = read_truth(row, result.slice, self._labels)
         return truth if isinstance(truth, Reject) else (result.mask, truth)
+
+    def _read(self, uri: str, frame: int | None) -> Slice | Reject:
+        try:
+            if self._object[0] != uri:
+                self._object = uri, storage.read(uri)
+        except OSError as error:
+            return read_failure(error)
+        return read_slice(self._object[1], frame, self._predictor.bundle.preprocess.color)
 
 
 def _score(rows: pa.Table, bundle_dir: Path, labels: Labels, concurrency: int) -> Iterator[dict[str, Any]]:

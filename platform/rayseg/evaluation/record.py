@@ -146,7 +146,7 @@ def read_truth(row: Mapping[str, Any], slice: Slice, labels: Labels) -> np.ndarr
         OSError: a mask cannot be read.
     """
     masks = [(storage.read(mask["uri"]), mask["label"]) for mask in row["masks"]]
-    return truth(masks, slice.shape, labels, slice.header, row["frame"])
+    return truth(masks, slice.shape, labels, slice.header, row["frame"], slice.geometry)
 
 
 def _counts(row: dict[str, Any]) -> list[Counts]:
@@ -180,7 +180,7 @@ def _picture(row: dict[str, Any], preprocess: Preprocess, labels: Labels) -> byt
     classes = read_truth(row, slice, labels)
     assert not isinstance(classes, Reject), "was read a moment ago"
     # The same grey values that the network sees, on the slice's own grid.
-    grey_HW = dataclasses.replace(preprocess, size=(rows, columns)).apply(slice)[..., 0]
+    grey_HW = dataclasses.replace(preprocess, size=(rows, columns), neighbours=0).apply(slice)[..., 0]
     prediction = np.frombuffer(zlib.decompress(row["prediction"]), np.uint8).reshape(rows, columns)
     dice = _together(row).dice
     assert dice is not None, "only rows with foreground are shown"

@@ -17,8 +17,9 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from rayseg.data.stacks import alone, along, usable
 from rayseg.dicom.reading import Slice, read_slice
-from rayseg.records import Reject
+from rayseg.records import Reason, Reject
 from rayseg.tracking.bundle import Bundle, load, mask_sha256
 
 
@@ -47,19 +48,52 @@ class Predictor:
         """The Predictor of the bundle in `bundle_dir`; raises ValueError where there is no sound bundle."""
         return cls(load(bundle_dir))
 
+    @property
+    def neighbours(self) -> int:
+        """How many slices the model looks at on each side of the one that it segments."""
+        return self.bundle.preprocess.neighbours
+
     def predict(self, slices: Sequence[Slice]) -> list[np.ndarray]:
-        """One uint8 label map (rows, columns) a slice, on the slice's own grid."""
-        return [self._mask(slice) for slice in slices]
+        """One uint8 label map (rows, columns) a slice, on the slice's own grid.
+
+        A model that looks at neighbours takes the slices for a whole series in order of position along the normal.
+        """
+        return [self._mask(stack) for stack in along(slices, self.neighbours)]
+
+    def predict_stack(self, stack: Sequence[Slice | Reject | None]) -> Prediction | Reject:
+        """The slice in the middle of 2 * `neighbours` + 1 with its mask, or why there is none; see `stacks.usable`."""
+        slices = usable(stack)
+        if isinstance(slices, Reject):
+            return slices
+        centre = slices[len(slices) // 2]
+        assert centre is not None
+        return Prediction(centre, self._mask(slices))
 
     def segment(self, blobs: Sequence[bytes], frames: Sequence[int | None] | None = None) -> list[Prediction | Reject]:
         """For each object's bytes (DICOM, PNG, JPEG or TIFF) the slice with its mask, or why there is none.
 
-        `frames` says which frame of each object is meant, as `read_slice` does; by default they are single images.
+        Each is a slice for itself: a model that looks at neighbours refuses it (NEEDS_NEIGHBOURS). `frames` says which
+        frame of each object is meant, as `read_slice` does; by default they are single images.
         """
         color = self.bundle.preprocess.color
         wanted = frames or [None] * len(blobs)
         slices = [read_slice(blob, frame, color) for blob, frame in zip(blobs, wanted, strict=True)]
-        return [slice if isinstance(slice, Reject) else Prediction(slice, self._mask(slice)) for slice in slices]
+        return [self._single(slice) for slice in slices]
+
+    def segment_example(self) -> Prediction:
+        """The bundle's example with the mask that was recorded when it was saved, where all is well: see `bundle`."""
+        slice = read_slice(self.bundle.example)
+        assert isinstance(slice, Slice), "a bundle is not saved with an example that cannot be read"
+        return Prediction(slice, self._mask(alone(slice, self.neighbours)))
+
+    def _single(self, slice: Slice | Reject) -> Prediction | Reject:
+        if self.neighbours and not isinstance(slice, Reject):
+            return Reject(
+                Reason.NEEDS_NEIGHBOURS,
+                f"the model looks at {self.neighbours} slices on each side too, and this is one alone: segment its "
+                "series as a bulk job",
+            )
+        return self.predict_stack([slice])
 
 
 def limit_threads(threads: int) -> None:
@@ -106,9 +140,8 @@ def _load_pyfunc(data_path: str) -> _PyfuncModel:
 
 def _main(bundle_dir: str) -> None:
     predictor = Predictor.load(bundle_dir)
-    (result,) = predictor.segment([predictor.bundle.example])
-    assert isinstance(result, Prediction), "a bundle is not saved with an example that cannot be read"
-    found = {"digest": predictor.bundle.digest, "example_mask_sha256": mask_sha256(result.mask)}
+    mask = predictor.segment_example().mask
+    found = {"digest": predictor.bundle.digest, "example_mask_sha256": mask_sha256(mask)}
     print(json.dumps(found))
 
 

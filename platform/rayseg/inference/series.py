@@ -5,6 +5,7 @@ import io
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Literal
 
 import numpy as np
@@ -12,9 +13,10 @@ import pydicom
 
 from rayseg import storage
 from rayseg.data.manifest import read_failure
+from rayseg.data.stacks import along
 from rayseg.dicom import segmentation
-from rayseg.dicom.reading import Header, read_slices
-from rayseg.inference.predictor import Predictor
+from rayseg.dicom.reading import Header, Slice, read_slices
+from rayseg.inference.predictor import Prediction, Predictor
 from rayseg.inference.volume import volume_ml
 from rayseg.records import Reason, Reject
 from rayseg.tracking.registry import ModelVersion
@@ -43,7 +45,7 @@ def segment_series(
     uris: Sequence[str],
     frames: Sequence[int | None],
 ) -> dict[str, Any]:
-    """Segments the slices of a series and writes `FOLDER/<series_key>.dcm`; never raises.
+    """Segments the slices of a series, given in order, and writes `FOLDER/<series_key>.dcm`; never raises.
 
     A slice is an object at one of `uris`, or the frame of it that `frames` has at the same place. One that cannot be
     used gets no frame in the SEG; a series without any other is rejected.
@@ -110,18 +112,18 @@ def _make(
     sources: list[pydicom.Dataset] = []
     masks: list[np.ndarray] = []
     headers: list[Header] = []
-    frames: dict[str, list[int | None]] = {}
-    for uri, frame in wanted:
-        frames.setdefault(uri, []).append(frame)
-    for (uri, of_uri), data in zip(frames.items(), storage.read_each(frames), strict=True):
-        for frame, result in zip(of_uri, _slices(predictor, data, of_uri), strict=True):
-            if isinstance(result, Reject):
-                refused[uri, frame] = result
-                continue
-            source, mask, header = result
-            sources.append(source)
-            masks.append(mask)
-            headers.append(header)
+    datasets: dict[str, pydicom.Dataset | Reject] = {}
+    stacks = along(_read(wanted, datasets), predictor.neighbours)
+    for (uri, frame), stack in zip(wanted, stacks, strict=True):
+        result = _predict(predictor, stack)
+        source = result if isinstance(result, Reject) else datasets[uri]
+        if isinstance(result, Reject) or isinstance(source, Reject):
+            refused[uri, frame] = source
+            continue
+        assert result.slice.header is not None
+        sources.append(source)
+        masks.append(result.mask)
+        headers.append(result.slice.header)
     if not masks:
         first = refused[wanted[0]]
         return Reject(
@@ -156,23 +158,34 @@ def _make(
     }
 
 
-def _slices(
-    predictor: Predictor, data: bytes | OSError, frames: Sequence[int | None]
-) -> Iterator[tuple[pydicom.Dataset, np.ndarray, Header] | Reject]:
-    """Of each frame the object's data set without pixels, the mask and the header; the object is parsed once."""
-    if isinstance(data, OSError):
-        yield from (read_failure(data) for _ in frames)
-        return
-    source: pydicom.Dataset | None = None
-    for slice in read_slices(data, frames):
-        try:
-            if isinstance(slice, Reject):
-                yield slice
-            elif slice.header is None:
+def _read(wanted: Sequence[_Place], datasets: dict[str, pydicom.Dataset | Reject]) -> Iterator[Slice | Reject]:
+    """Each slice in order, some read ahead; puts the data set, without pixels, of each object into `datasets`.
+
+    Frames of one object that follow each other are read and parsed once.
+    """
+    runs = [(uri, [frame for _, frame in places]) for uri, places in groupby(wanted, key=lambda place: place[0])]
+    for (uri, frames), data in zip(runs, storage.read_each(uri for uri, _ in runs), strict=True):
+        if isinstance(data, OSError):
+            yield from (read_failure(data) for _ in frames)
+            continue
+        for slice in read_slices(data, frames):
+            if isinstance(slice, Slice) and slice.header is None:
                 yield Reject(Reason.NOT_DICOM, "an image file, where the manifest has a DICOM instance")
-            else:
-                source = source or pydicom.dcmread(io.BytesIO(data), stop_before_pixels=True, force=True)
-                (mask,) = predictor.predict([slice])
-                yield source, mask, slice.header
-        except Exception as error:  # a defect of ours must cost this slice only
-            yield Reject(Reason.INTERNAL, type(error).__name__)
+                continue
+            if isinstance(slice, Slice) and uri not in datasets:
+                datasets[uri] = _without_pixels(data)
+            yield slice
+
+
+def _without_pixels(data: bytes) -> pydicom.Dataset | Reject:
+    try:
+        return pydicom.dcmread(io.BytesIO(data), stop_before_pixels=True, force=True)
+    except Exception as error:  # ours has read it
+        return Reject(Reason.INTERNAL, type(error).__name__)
+
+
+def _predict(predictor: Predictor, stack: Sequence[Slice | Reject | None]) -> Prediction | Reject:
+    try:
+        return predictor.predict_stack(stack)
+    except Exception as error:  # a defect of ours must cost this slice only
+        return Reject(Reason.INTERNAL, type(error).__name__)

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from rayseg.dicom.reading import Geometry
+from rayseg.dicom.series import SAME_DIRECTION
 
-_SAME_PLANE = 0.02  # by which components of parallel unit normals may differ: what a series' verdict lets pass
+_SAME_PLANE = 4 * SAME_DIRECTION  # of components of unit normals: what a series' verdict lets pass
 _LEAST_DISTANCE_MM = 0.01
 
 

@@ -5,7 +5,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ import numpy as np
 from rayseg import config
 from rayseg.data.labels import Labels
 from rayseg.data.preprocess import Preprocess
+from rayseg.data.stacks import alone
 from rayseg.dicom.reading import Slice, read_slice
 from rayseg.records import Reject
 
@@ -45,9 +46,10 @@ class Bundle:
     digest: str
     example: bytes = field(repr=False)
 
-    def compile(self) -> Callable[[Slice], np.ndarray]:
+    def compile(self) -> Callable[[Sequence[Slice | None]], np.ndarray]:
         """The one way from a slice to its mask: a function to a uint8 label map (rows, columns) on the slice's grid.
 
+        It takes the slice in the middle of its neighbours, as `Preprocess.apply` does: alone where that looks at none.
         The network always runs on exactly one image, so a mask cannot depend on what is segmented beside it, nor on
         how many. A batch would not do: TensorFlow adds up group normalisation in another order for each batch size (the
         last bits differ), and on a CPU it is no faster. Traced and warmed up here; safe to call from several threads.
@@ -60,8 +62,10 @@ class Bundle:
         def network(images_NHWC: Any) -> Any:
             return tf.cast(self.model(images_NHWC, training=False), tf.float32)
 
-        def mask(slice: Slice) -> np.ndarray:
-            image_HWC = self.preprocess.apply(slice)
+        def mask(stack: Sequence[Slice | None]) -> np.ndarray:
+            image_HWC = self.preprocess.apply(*stack)
+            slice = stack[len(stack) // 2]
+            assert slice is not None
             probabilities_HWC = network(image_HWC[np.newaxis]).numpy()[0]
             channels = np.ascontiguousarray(np.moveaxis(probabilities_HWC, -1, 0))
             restored = [self.preprocess.restore(channel, *slice.shape) for channel in channels]
@@ -94,7 +98,8 @@ def save(
         preprocess: what the model was trained with.
         labels: the classes.
         threshold: between 0 and 1.
-        example: a DICOM instance; its mask is recorded and compared wherever the bundle is verified.
+        example: a DICOM instance; its mask, without neighbours, is recorded and compared wherever the bundle is
+            verified.
 
     Raises:
         ValueError: the model's shapes do not fit `preprocess`, the threshold is no probability, the example no slice.
@@ -115,7 +120,8 @@ def save(
         raise ValueError(f"bundle: the example is no readable slice ({slice.reason}: {slice.detail})")
     # As they will be read back: YAML may have given 40 for 40.0, and the digest would tell these apart.
     preprocess, threshold = config.build(Preprocess, config.plain(preprocess)), float(threshold)
-    example_mask = mask_sha256(Bundle(model, preprocess, labels, threshold, "", example).compile()(slice))
+    compiled = Bundle(model, preprocess, labels, threshold, "", example).compile()
+    example_mask = mask_sha256(compiled(alone(slice, preprocess.neighbours)))
     digest = _digest(model, config.plain(preprocess), config.plain(labels), threshold, example_mask)
     folder = Path(bundle_dir)
     folder.mkdir(parents=True, exist_ok=True)

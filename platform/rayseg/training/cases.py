@@ -39,7 +39,12 @@ def pictures(model: Any, prepared: PreparedSet, threshold: float) -> list[tuple[
         patient = row["patient_key"]
         counts[patient] += [agreed, np.count_nonzero(found_HW) - agreed, np.count_nonzero(truth_HW) - agreed]
         if patient not in largest or row["foreground_pixels"] > largest[patient][0]:
-            largest[patient] = (row["foreground_pixels"], image_HWC[..., channels // 2], truth_HW, found_HW)
+            largest[patient] = (
+                row["foreground_pixels"],
+                prepared.preprocess.centre(image_HWC)[..., 0],
+                truth_HW,
+                found_HW,
+            )
     dice = {patient: pooled_dice(*(int(count) for count in counts[patient])) for patient in counts}
     ranked = sorted((value, patient) for patient, value in dice.items() if value is not None)
     if not ranked:
