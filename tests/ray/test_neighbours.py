@@ -32,7 +32,8 @@ from rayseg.dicom.reading import Slice, read_slice
 from rayseg.evaluation import evaluate
 from rayseg.inference.predictor import Prediction, Predictor
 from rayseg.inference.series import Task, segment_series
-from rayseg.models.unet import UNetConfig, build_unet
+from rayseg.models.network import build_network
+from rayseg.models.presets import NetworkConfig
 from rayseg.tracking import bundle, registry
 from rayseg.tracking.registry import ModelVersion
 
@@ -156,7 +157,7 @@ def test_prepared_rows_have_the_neighbours_channels_and_the_centres_mask(world: 
     with contextlib.closing(feed):
         fed = next(iter(feed)).image
     assert {image_HWC.tobytes() for image_HWC in fed} <= {row["image"] for row in rows.values()}
-    assert build_unet(UNetConfig(widths=(2, 4), convolutions=1), found.shape, 1)(fed).shape == (3, SIDE, SIDE, 1)
+    assert build_network(NetworkConfig(widths=(2, 4), convolutions=1), found.shape, 1)(fed).shape == (3, SIDE, SIDE, 1)
     (reject,) = pq.read_table(tmp_path / "set/rejects.parquet").to_pylist()
     assert (place_of(reject["uri"]), reject["reason"]) == (UNREADABLE, "decode_failed")
 
