@@ -74,38 +74,44 @@ def _jpeg_lossless(stored: np.ndarray) -> bytes:
     return b"\xff\xd8\xff\xc3" + frame + b"\xff\xc4" + table + b"\xff\xda" + start + scan + b"\xff\xd9"
 
 
-def prepared_set(folder: Path, rows: int, size: int = 32, rows_per_shard: int = 256) -> str:
-    """A prepared set of noise with all of its rows in the training split."""
-    random = np.random.default_rng(0)
-    samples = [
-        {
-            "row_id": f"{number:064x}",
-            "patient_key": f"{number // 8:020x}",
-            "split": "train",
-            "foreground_pixels": size,
-            "image": random.integers(0, 256, (size, size, 1), np.uint8).tobytes(),
-            "mask": random.integers(0, 2, (size, size), np.uint8).tobytes(),
-        }
-        for number in range(rows_per_shard)
-    ]
-    table = pa.Table.from_pylist(samples, schema=PREPARED)
-    shards, row_group_rows = {}, 16
-    for part, start in enumerate(range(0, rows, rows_per_shard)):
-        path = f"split=train/part-{part:05d}.parquet"
-        shards[path] = min(rows_per_shard, rows - start)
-        storage.write_table(str(folder / path), table.slice(0, shards[path]), row_group_rows)
-    preprocess = Preprocess(size=(size, size))
+def prepared_set(folder: Path, rows: int, size: int = 32, rows_per_shard: int = 256, validation_rows: int = 0) -> str:
+    """A prepared set of noise with so many rows for training and for validation."""
+    row_group_rows = 16
+    wanted = {"train": rows, "val": validation_rows, "test": 0}
+    shards: dict[str, dict[str, int]] = {split: {} for split in wanted}
+    for seed, (split, count) in enumerate(wanted.items()):
+        table = _noise(split, min(count, rows_per_shard), size, seed)
+        for part, start in enumerate(range(0, count, rows_per_shard)):
+            path = f"split={split}/part-{part:05d}.parquet"
+            shards[split][path] = min(rows_per_shard, count - start)
+            storage.write_table(str(folder / path), table.slice(0, shards[split][path]), row_group_rows)
     description = {
         "version": VERSION,
         "digest": f"{rows:064x}",
-        "preprocess": config.plain(preprocess),
+        "preprocess": config.plain(Preprocess(size=(size, size))),
         "labels": config.plain(Labels()),
         "shape": [size, size, 1],
-        "rows": {"train": rows, "val": 0, "test": 0},
-        "shards": {"train": list(shards), "val": [], "test": []},
-        "shard_rows": {"train": list(shards.values()), "val": [], "test": []},
+        "rows": wanted,
+        "shards": {split: list(paths) for split, paths in shards.items()},
+        "shard_rows": {split: list(paths.values()) for split, paths in shards.items()},
         "row_group_rows": row_group_rows,
     }
     storage.write(str(folder / PATIENTS), b"patient_key,part,split,rows,positive\n")
     storage.write_json(str(folder / DESCRIPTION), description)
     return str(folder)
+
+
+def _noise(split: str, rows: int, size: int, seed: int) -> pa.Table:
+    random = np.random.default_rng(seed)
+    samples = [
+        {
+            "row_id": f"{split}{number:060x}",
+            "patient_key": f"{split}{number // 8:016x}",
+            "split": split,
+            "foreground_pixels": size,
+            "image": random.integers(0, 256, (size, size, 1), np.uint8).tobytes(),
+            "mask": random.integers(0, 2, (size, size), np.uint8).tobytes(),
+        }
+        for number in range(rows)
+    ]
+    return pa.Table.from_pylist(samples, schema=PREPARED)

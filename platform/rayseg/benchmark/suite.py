@@ -9,14 +9,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
-from rayseg.benchmark import data
+from rayseg.benchmark import data, train
 
 
 @dataclass(frozen=True)
 class BenchmarkConfig:
-    """What to measure. `rows` is the size of the larger sets; a tenth of the default gives a first idea."""
+    """What to measure. `rows` is the size of the larger sets of `data`; a tenth of the default gives a first idea."""
 
-    suite: Literal["data"] = "data"
+    suite: Literal["data", "train"] = "data"
     repeats: int = 5
     rows: int = 100_000
 
@@ -42,7 +42,10 @@ def benchmark(config: BenchmarkConfig) -> BenchmarkResult:
     """Measures the suite on this machine, which should do nothing else meanwhile."""
     began = time.monotonic()
     with TemporaryDirectory(prefix="rayseg-benchmark-") as folder:
-        figures = data.measure(Path(folder), config.repeats, config.rows)
+        if config.suite == "data":
+            figures = data.measure(Path(folder), config.repeats, config.rows)
+        else:
+            figures = train.measure(Path(folder), config.repeats)
     machine = {"cpu": _cpu(), "cores": os.cpu_count(), "load_before": round(os.getloadavg()[2], 2)}
     print(_table(machine, figures), file=sys.stderr)
     return BenchmarkResult(config.suite, machine, config.repeats, figures, time.monotonic() - began)
