@@ -150,8 +150,9 @@ def _overlap(truth_NHWC: Any, found_NHWC: Any, alpha: float, beta: float) -> Any
     """The Tversky index of each sample and channel, smoothed, float32 (N, C)."""
     both_NC = ops.sum(truth_NHWC * found_NHWC, axis=(1, 2))
     truth_NC, found_NC = ops.sum(truth_NHWC, axis=(1, 2)), ops.sum(found_NHWC, axis=(1, 2))
-    mistakes_NC = 2 * alpha * (found_NC - both_NC) + 2 * beta * (truth_NC - both_NC)
-    return (2 * both_NC + _SMOOTHING) / (2 * both_NC + mistakes_NC + _SMOOTHING)
+    # 2 TP + 2 alpha FP + 2 beta FN, without differences of nearly equal sums.
+    sizes_NC = 2 * alpha * found_NC + 2 * beta * truth_NC + 2 * (1 - alpha - beta) * both_NC
+    return (2 * both_NC + _SMOOTHING) / (sizes_NC + _SMOOTHING)
 
 
 def _pixels_mean(value_NHW: Any) -> Any:
