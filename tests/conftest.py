@@ -11,6 +11,7 @@ os.environ.update(
     RAY_USAGE_STATS_ENABLED="0",
     RAY_AUTH_MODE="disabled",
     RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",  # loopback
+    RAY_TRAIN_ENABLE_PREEMPTION_WATCHER="0",  # a process for each training, which costs seconds
     MLFLOW_DISABLE_TELEMETRY="true",
     DO_NOT_TRACK="true",
     TF_CPP_MIN_LOG_LEVEL="3",
