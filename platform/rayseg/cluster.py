@@ -2,14 +2,9 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
 
 import ray
 import ray.data
-
-ItemT = TypeVar("ItemT")
-ResultT = TypeVar("ResultT")
 
 logger = logging.getLogger(__name__)
 
@@ -43,28 +38,6 @@ def connect() -> None:
         runtime_env={"worker_process_setup_hook": f"{__name__}.{hush.__name__}"},
     )
     logger.info("started a Ray cluster on this machine with %s CPUs", ray.cluster_resources().get("CPU"))
-
-
-def each(
-    function: Callable[..., ResultT], items: Iterable[ItemT], at_once: int | None = None, **arguments: object
-) -> Iterator[ResultT]:
-    """`function(item, **arguments)` of each item as a Ray task of one CPU; the results as they come, in no order.
-
-    Twice as many tasks as the cluster has CPUs are submitted ahead, or `at_once`, so that a CPU finds the next one as
-    soon as it has done one. Ray Data submits a task when it has seen another end: with tasks of a second that left
-    the CPUs idle for a fifth of the time.
-    """
-    task = ray.remote(function)
-    running: list[ray.ObjectRef] = []
-    for item in items:
-        # Asked anew each time: waiting tasks make a cluster grow.
-        if len(running) >= (at_once or 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))):
-            (done,), running = ray.wait(running)
-            yield ray.get(done)
-        running.append(task.remote(item, **arguments))
-    while running:
-        (done,), running = ray.wait(running)
-        yield ray.get(done)
 
 
 def hush() -> None:

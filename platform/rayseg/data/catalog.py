@@ -12,6 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import ray.data
 from tqdm import tqdm
 
 from rayseg import cluster, storage
@@ -216,21 +217,29 @@ def _listed(source: str, layout: Layout, groups: Mapping[str, str]) -> Iterator[
 
 def _headers(unread: _Unread, config: CatalogConfig, pseudonyms: Pseudonyms, found: Spool) -> None:
     """Puts the rows of the unread objects, without series verdicts, into `found`; tasks of some objects read them."""
-    tasks = cluster.each(
-        _read_headers, unread.cells, at_once=config.concurrency, layout=config.layout, pseudonyms=pseudonyms
+    if not unread.cells:
+        return
+    blocks = [pa.table({"objects": pa.array([cell], pa.binary())}) for cell in unread.cells]
+    dataset = ray.data.from_arrow(blocks).map_batches(
+        _read_headers,
+        batch_size=1,
+        batch_format="pyarrow",
+        fn_kwargs={"layout": config.layout, "pseudonyms": pseudonyms},
+        compute=ray.data.TaskPoolStrategy(size=min(config.concurrency, len(blocks))),
     )
     read = 0
     with tqdm(total=unread.objects, desc="catalog: headers", unit=" objects", disable=None) as progress:
-        for rows in tasks:
-            found.append(rows)
-            objects = len(rows["index"].unique())
+        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+            found.append(batch)
+            objects = len(batch["index"].unique())
             read += objects
             progress.update(objects)
     assert read == unread.objects, "every object is one row"
 
 
-def _read_headers(cell: bytes, layout: Layout, pseudonyms: Pseudonyms) -> pa.Table:
-    """A task: packed rows of the plan to rows of the manifest."""
+def _read_headers(cells: pa.Table, layout: Layout, pseudonyms: Pseudonyms) -> pa.Table:
+    """A task: a cell of packed rows of the plan to rows of the manifest."""
+    (cell,) = cells["objects"].to_pylist()
     plan = unpacked(cell)
     indexes, modified = plan["index"].to_pylist(), plan["modified"].to_pylist()
     items = [manifest.Item(**values) for values in plan.drop_columns(["index", "modified"]).to_pylist()]

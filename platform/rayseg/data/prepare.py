@@ -5,7 +5,7 @@ import logging
 import re
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import ray.data
 from tqdm import tqdm
 
 from rayseg import cluster, storage
@@ -32,6 +33,8 @@ REJECTS_FILE = "rejects.parquet"
 _SHARD = re.compile(rf"split=({'|'.join(SPLITS)})/part-\d+(-[0-9a-f]+)?\.parquet")
 _SIZES = ["bytes", "neighbour_bytes"]  # of the objects: another size is another shard
 _ROWS_PER_LOOK = 512  # of a task that only looks at masks
+# Two tasks share a CPU: Ray Data starts one only when it has seen another end, and a CPU should not wait for that.
+_CPUS = 0.5
 
 
 @dataclass(frozen=True)
@@ -221,9 +224,13 @@ def _deal(taken: pa.Table, config: PrepareConfig, standing: Mapping[str, str]) -
             ("", packed(taken.slice(start, _ROWS_PER_LOOK).select(TAKEN)))
             for start in range(0, len(taken), _ROWS_PER_LOOK)
         ]
-        looks = _planned(cells)
-        for found in cluster.each(positive_patients, looks, preprocess=config.preprocess, labels=config.labels):
-            patients |= dict.fromkeys(found["patient_key"].to_pylist(), True)
+        arguments = {"preprocess": config.preprocess, "labels": config.labels}
+        for batch in (
+            _planned(cells)
+            .map_batches(positive_patients, batch_size=1, batch_format="pyarrow", num_cpus=_CPUS, fn_kwargs=arguments)
+            .iter_batches(batch_size=None, batch_format="pyarrow")
+        ):
+            patients |= dict.fromkeys(batch["patient_key"].to_pylist(), True)
     return config.split.deal(patients, standing)
 
 
@@ -265,18 +272,22 @@ def _refuse_empty(rows: Counter[str] | dict[str, int], split: Split, what: str) 
 
 def _write(plan: list[tuple[str, bytes]], rows: int, output: str, config: PrepareConfig) -> list[dict[str, Any]]:
     """Prepares the shards, a task each; returns rows of `WRITTEN` in the order of the shards."""
-    tasks = cluster.each(
+    dataset = _planned(plan).map_batches(
         write_shards,
-        _planned(plan),
-        output=output,
-        preprocess=config.preprocess,
-        labels=config.labels,
-        row_group_rows=config.row_group_rows,
+        batch_size=1,
+        batch_format="pyarrow",
+        num_cpus=_CPUS,
+        fn_kwargs={
+            "output": output,
+            "preprocess": config.preprocess,
+            "labels": config.labels,
+            "row_group_rows": config.row_group_rows,
+        },
     )
     written: list[dict[str, Any]] = []
     with tqdm(total=rows, desc="prepare", unit=" rows", disable=None) as progress:
-        for of_task in tasks:
-            for shard in of_task.to_pylist():
+        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+            for shard in batch.to_pylist():
                 written.append(shard)
                 progress.update(shard["rows"] + len(shard["rejects"]))
     assert len(written) == len(plan), "every shard reports"
@@ -285,10 +296,11 @@ def _write(plan: list[tuple[str, bytes]], rows: int, output: str, config: Prepar
     return sorted(written, key=lambda shard: order[shard["path"]])
 
 
-def _planned(cells: Iterable[tuple[str, bytes]]) -> Iterator[pa.Table]:
-    """A row of `PLAN` for each task. No pixels go through Ray's store: a task writes what it makes itself."""
-    for path, cell in cells:
-        yield pa.table({"path": [path], "samples": pa.array([cell], pa.binary())}, schema=PLAN)
+def _planned(cells: Iterable[tuple[str, bytes]]) -> ray.data.Dataset:
+    """A data set of `PLAN`, a block a row. No pixels go through Ray's store: a task writes what it makes itself."""
+    return ray.data.from_arrow(
+        [pa.table({"path": [path], "samples": pa.array([cell], pa.binary())}, schema=PLAN) for path, cell in cells]
+    )
 
 
 def _keys(output: str, shards: list[dict[str, Any]]) -> pa.Table:
