@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 # A read is two requests, of the size and of the bytes: where one in ten fails, one read in 600,000 does so this often.
 ATTEMPTS = 8
 FIRST_PAUSE_S = 0.2  # doubled after each failure, with jitter
-LONGEST_PAUSE_S = 4.0
+LONGEST_PAUSE_S = 16.0
 THREADS = 8  # transfers and listings in flight of one call
 CONNECT_TIMEOUT_S = 5.0
 REQUEST_TIMEOUT_S = 30.0

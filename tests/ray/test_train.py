@@ -184,15 +184,18 @@ def test_three_workers_a_killed_driver_and_workers_that_hang_change_nothing(
     [run] = mlflow.search_runs([mlflow.get_experiment_by_name(job.experiment).experiment_id])
     assert run.info.status == "RUNNING", "nobody was left to end it"
 
-    # Who opens a pipe to read waits for somebody to write: a file system that hangs.
-    shard = Path(copied, "split=train/part-00000.parquet")
-    aside = shard.rename(tmp_path / "aside")
-    os.mkfifo(shard)
+    # Who opens a pipe to read waits for somebody to write: a file system that hangs, until the workers begin anew.
+    shard, whole, pipe = Path(copied, "split=train/part-00000.parquet"), tmp_path / "whole", tmp_path / "pipe"
+    shutil.copy(shard, whole)
+    os.mkfifo(pipe)
 
-    def attempts() -> bool:
-        return any(json.loads(file.read_text())["attempts"] >= 3 for file in tmp_path.glob("runs/*/attempts.json"))
+    def attempts() -> int:
+        return max(json.loads(file.read_text())["attempts"] for file in tmp_path.glob("runs/*/attempts.json"))
 
-    with once(attempts, lambda: aside.rename(shard)):
+    with (
+        once(lambda: attempts() == 2, lambda: pipe.replace(shard)),
+        once(lambda: attempts() >= 3, lambda: whole.replace(shard)),
+    ):
         result = fit(job)
     assert result.run_id == run.info.run_id
     assert result.restarts >= 2, "on a busy machine a start may be taken for a hang, too"
