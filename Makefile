@@ -29,7 +29,8 @@ demo: setup
 		$(if $(DATA),--set demo.data=$(DATA)) $(if $(ARCHIVE),--set demo.archive=$(ARCHIVE)) $(foreach s,$(SET),--set $(s))
 
 test: setup lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest tests/unit --numprocesses 2
+	$(BIN)/python -m pytest tests/ray tests/e2e
 
 lint: setup
 	$(BIN)/ruff check .
