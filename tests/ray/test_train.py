@@ -46,6 +46,7 @@ def config(prepared: str, folder: Path, **changes: object) -> TrainConfig:
         "early_stopping": EarlyStopping(patience=EPOCHS),
         "clip_norm": 1.0,
         "ema_momentum": 0.8,
+        "tensorboard": True,
         "cpus_per_worker": 1.0,
     }
     return TrainConfig(**(values | changes))  # type: ignore[arg-type]
@@ -115,6 +116,7 @@ def test_the_run_tells_what_it_was(undisturbed: tuple[TrainConfig, TrainResult],
     assert [float(row["val/loss"]) for row in table] == [row["val/loss"] for row in result.history]
     for picture in ("curves.png", "val/best.png", "val/median.png", "val/worst.png"):
         assert (kept / picture).read_bytes().startswith(b"\x89PNG")
+    assert list((kept / "tensorboard").rglob("events.out.tfevents.*"))
     assert f"numpy=={np.__version__}" in (kept / "environment.txt").read_text().splitlines()
     card = (kept / "model_card.md").read_text()
     assert "not a medical device" in card

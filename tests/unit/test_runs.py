@@ -1,5 +1,7 @@
+import threading
 from pathlib import Path
 
+import psutil
 import pytest
 from mlflow import MlflowClient
 
@@ -57,3 +59,29 @@ def test_a_deleted_experiment_is_refused_by_name(store: str) -> None:
 def test_a_metric_of_no_run_is_an_error(store: str) -> None:
     with pytest.raises(ValueError, match="not found"):
         runs.metric(store, "0" * 32, "val/loss")
+
+
+def test_the_use_of_the_machine_is_logged_within_the_block(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.1")
+    run_id = runs.start(store, "experiment", "name")
+    waiting = threading.Event()  # never set: a pause that the monitor's thread may use
+    with runs.system_metrics(store, run_id):
+        while runs.metric(store, run_id, "system/cpu_utilization_percentage") is None:
+            waiting.wait(0.1)
+    memory = runs.metric(store, run_id, "system/system_memory_usage_megabytes")
+    assert memory is not None
+    assert 100 < memory < psutil.virtual_memory().total / 1e6
+
+
+def test_a_run_that_ended_runs_again_and_one_that_is_not_there_is_told(store: str) -> None:
+    run_id = runs.start(store, "experiment", "name")
+    runs.finish(store, run_id, "FAILED")
+    runs.resume(store, run_id)
+    assert runs.client(store).get_run(run_id).info.status == "RUNNING"
+    assert runs.exists(store, run_id)
+    assert not runs.exists(store, "0" * 32)
+    with pytest.raises(ValueError, match="it has no nothing"):
+        runs.read_bytes(store, run_id, "nothing.json")
+    assert runs.last_step(store, run_id, "loss") is None
+    runs.log_metrics(store, run_id, {"loss": 1.0}, step=3)
+    assert runs.last_step(store, run_id, "loss") == 3

@@ -1,8 +1,10 @@
 """What one Ray Train worker does: epochs, from the run's last checkpoint to its end."""
 
+import contextlib
 import logging
 import math
 import tempfile
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,7 @@ def train_worker(job: dict[str, Any]) -> dict[str, Any]:
     with (
         Watchdog(config.hang_timeout_s) as watchdog,
         tempfile.TemporaryDirectory(prefix="rayseg-outputs-") as outputs,
+        _system_metrics(config, job["run_id"]) if rank == 0 else contextlib.nullcontext(),
     ):
         learner = Learner(config, describe(config.prepared), rank, ranks, watchdog.beat)
         state = State.load(job["folder"], Path(outputs), learner.model)
@@ -62,8 +65,7 @@ class _Run:
         self._callbacks = rules(config)
         self._journal = None
         if learner.rank == 0:
-            # Only here: MLflow takes some 100 MB, and only rank 0 needs it.
-            from rayseg.training.journal import Journal
+            from rayseg.training.journal import Journal  # with MLflow
 
             self._callbacks += writers(config, outputs, learner.steps)
             self._journal = Journal(config.tracking_uri, job["run_id"])
@@ -108,6 +110,13 @@ class _Run:
         if self._journal is not None:
             assert self._state.untrained is not None, "validated before the first epoch"
             self._journal.publish(self._state.untrained, self._state.history)
+
+
+def _system_metrics(config: TrainConfig, run_id: str) -> AbstractContextManager[None]:
+    # Only here: MLflow takes some 100 MB, and only rank 0 needs it.
+    from rayseg.tracking import runs
+
+    return runs.system_metrics(config.tracking_uri, run_id)
 
 
 def _set_up(config: TrainConfig, rank: int) -> None:

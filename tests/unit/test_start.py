@@ -1,0 +1,101 @@
+"""Where weights start: what the driver brings into a run's folder is what a worker's network gets."""
+
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+
+from rayseg.data import synthetic
+from rayseg.data.labels import Labels
+from rayseg.data.prepared import describe
+from rayseg.data.preprocess import Preprocess
+from rayseg.models.network import portable
+from rayseg.models.presets import NetworkConfig
+from rayseg.tracking import bundle, registry
+from rayseg.training import start
+from rayseg.training.settings import TrainConfig
+
+SMALL = NetworkConfig(widths=(4, 8), convolutions=1)
+
+
+def config(discs: str, **changes: Any) -> TrainConfig:
+    values: dict[str, Any] = {"prepared": discs, "storage": "unused", "tracking_uri": "unused", "model": SMALL}
+    return TrainConfig(**(values | changes))
+
+
+def network(settings: TrainConfig, seed: int) -> keras.Model:
+    keras.utils.clear_session()  # names are counted
+    keras.utils.set_random_seed(seed)
+    return start.network(settings, describe(settings.prepared))
+
+
+def test_without_a_source_weights_are_those_of_the_seed(discs: str, tmp_path: Path) -> None:
+    settings = config(discs)
+    start.bring_initial(settings, describe(discs), str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+    model, other = network(settings, 1), network(settings, 1)
+    start.set_initial(model, str(tmp_path))
+    for ours, others in zip(model.get_weights(), other.get_weights(), strict=True):
+        np.testing.assert_array_equal(ours, others)
+
+
+def test_a_run_goes_on_from_a_registered_model(discs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = config(discs, init_from="models:/discs/1")
+    trained = network(settings, 7)
+    folder = tmp_path / "bundle"
+    bundle.save(folder, portable(trained), Preprocess(size=(32, 32)), Labels(), 0.5, synthetic.slice_bytes(0, 64))
+    monkeypatch.setattr(registry, "fetch", lambda uri, model: (folder, None))
+    run = tmp_path / "run"
+    start.bring_initial(settings, describe(discs), str(run))
+    model = network(settings, 1)
+    start.set_initial(model, str(run))
+    for ours, others in zip(model.get_weights(), trained.get_weights(), strict=True):
+        np.testing.assert_array_equal(ours, others)
+    wider = config(discs, init_from="models:/discs/1", model=NetworkConfig(widths=(4, 16), convolutions=1))
+    with pytest.raises(ValueError, match=r"train\.init_from: layer"):
+        start.bring_initial(wider, describe(discs), str(tmp_path / "other"))
+
+
+def test_workers_take_a_pretrained_encoder_from_the_folder(discs: str, tmp_path: Path) -> None:
+    plain = config(discs, model=NetworkConfig(preset="unet-efficientnet-b0"))
+    pretrained = network(plain, 7)
+    file = tmp_path / "encoder.weights.h5"
+    pretrained.save_weights(file)
+    settings = config(discs, model=NetworkConfig(preset="unet-efficientnet-b0", weights=str(file)))
+    start.bring_initial(settings, describe(discs), str(tmp_path / "run"))
+    file.unlink()  # a worker may be on a machine without it
+    model = network(settings, 1)
+    before = {layer.name: layer.get_weights() for layer in model.layers}
+    start.set_initial(model, str(tmp_path / "run"))
+    for layer in model.layers:
+        wanted = pretrained.get_layer(layer.name).get_weights() if layer.name.startswith("encoder_") else None
+        for place, value in enumerate(layer.get_weights()):
+            if wanted is not None:
+                np.testing.assert_array_equal(value, wanted[place])
+            else:  # the decoder's come from the seed
+                np.testing.assert_array_equal(value, before[layer.name][place])
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"batch_size": 8, "num_workers": 2, "accumulation": 3}, "batch_size"),
+        ({"ema_momentum": 1.0}, "ema_momentum"),
+        ({"clip_norm": 0.0}, "clip_norm"),
+        ({"freeze_epochs": -1}, "freeze_epochs"),
+        ({"base_batch_size": 0}, "base_batch_size"),
+        ({"prepared": ""}, "prepared"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused_by_name(discs: str, changes: dict[str, Any], key: str) -> None:
+    with pytest.raises(ValueError, match=f"train.{key}"):
+        config(discs, **changes)
+
+
+def test_a_rate_is_scaled_to_the_batch(discs: str) -> None:
+    of_batch = {"batch_size": 32, "base_batch_size": 8, "learning_rate": 0.001}
+    assert config(discs, **of_batch).scaled_learning_rate == pytest.approx(0.004)
+    assert config(discs, **of_batch, scaling_rule="sqrt").scaled_learning_rate == pytest.approx(0.002)
+    assert config(discs, batch_size=32).scaled_learning_rate == pytest.approx(0.001)
