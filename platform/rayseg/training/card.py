@@ -31,7 +31,7 @@ Segments {labels} in single slices, after Mitchell et al. 2019 (arXiv:1810.03993
 - {epochs} epochs, batch {batch_size}, learning rate {rate:.3g} ({schedule}), {precision}, seed {seed}; the weights are
   those of epoch {best_epoch}.
 - MLflow run `{run_id}` holds the whole configuration, the split, the code's digest and the environment;
-  `python -m jobs.train --set reproduce={run_id} --set tracking_uri=...` repeats it.
+  `python -m jobs.train --set reproduce={run_id}` repeats it.
 
 ## Scores
 

@@ -1,5 +1,6 @@
 """What a training job is given and what it gives: read by the driver and by its workers."""
 
+import os
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -54,7 +55,7 @@ class TrainConfig:
 
     prepared: str = ""  # URI of a prepared set
     storage: str = ""  # URI of a folder for checkpoints
-    tracking_uri: str = ""  # of MLflow: sqlite:///PATH or the URL of a server
+    tracking_uri: str = ""  # of MLflow: sqlite:///PATH or the URL of a server; by default that of MLFLOW_TRACKING_URI
     experiment: str = "rayseg"
     name: str = "train"
     registered_model: str = "rayseg"
@@ -112,9 +113,11 @@ class TrainConfig:
                 raise ValueError(f"train.{key}: a number between 0 and 1 expected, got {getattr(self, key)}")
         if not self.name or "/" in self.name:
             raise ValueError(f"train.name: a name without slashes expected, got {self.name!r}")
+        if not self.tracking_uri:
+            object.__setattr__(self, "tracking_uri", os.environ.get("MLFLOW_TRACKING_URI", ""))
         for key in ("tracking_uri",) if self.reproduce else ("prepared", "storage", "tracking_uri"):
             if not getattr(self, key):
-                raise ValueError(f"train.{key}: missing")
+                raise ValueError(f"train.{key}: missing; give it in the recipe or by --set {key}=...")
 
     @property
     def scaled_learning_rate(self) -> float:
