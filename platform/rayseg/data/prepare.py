@@ -5,7 +5,7 @@ import logging
 import re
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import ray
 import ray.data
 from tqdm import tqdm
 
@@ -33,8 +34,9 @@ REJECTS_FILE = "rejects.parquet"
 _SHARD = re.compile(rf"split=({'|'.join(SPLITS)})/part-\d+(-[0-9a-f]+)?\.parquet")
 _SIZES = ["bytes", "neighbour_bytes"]  # of the objects: another size is another shard
 _ROWS_PER_LOOK = 512  # of a task that only looks at masks
-# Two tasks share a CPU: Ray Data starts one only when it has seen another end, and a CPU should not wait for that.
-_CPUS = 0.5
+# Ray Data starts a task when it has seen another end, which leaves a CPU idle for 0.2 s: a task should take longer.
+_MOST_IN_A_TASK = 8
+_TASKS_A_CPU = 4  # at least, so that all end at about the same time
 
 
 @dataclass(frozen=True)
@@ -227,7 +229,7 @@ def _deal(taken: pa.Table, config: PrepareConfig, standing: Mapping[str, str]) -
         arguments = {"preprocess": config.preprocess, "labels": config.labels}
         for batch in (
             _planned(cells)
-            .map_batches(positive_patients, batch_size=1, batch_format="pyarrow", num_cpus=_CPUS, fn_kwargs=arguments)
+            .map_batches(positive_patients, batch_size=None, batch_format="pyarrow", fn_kwargs=arguments)
             .iter_batches(batch_size=None, batch_format="pyarrow")
         ):
             patients |= dict.fromkeys(batch["patient_key"].to_pylist(), True)
@@ -274,9 +276,8 @@ def _write(plan: list[tuple[str, bytes]], rows: int, output: str, config: Prepar
     """Prepares the shards, a task each; returns rows of `WRITTEN` in the order of the shards."""
     dataset = _planned(plan).map_batches(
         write_shards,
-        batch_size=1,
+        batch_size=None,
         batch_format="pyarrow",
-        num_cpus=_CPUS,
         fn_kwargs={
             "output": output,
             "preprocess": config.preprocess,
@@ -296,11 +297,12 @@ def _write(plan: list[tuple[str, bytes]], rows: int, output: str, config: Prepar
     return sorted(written, key=lambda shard: order[shard["path"]])
 
 
-def _planned(cells: Iterable[tuple[str, bytes]]) -> ray.data.Dataset:
-    """A data set of `PLAN`, a block a row. No pixels go through Ray's store: a task writes what it makes itself."""
-    return ray.data.from_arrow(
-        [pa.table({"path": [path], "samples": pa.array([cell], pa.binary())}, schema=PLAN) for path, cell in cells]
-    )
+def _planned(cells: Sequence[tuple[str, bytes]]) -> ray.data.Dataset:
+    """A data set of `PLAN`, a block a task. No pixels go through Ray's store: a task writes what it makes itself."""
+    tasks = _TASKS_A_CPU * max(1, int(ray.cluster_resources().get("CPU", 1)))
+    size = min(_MOST_IN_A_TASK, max(1, len(cells) // tasks))
+    table = pa.table({"path": [path for path, _ in cells], "samples": [cell for _, cell in cells]}, schema=PLAN)
+    return ray.data.from_arrow([table.slice(start, size) for start in range(0, len(cells), size)])
 
 
 def _keys(output: str, shards: list[dict[str, Any]]) -> pa.Table:
