@@ -40,9 +40,9 @@ tf.config.threading.set_inter_op_parallelism_threads(cores)
 prepared = describe(uri)
 rows = prepared.read_rows("train", ["image", "mask"]).to_pylist()
 images = np.stack([np.frombuffer(row["image"], np.uint8).reshape(prepared.shape) for row in rows])
-masks = np.stack([np.frombuffer(row["mask"], np.uint8).reshape(prepared.shape[:2]) for row in rows])
+masks = np.stack([np.frombuffer(row["mask"], np.uint8).reshape(*prepared.shape[:2], 1) for row in rows])
 model = build_network(config.build(NetworkConfig, form), prepared.shape)
-model.compile(optimizer=keras.optimizers.Adam(1e-3), loss=bce_dice)
+model.compile(optimizer=keras.optimizers.Adam(1e-3), loss=lambda mask, found: bce_dice(mask[..., 0], found))
 class Clock(keras.callbacks.Callback):
     seconds = []
     def on_epoch_begin(self, epoch, logs=None):
