@@ -39,11 +39,15 @@ def begin(config: TrainConfig, prepared: PreparedSet) -> str:
         tags["rayseg.reproduces"] = config.reproduce
     run_id = runs.start(uri, config.experiment, config.name, parameters, tags)
     profile = {"rows": prepared.rows, "shape": prepared.shape, "labels": prepared.labels.names}
-    runs.log_dataset(uri, run_id, config.prepared, prepared.digest, json.dumps(profile), "training")
     kept = {"train": configuration.plain(config), "prepared_digest": prepared.digest}
-    runs.log_bytes(uri, run_id, CONFIG_FILE, json.dumps(kept, indent=2).encode())
-    runs.log_bytes(uri, run_id, _ENVIRONMENT_FILE, "\n".join(_environment()).encode())
-    runs.log_bytes(uri, run_id, "split.csv", prepared.read_split())
+    try:
+        runs.log_dataset(uri, run_id, config.prepared, prepared.digest, json.dumps(profile), "training")
+        runs.log_bytes(uri, run_id, CONFIG_FILE, json.dumps(kept, indent=2).encode())
+        runs.log_bytes(uri, run_id, _ENVIRONMENT_FILE, "\n".join(_environment()).encode())
+        runs.log_bytes(uri, run_id, "split.csv", prepared.read_split())
+    except BaseException:
+        runs.finish(uri, run_id, "FAILED")  # nobody knows of it yet, who could go on with it
+        raise
     return run_id
 
 
