@@ -3,6 +3,7 @@
 So any process that is told both may write to a run: the driver and rank 0 of a training do.
 """
 
+import logging
 import re
 import tempfile
 import time
@@ -131,6 +132,7 @@ def resume(tracking_uri: str, run_id: str) -> None:
 @contextmanager
 def system_metrics(tracking_uri: str, run_id: str) -> Iterator[None]:
     """Logs this machine's use of CPU, memory, disk, network and GPUs (`system/...`) every ten seconds of the block."""
+    logging.getLogger("mlflow.system_metrics").setLevel(logging.WARNING)  # it tells of its start and end
     monitor = SystemMetricsMonitor(run_id, resume_logging=True, tracking_uri=tracking_uri)
     monitor.start()
     try:
