@@ -68,3 +68,19 @@ def test_a_full_disk_is_told_and_leaves_the_checkpoint_before(tmp_path: Path, mo
         State(2).save(folder, model(1), outputs)
     restored = State.load(folder, outputs, model(2))
     assert restored == State(1, history=[{"epoch": 1}])
+
+
+def test_the_best_epoch_is_the_one_whose_weights_keras_has_kept(tmp_path: Path) -> None:
+    for dice in ([0.1, 0.5, 0.5, 0.4], [None, None], [0.0, None, 0.0], [0.3, None, 0.2, 0.4, 0.4]):
+        state = State(history=[{"epoch": epoch, "val/dice_pooled": value} for epoch, value in enumerate(dice, 1)])
+        built, file = model(1), tmp_path / "best.weights.h5"
+        keeper = keras.callbacks.ModelCheckpoint(
+            str(file), monitor="val/dice_pooled", mode="max", save_best_only=True, save_weights_only=True
+        )
+        keeper.set_model(built)
+        for epoch, value in enumerate(dice, 1):
+            for weight in built.trainable_variables:
+                weight.assign(np.full(weight.shape, epoch))
+            keeper.on_epoch_end(epoch, {} if value is None else {"val/dice_pooled": value})
+        built.load_weights(file)
+        assert {state.best()[0]} == set(built.get_weights()[0].ravel().tolist()), dice

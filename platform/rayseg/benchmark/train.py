@@ -83,12 +83,14 @@ def measure(folder: Path, repeats: int) -> dict[str, Any]:
             if name in peaks:
                 peaks[name].append(seen[0])
         ray.shutdown()
-    against = {name: [one / other for one, other in zip(rates[name], rates["bare"], strict=True)] for name in names}
-    two = [one / other for one, other in zip(rates["two_workers"], rates["platform"], strict=True)]
+
+    def ratio(one: str, other: str) -> dict[str, float]:
+        return figure([ours / theirs for ours, theirs in zip(rates[one], rates[other], strict=True)])
+
     return {
-        "train_vs_bare_keras": figure(against["platform"]),
-        "train_vs_bare_keras.augmented": figure(against["augmented"]),
-        "two_workers_vs_one": figure(two),
+        "train_vs_bare_keras": ratio("platform", "bare"),
+        "train_vs_bare_keras.augmented": ratio("augmented", "bare"),
+        "two_workers_vs_one": ratio("two_workers", "platform"),
         "rows_per_s.bare_keras": figure(rates["bare"]),
         "rows_per_s.platform": figure(rates["platform"]),
         "stall_percent": figure(stalls["platform"]),
@@ -133,7 +135,7 @@ def _watched() -> Iterator[list[float]]:
         while not over.wait(_POLL_S):
             for process in psutil.Process().children(recursive=True):
                 try:
-                    if process.cmdline()[:1] and "RayTrainWorker" in process.cmdline()[0]:
+                    if "RayTrainWorker" in "".join(process.cmdline()[:1]):
                         seen[0] = max(seen[0], process.memory_info().rss / 2**20)
                 except psutil.Error:  # it has ended since
                     continue

@@ -46,7 +46,7 @@ held-out patients on the slices' own grid):
 
 def card(config: TrainConfig, prepared: PreparedSet, state: State, run_id: str) -> str:
     """Markdown about the model that the run gave: use, data, training, scores on validation."""
-    best_epoch, best = best_row(state)
+    best_epoch, best = state.best()
     names = prepared.labels.names
     lines = [
         f"| {name} | {value:.4f} |" for name, value in best.items() if name.startswith("val/") and value is not None
@@ -74,11 +74,3 @@ def card(config: TrainConfig, prepared: PreparedSet, state: State, run_id: str) 
         run_id=run_id,
         scores="\n".join(lines),
     )
-
-
-def best_row(state: State) -> tuple[int, dict[str, float | None]]:
-    """The epoch whose weights are kept, the first of the highest pooled validation Dice, and its values."""
-    known = [row for row in state.history if row["val/dice_pooled"] is not None]
-    # Without any foreground there is no Dice: then each epoch's weights replace the ones before.
-    best = max(known, key=lambda row: row["val/dice_pooled"]) if known else state.history[-1]
-    return best["epoch"], best

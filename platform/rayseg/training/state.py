@@ -5,6 +5,7 @@ one is whole: it is written last and atomically, so a run killed at any moment f
 """
 
 import json
+import math
 import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -36,6 +37,19 @@ class State:
     callbacks: list[dict[str, Any]] = field(default_factory=list)
     stopped: bool = False
 
+    def best(self) -> tuple[int, dict[str, Any]]:
+        """The epoch whose weights Keras's ModelCheckpoint has kept, and its row.
+
+        It is the first of the highest pooled validation Dice; one that has no Dice, without any foreground, replaces
+        what was kept before.
+        """
+        highest, kept = -math.inf, self.history[0]
+        for row in self.history:
+            dice = row["val/dice_pooled"]
+            if dice is None or dice > highest:
+                highest, kept = highest if dice is None else dice, row
+        return kept["epoch"], kept
+
     def save(self, uri: str, model: keras.Model, outputs: Path) -> None:
         """Makes this the last checkpoint of the run in folder `uri`.
 
@@ -47,8 +61,8 @@ class State:
         Raises:
             RuntimeError: the store cannot take it; what was saved before stays.
         """
-        before = _latest(uri)
         try:
+            before = _latest(uri)
             with tempfile.TemporaryDirectory(prefix="rayseg-checkpoint-") as temporary:
                 variables = {name: variable.numpy() for name, variable in _variables(model).items()}
                 np.savez(Path(temporary, ARRAYS), **variables)

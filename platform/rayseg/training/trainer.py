@@ -28,7 +28,6 @@ from rayseg.models.network import portable
 from rayseg.tracking import bundle, registry, runs
 from rayseg.training import journal, record, start
 from rayseg.training.callbacks import BEST_FILE
-from rayseg.training.card import best_row
 from rayseg.training.loop import train_worker
 from rayseg.training.settings import TrainConfig, TrainResult
 from rayseg.training.state import State
@@ -164,7 +163,7 @@ def _conclude(config: TrainConfig, prepared: PreparedSet, folder: str, run_id: s
         model = start.network(config, prepared)
         model.load_weights(outputs / BEST_FILE)
         model = portable(model)
-        best_epoch, best = best_row(state)
+        best_epoch, best = state.best()
         text = record.end(config, prepared, state, model, outputs, run_id)
         saved = Path(temporary, "bundle")
         bundle.save(saved, model, prepared.preprocess, prepared.labels, config.threshold, synthetic.slice_bytes())
