@@ -59,7 +59,7 @@ MANIFEST = pa.schema(
         ("uri", pa.string()),
         ("frame", pa.int32()),  # of a multi-frame DICOM instance or a volume, from 0; null: the object is one image
         ("bytes", pa.int64()),  # of the object
-        ("modified", pa.timestamp("us", "UTC")),  # null where the store does not tell
+        ("etag", pa.string()),  # of the object: another one is another content
         ("verdict", pa.string()),  # "ok" or "rejected"
         ("reason", pa.string()),  # a Reason value; null where ok
         ("detail", pa.string()),  # null where ok

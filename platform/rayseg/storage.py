@@ -1,4 +1,5 @@
-"""Files by URI: plain local paths, `file://...` and `s3://BUCKET/KEY`, all through pyarrow filesystems.
+"""Files by URI: plain local paths, `file://...` and `s3://BUCKET/KEY`, through pyarrow's filesystems
+(and boto3 for listings).
 
 S3 settings are the standard environment variables (`AWS_ENDPOINT_URL`, `AWS_REGION`, `AWS_ACCESS_KEY_ID`, ...), which
 every process reads for itself. URIs are taken as written: nothing in them is percent-decoded. A write is atomic: a
@@ -30,6 +31,8 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from rayseg.bucket import CONNECT_TIMEOUT_S, REQUEST_TIMEOUT_S, objects
+
 logger = logging.getLogger(__name__)
 
 # A read is two requests, of the size and of the bytes: where one in ten fails, one read in 600,000 does so this often.
@@ -37,8 +40,6 @@ ATTEMPTS = 8
 FIRST_PAUSE_S = 0.2  # doubled after each failure, with jitter
 LONGEST_PAUSE_S = 16.0
 THREADS = 8  # transfers and listings in flight of one call
-CONNECT_TIMEOUT_S = 5.0
-REQUEST_TIMEOUT_S = 30.0
 # Handing a small local file over from a thread takes longer than reading it: so many at a time, twice as many ahead.
 _LOCAL_AT_A_TIME = 4
 _COPY_BYTES = 2**23
@@ -55,11 +56,12 @@ _TEMPORARY = (".rayseg-", ".tmp")  # prefix and suffix of half-written local fil
 
 @dataclass(frozen=True)
 class FileInfo:
-    """One object of a listing: `size` in bytes, `modified` where the store tells."""
+    """One object of a listing."""
 
     uri: str
-    size: int
-    modified: datetime | None
+    size: int  # bytes
+    modified: datetime
+    etag: str  # another one is another content: the store's ETag, of a local file the nanosecond of its last change
 
 
 def absolute(uri: str) -> str:
@@ -96,9 +98,10 @@ def exists(uri: str) -> bool:
 
 
 def list_files(uri: str, suffixes: Sequence[str] = ()) -> Iterator[FileInfo]:
-    """Every object below `uri`, streamed: the files of a folder by name, then its folders by name, recursively.
+    """Every object below `uri`, streamed in an order that is always the same.
 
-    Only the folders on the way and a few listed ahead are in memory at once.
+    On S3 that is the store's own, and a page of keys is in memory at a time. On the local disk the files of a folder
+    come by name, then its folders by name, recursively; the folders on the way and a few listed ahead are in memory.
 
     Args:
         uri: a folder or prefix.
@@ -107,9 +110,25 @@ def list_files(uri: str, suffixes: Sequence[str] = ()) -> Iterator[FileInfo]:
     Raises:
         FileNotFoundError: there is nothing at `uri`.
     """
+    endings = tuple(suffix.lower() for suffix in suffixes)
+    found = _listed_s3(uri) if uri.startswith("s3://") else _listed_local(uri)
+    return (info for info in found if not endings or info.uri.lower().endswith(endings))
+
+
+def _listed_s3(uri: str) -> Iterator[FileInfo]:
+    bucket, _, prefix = filesystem(uri)[1].partition("/")
+    empty = True
+    for entry in objects(bucket, f"{prefix}/" if prefix else "", _try):
+        empty = False
+        if not entry.key.endswith("/"):  # what some tools leave for a folder
+            yield FileInfo(f"s3://{bucket}/{entry.key}", entry.size, entry.modified, entry.etag)
+    if empty and prefix:
+        raise FileNotFoundError(f"no objects below {uri}")
+
+
+def _listed_local(uri: str) -> Iterator[FileInfo]:
     files, root = filesystem(uri)
     prefix = uri if "://" in uri else root
-    endings = tuple(suffix.lower() for suffix in suffixes)
 
     def entries(path: str) -> list[pafs.FileInfo]:
         found = _try(lambda: files.get_file_info(pafs.FileSelector(path)))
@@ -118,8 +137,8 @@ def list_files(uri: str, suffixes: Sequence[str] = ()) -> Iterator[FileInfo]:
     def walk(listing: list[pafs.FileInfo]) -> Iterator[FileInfo]:
         for info in listing:
             temporary = info.base_name.startswith(_TEMPORARY[0]) and info.base_name.endswith(_TEMPORARY[1])
-            if info.is_file and not temporary and (not endings or info.base_name.lower().endswith(endings)):
-                yield FileInfo(join(prefix, info.path[len(root) :]), info.size, info.mtime)
+            if info.is_file and not temporary:
+                yield FileInfo(join(prefix, info.path[len(root) :]), info.size, info.mtime, f"{info.mtime_ns:x}")
         folders = (info.path for info in listing if info.type == pafs.FileType.Directory)
         for below in _ahead(pool, entries, folders):
             yield from walk(below)

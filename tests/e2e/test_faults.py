@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from rayseg import storage
+from rayseg import bucket, storage
 from rayseg.data import synthetic
 from tests.faults import KINDS, Faults, faulty
 
@@ -44,8 +44,9 @@ def faults(s3_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> I
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_call_that_fails_once_is_made_again(faults: Faults, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "REQUEST_TIMEOUT_S", 0.5 + KINDS.index(kind) / 1000)
-    monkeypatch.setenv("AWS_PROFILE", f"default-{kind}")  # another client, with this timeout
+    for module in (storage, bucket):
+        monkeypatch.setattr(module, "REQUEST_TIMEOUT_S", 0.5 + KINDS.index(kind) / 1000)
+    monkeypatch.setenv("AWS_EXECUTION_ENV", kind)  # other clients, with this timeout
     uri, data = f"s3://tests/once/{kind}.bin", os.urandom(50_000)
     faults.kinds, faults.stall_s = (kind,), 60.0  # longer than the client waits
 

@@ -1,5 +1,6 @@
 """Storage on a real S3 server, and the server's own life: restart, errors, loopback only."""
 
+import hashlib
 import os
 import subprocess
 from pathlib import Path
@@ -24,7 +25,10 @@ def test_put_list_and_ranged_get(s3_store: str) -> None:
     names = [info.uri.removeprefix(f"{base}/") for info in listed]
     assert names == ["b.dcm", "p0/d.dcm", "p1/a.dcm", "p1/deep/c.png"]
     assert {info.size for info in listed} == {100_000}
-    assert all(info.modified is not None for info in listed)
+    assert {info.etag for info in listed} == {hashlib.md5(data).hexdigest()}
+    storage.write(storage.join(base, "p0/d.dcm"), data[::-1])
+    changed = {info.uri.removeprefix(f"{base}/") for info in storage.list_files(base) if info.etag != listed[0].etag}
+    assert changed == {"p0/d.dcm"}
     assert [info.uri for info in storage.list_files(base, (".png",))] == [f"{base}/p1/deep/c.png"]
     assert storage.exists(base)
     assert storage.exists(f"{base}/p1")

@@ -87,7 +87,11 @@ def test_a_listing_is_recursive_and_in_a_fixed_order(tree: Path, scheme: str) ->
     assert listed == ["a.dcm", "b.dcm", "p1/y.dcm", "p1/deep/z.DCM", "p10/x.png", "p2/x.png"]
     sizes = {info.uri.removeprefix(f"{root}/"): info.size for info in storage.list_files(f"{root}/")}
     assert sizes == {name: number for number, name in enumerate(TREE)}
-    assert all(info.modified is not None for info in storage.list_files(root))
+    etags = {info.uri: info.etag for info in storage.list_files(root)}
+    (tree / "p1/y.dcm").write_bytes(bytes(TREE.index("p1/y.dcm")))  # again, of the same size
+    os.utime(tree / "p1/y.dcm", ns=(0, 1))
+    now = {info.uri: info.etag for info in storage.list_files(root)}
+    assert [uri.removeprefix(f"{root}/") for uri in now if now[uri] != etags[uri]] == ["p1/y.dcm"]
 
 
 def test_a_listing_can_keep_suffixes(tree: Path) -> None:

@@ -33,7 +33,7 @@ _PLAN = pa.schema(
         ("uri", pa.string()),
         ("path", pa.string()),  # below the layout's image folder, where it has one
         ("bytes", pa.int64()),
-        ("modified", pa.timestamp("us", "UTC")),
+        ("etag", pa.string()),
         ("masks", MASKS),
         ("group", pa.string()),  # the patient, where the layout names one
     ]
@@ -73,7 +73,7 @@ class CatalogResult:
 def catalog(config: CatalogConfig) -> CatalogResult:
     """Reads the header of every object below the source and writes the manifest, one row an object or frame.
 
-    Where a manifest of the same layout and key stands at `output`, objects whose size and time of change are still the
+    Where a manifest of the same layout and key stands at `output`, objects whose size and ETag are still the
     same are not read again. Memory does not grow with the source but for some 60 bytes an object.
 
     The rows of a series stand together in the order of its slices, series in the order of their first URI. All objects
@@ -205,7 +205,7 @@ def _listed(source: str, layout: Layout, groups: Mapping[str, str]) -> Iterator[
                 "uri": image.file.uri,
                 "path": image.name,
                 "bytes": image.file.size,
-                "modified": image.file.modified,
+                "etag": image.file.etag,
                 "masks": [{"uri": storage.join(source, mask.path), "label": mask.label} for mask in image.masks],
                 "group": image.group,
             }
@@ -241,16 +241,16 @@ def _read_headers(cells: pa.Table, layout: Layout, pseudonyms: Pseudonyms) -> pa
     """A task: a cell of packed rows of the plan to rows of the manifest."""
     (cell,) = cells["objects"].to_pylist()
     plan = unpacked(cell)
-    indexes, modified = plan["index"].to_pylist(), plan["modified"].to_pylist()
-    items = [manifest.Item(**values) for values in plan.drop_columns(["index", "modified"]).to_pylist()]
+    indexes, etags = plan["index"].to_pylist(), plan["etag"].to_pylist()
+    items = [manifest.Item(**values) for values in plan.drop_columns(["index", "etag"]).to_pylist()]
     beginnings = storage.read_each((item.uri for item in items), HEADER_BYTES)
     needs_mask = layout.masks is not None and layout.missing_mask == "reject"
     rows = []
-    for index, changed, item, beginning in zip(indexes, modified, items, beginnings, strict=True):
+    for index, etag, item, beginning in zip(indexes, etags, items, beginnings, strict=True):
         for row in manifest.rows(item, beginning, pseudonyms):
             if row["verdict"] == "ok" and layout.groups is not None and item.group is None:
                 row = manifest.refused(row, Reject(Reason.MISSING_ATTRIBUTE, "not in the layout's CSV of groups"))
             elif row["verdict"] == "ok" and needs_mask and not item.masks:
                 row = manifest.refused(row, Reject(Reason.NO_MASK))
-            rows.append({"index": index, "modified": changed, **row})
+            rows.append({"index": index, "etag": etag, **row})
     return pa.Table.from_pylist(rows, schema=_FOUND)

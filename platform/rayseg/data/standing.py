@@ -16,7 +16,7 @@ from rayseg.records import MANIFEST, Reason
 
 VERSION = 1  # of what a catalog makes of an object: another number makes older manifests' rows stale
 METADATA = b"rayseg.catalog"  # of a manifest's file: `mark`
-_SAME = ("uri", "bytes", "modified", "masks")  # an object is unchanged where these are
+_SAME = ("uri", "bytes", "etag", "masks")  # an object is unchanged where these are
 _TRY_AGAIN = {Reason.READ_FAILED, Reason.NOT_FOUND, Reason.INTERNAL}
 
 
@@ -60,16 +60,14 @@ class Standing:
         rows = iter(self._rows.rows(np.concatenate(numbers)))
         found = [[next(rows) for _ in of_one] for of_one in numbers]
         return [
-            [_unjudged(row) for row in of_one if row["uri"] == one["uri"] and one["modified"] is not None]
+            [_unjudged(row) for row in of_one if row["uri"] == one["uri"]]
             for one, of_one in zip(planned, found, strict=True)
         ]
 
 
 def _hash(row: Mapping[str, Any]) -> int:
     """Eight bytes of an object's name and state, 0 for none."""
-    # Equal times of one time zone have several classes for it.
-    modified = row["modified"] and row["modified"].timestamp()
-    values = repr([modified, *(row[name] for name in _SAME if name != "modified")])
+    values = repr([row[name] for name in _SAME])
     return int.from_bytes(hashlib.blake2b(values.encode("utf-8", "surrogatepass"), digest_size=8).digest()) or 1
 
 

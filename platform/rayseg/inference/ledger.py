@@ -67,4 +67,4 @@ def _write_part(folder: str, rows: Sequence[dict[str, Any]], schema: pa.Schema, 
 
 
 def _age(part: storage.FileInfo) -> tuple[float, str]:
-    return part.modified.timestamp() if part.modified else 0.0, part.uri
+    return part.modified.timestamp(), part.uri
