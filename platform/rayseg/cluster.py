@@ -19,9 +19,7 @@ def connect() -> None:
     runs no dashboard and ends with the process. It has at least two logical CPUs, so that two training workers fit on
     any machine.
     """
-    # Stages show their own progress, in rows; Ray Data's is of its operators.
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    quiet()
     if ray.is_initialized():
         return
     if os.environ.get("RAY_ADDRESS"):
@@ -38,6 +36,12 @@ def connect() -> None:
         runtime_env={"worker_process_setup_hook": f"{__name__}.{hush.__name__}"},
     )
     logger.info("started a Ray cluster on this machine with %s CPUs", ray.cluster_resources().get("CPU"))
+
+
+def quiet() -> None:
+    """In this process Ray Data does not tell how far its operators are: stages show their own progress, in rows."""
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
 
 
 def hush() -> None:

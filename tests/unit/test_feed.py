@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from rayseg import storage
 from rayseg.data import feed
 from rayseg.data.augment import Augment, generator
-from rayseg.data.feed import Batch, batches, steps
+from rayseg.data.feed import Batch, batches
 from rayseg.data.labels import Labels
 from rayseg.data.prepared import PreparedSet
 from rayseg.data.preprocess import Preprocess
+from rayseg.data.windows import steps
 from rayseg.records import PREPARED
 
 SHAPE = (2, 3, 1)
@@ -179,7 +180,7 @@ def test_a_rank_reads_its_share_and_little_more(tmp_path: Path, monkeypatch: pyt
     prepared = prepared_set(tmp_path, [512, 512], 8)  # 128 row groups, 8 lanes
     read = []
     original = feed._read
-    monkeypatch.setattr(feed, "_read", lambda piece, shape: read.append(piece) or original(piece, shape))
+    monkeypatch.setattr(feed, "_read", lambda piece: read.append(piece) or original(piece))
     for rank in range(ranks):
         read.clear()
         list(batches(prepared, "train", global_batch=8, rank=rank, world_size=ranks, seed=1, epoch=0))
@@ -192,7 +193,7 @@ def test_memory_is_bounded_by_the_window_and_the_batches_ahead(tmp_path: Path, m
     prepared = prepared_set(tmp_path, [512], 8)
     read = []
     original = feed._read
-    monkeypatch.setattr(feed, "_read", lambda piece, shape: read.append(8) or original(piece, shape))
+    monkeypatch.setattr(feed, "_read", lambda piece: read.append(8) or original(piece))
     batch_iterator = batches(prepared, "train", global_batch=2, rank=0, world_size=1, seed=1, epoch=0)
     next(batch_iterator)
     batch_iterator.close()

@@ -1,33 +1,38 @@
 """Feed: a prepared set as the batches of one rank, the same global batches for any number of ranks.
 
-The row groups of a split, in an order drawn from (seed, epoch), form one sequence of rows. It is cut into as many
-equal lanes as the global batch has samples; batch t takes row t of every lane, and rank r of N the lanes
-[r B/N, (r+1) B/N). So every row comes exactly once an epoch, all ranks make equally many steps, a rank reads its lanes'
-row groups and few others, and the number of ranks changes only who reads a row. A lane shuffles its rows within windows
-of a few row groups, which bounds the memory. Augmentation is drawn from (seed, epoch, row), so it follows the rows.
+`windows` says what a rank reads in which order. Ray Data's tasks read and augment it, a window each, on any cores of
+the cluster, and their rows become batches in a thread of the rank, some ahead of the training. Augmentation is drawn
+from (seed, epoch, row), so it follows the rows.
 """
 
+import contextlib
 import io
+import pickle
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from typing import NamedTuple
 
 import cv2
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
+import ray.data
 
-from rayseg import storage
+from rayseg import cluster, storage
 from rayseg.data.augment import Augment, generator
 from rayseg.data.prepared import PreparedSet
+from rayseg.data.windows import Piece, Window, steps, windows
 
 _PREFETCH = 4  # batches made ahead
-_WINDOW = 4  # row groups that a lane shuffles together
 _FOOTERS = 1024  # that are kept
 _COLUMNS = ["row_id", "image", "mask"]
+_MADE = pa.schema([("image", pa.binary()), ("mask", pa.binary())])
 _POLL_S = 0.1
 
 
@@ -40,14 +45,8 @@ class Batch(NamedTuple):
 
 
 class _Row(NamedTuple):
-    id: str
     image: np.ndarray  # uint8 (H, W, C)
     mask: np.ndarray  # uint8 (H, W)
-
-
-def steps(rows: int, global_batch: int) -> int:
-    """Batches of an epoch; the last one may be padded."""
-    return -(-rows // global_batch)
 
 
 def batches(
@@ -61,6 +60,7 @@ def batches(
     epoch: int,
     shuffle: bool = True,
     augment: Augment | None = None,
+    tasks: int = 0,
 ) -> "Batches":
     """One epoch of `split` as rank `rank` of `world_size` sees it: `steps` batches of global_batch / world_size rows.
 
@@ -74,6 +74,7 @@ def batches(
         epoch: another epoch is another order, and the rows are augmented anew.
         shuffle: False keeps the set's order within each lane.
         augment: what may happen to each row; None gives them as they are.
+        tasks: of Ray Data at a time that read and augment; 0: this process does it itself. The batches are the same.
 
     Raises:
         ValueError: the batch cannot be dealt evenly; later, while iterating: a row whose pixels do not fit the set.
@@ -83,88 +84,74 @@ def batches(
             f"train.batch_size: the global batch must be a multiple of train.num_workers, got {global_batch} for "
             f"{world_size}"
         )
-    return Batches(_Plan(prepared, split, global_batch, rank, world_size, seed, epoch, shuffle, augment))
-
-
-@dataclass(frozen=True, slots=True)
-class _Group:
-    """A row group, or rows [first, last) of it."""
-
-    uri: str
-    digest: str  # of the set; it keeps the footers of an older one of the same names out of the cache
-    index: int
-    first: int
-    last: int
+    wanted = windows(
+        prepared,
+        split,
+        global_batch=global_batch,
+        rank=rank,
+        world_size=world_size,
+        seed=seed,
+        epoch=epoch,
+        shuffle=shuffle,
+    )
+    reader = _Reader(prepared.shape, augment, seed, epoch)
+    return Batches(
+        reader, wanted, global_batch // world_size, steps(sum(prepared.shard_rows[split]), global_batch), tasks
+    )
 
 
 @dataclass(frozen=True)
-class _Plan:
-    prepared: PreparedSet
-    split: str
-    global_batch: int
-    rank: int
-    world_size: int
+class _Reader:
+    """Rows of windows, augmented."""
+
+    shape: tuple[int, int, int]  # height, width, channels
+    augment: Augment | None
     seed: int
     epoch: int
-    shuffle: bool
-    augment: Augment | None
 
-    def batches(self) -> Iterator[Batch]:
-        height, width, channels = self.prepared.shape
-        per_rank = self.global_batch // self.world_size
-        groups = _groups(self.prepared, self.split)
-        rows = sum(group.last for group in groups)
-        lanes = [
-            self._lane(number, pieces)
-            for number, pieces in enumerate(self._deal(groups, rows))
-            if number // per_rank == self.rank
-        ]
-        image_NHWC = np.zeros((per_rank, height, width, channels), np.uint8)
-        mask_NHW = np.zeros((per_rank, height, width), np.uint8)
-        for _ in range(steps(rows, self.global_batch)):
-            # A copy of the batch before: a lane that has ended repeats its last row, real pixels for batch statistics.
-            image_NHWC, mask_NHW = image_NHWC.copy(), mask_NHW.copy()
-            weight_N = np.zeros(per_rank, np.float32)
-            for position, lane in enumerate(lanes):
-                row = next(lane, None)
-                if row is not None:
-                    image_NHWC[position], mask_NHW[position] = self._pixels(row)
-                    weight_N[position] = 1
-            yield Batch(image_NHWC, mask_NHW, weight_N)
+    def rows(self, window: Window) -> Iterator[_Row]:
+        """In the window's order."""
+        read = pa.concat_tables([_read(piece) for piece in window.pieces])
+        ids, images, masks = (read[name] for name in _COLUMNS)
+        for place in window.order():
+            row_id, image, mask = ids[place].as_py(), images[place].as_buffer(), masks[place].as_buffer()
+            if image.size != np.prod(self.shape) or mask.size != np.prod(self.shape[:2]):
+                raise ValueError(
+                    f"prepared: row {row_id} has {image.size} image and {mask.size} mask bytes, the set says "
+                    f"{self.shape}; prepare again"
+                )
+            row = self._row(image, mask)
+            if self.augment is not None:
+                row = _Row(*self.augment.apply(row.image, row.mask, generator(self.seed, self.epoch, row_id)))
+            yield row
 
-    def _pixels(self, row: _Row) -> tuple[np.ndarray, np.ndarray]:
-        if self.augment is None:
-            return row.image, row.mask
-        return self.augment.apply(row.image, row.mask, generator(self.seed, self.epoch, row.id))
+    def through_ray(self, wanted: Sequence[Window], tasks: int) -> Generator[_Row, None, None]:
+        """The rows of all windows in their order; so many tasks at a time make them, as far ahead as Ray Data lets."""
+        cluster.quiet()
+        # The feed is part of the training, which may have all CPUs to itself: its tasks ask for none.
+        plan = [pa.table({"window": pa.array([pickle.dumps(window)], pa.binary())}) for window in wanted]
+        dataset = ray.data.from_arrow(plan).map_batches(
+            self._task,
+            batch_size=None,
+            batch_format="pyarrow",
+            num_cpus=0,
+            compute=ray.data.TaskPoolStrategy(size=tasks),
+        )
+        dataset.context.execution_options.preserve_order = True
+        for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
+            for image, mask in zip(table["image"], table["mask"], strict=True):
+                yield self._row(image.as_buffer(), mask.as_buffer())
 
-    def _deal(self, groups: list[_Group], rows: int) -> Iterator[list[_Group]]:
-        """The pieces of row groups that each lane has; the first lanes have one row more where it does not come out."""
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(len(groups)) if self.shuffle else None
-        rest = [groups[i] for i in order][::-1] if order is not None else groups[::-1]
-        shorter, longer = divmod(rows, self.global_batch)
-        for number in range(self.global_batch):
-            needed = shorter + (number < longer)
-            pieces = []
-            while needed:
-                group = rest.pop()
-                end = min(group.last, group.first + needed)
-                pieces.append(_part(group, group.first, end))
-                needed -= end - group.first
-                if end < group.last:
-                    rest.append(_part(group, end, group.last))
-            yield pieces
+    def _task(self, cell: pa.Table) -> pa.Table:
+        cv2.setNumThreads(1)  # there are tasks enough
+        rows = [row for value in cell["window"] for row in self.rows(pickle.loads(value.as_py()))]  # noqa: S301 (ours)
+        return pa.table([[row.image.tobytes() for row in rows], [row.mask.tobytes() for row in rows]], schema=_MADE)
 
-    def _lane(self, number: int, pieces: list[_Group]) -> Iterator[_Row]:
-        # Lanes begin with windows of different sizes, so that they do not all read at the same step.
-        first, size = 0, 1 + number % _WINDOW
-        while first < len(pieces):
-            rows = [row for piece in pieces[first : first + size] for row in _read(piece, self.prepared.shape)]
-            order = range(len(rows))
-            if self.shuffle:
-                order = np.random.default_rng([self.seed, self.epoch, number, first]).permutation(len(rows)).tolist()
-            for position in order:
-                yield rows[position]
-            first, size = first + size, _WINDOW
+    def _row(self, image: pa.Buffer, mask: pa.Buffer) -> _Row:
+        return _Row(
+            np.frombuffer(image, np.uint8).reshape(self.shape),
+            np.frombuffer(mask, np.uint8).reshape(self.shape[:2]),
+        )
 
 
 class Batches(Iterator[Batch]):
@@ -173,11 +160,12 @@ class Batches(Iterator[Batch]):
     waited_s: seconds that the consumer has waited for batches so far.
     """
 
-    def __init__(self, plan: _Plan) -> None:
+    def __init__(self, reader: _Reader, wanted: Sequence[Window], per_rank: int, steps: int, tasks: int) -> None:
         self.waited_s = 0.0
+        self._reader, self._windows, self._per_rank, self._steps, self._tasks = reader, wanted, per_rank, steps, tasks
         self._made: queue.Queue[Batch | Exception | None] = queue.Queue(_PREFETCH)
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._make, args=(plan,), daemon=True, name="rayseg-feed")
+        self._thread = threading.Thread(target=self._make, daemon=True, name="rayseg-feed")
         self._thread.start()
 
     def __next__(self) -> Batch:
@@ -196,16 +184,23 @@ class Batches(Iterator[Batch]):
         self._closed.set()
         self._thread.join()
 
-    def _make(self, plan: _Plan) -> None:
+    def _make(self) -> None:
         cv2.setNumThreads(1)  # OpenCV's own threads would take the training's cores for pictures too small for them
         try:
-            for batch in plan.batches():
-                self._put(batch)
-                if self._closed.is_set():
-                    return
-            self._put(None)
+            if not self._tasks:
+                self._hand_over(self._reader.rows)
+                return
+            with contextlib.closing(self._reader.through_ray(self._windows, self._tasks)) as rows:
+                self._hand_over(lambda window: iter(list(islice(rows, window.rows))))
         except Exception as error:  # raised again in the consumer
             self._put(error)
+
+    def _hand_over(self, rows_of: Callable[[Window], Iterator[_Row]]) -> None:
+        for batch in self._assembled(rows_of):
+            self._put(batch)
+            if self._closed.is_set():
+                return
+        self._put(None)
 
     def _put(self, made: Batch | Exception | None) -> None:
         while not self._closed.is_set():
@@ -215,18 +210,25 @@ class Batches(Iterator[Batch]):
             except queue.Full:
                 continue
 
-
-def _part(group: _Group, first: int, last: int) -> _Group:
-    return _Group(group.uri, group.digest, group.index, first, last)
-
-
-def _groups(prepared: PreparedSet, split: str) -> list[_Group]:
-    """All row groups of the split, by what the set tells of its shards: none of them is opened for it."""
-    return [
-        _Group(uri, prepared.digest, index, 0, min(prepared.row_group_rows, rows - first))
-        for uri, rows in zip(prepared.files(split), prepared.shard_rows[split], strict=True)
-        for index, first in enumerate(range(0, rows, prepared.row_group_rows))
-    ]
+    def _assembled(self, rows_of: Callable[[Window], Iterator[_Row]]) -> Iterator[Batch]:
+        height, width, channels = self._reader.shape
+        image_NHWC = np.zeros((self._per_rank, height, width, channels), np.uint8)
+        mask_NHW = np.zeros((self._per_rank, height, width), np.uint8)
+        lanes: list[Iterator[_Row]] = [iter(())] * self._per_rank
+        ahead = deque(self._windows)
+        for step in range(self._steps):
+            while ahead and ahead[0].start == step:
+                window = ahead.popleft()
+                lanes[window.lane] = rows_of(window)
+            # A copy of the batch before: a lane that has ended repeats its last row, real pixels for batch statistics.
+            image_NHWC, mask_NHW = image_NHWC.copy(), mask_NHW.copy()
+            weight_N = np.zeros(self._per_rank, np.float32)
+            for position, lane in enumerate(lanes):
+                row = next(lane, None)
+                if row is not None:
+                    image_NHWC[position], mask_NHW[position] = row
+                    weight_N[position] = 1
+            yield Batch(image_NHWC, mask_NHW, weight_N)
 
 
 @lru_cache(maxsize=_FOOTERS)
@@ -237,18 +239,9 @@ def _footer(uri: str, digest: str) -> bytes:
     return buffer.getvalue()
 
 
-def _read(piece: _Group, shape_HWC: tuple[int, int, int]) -> list[_Row]:
+def _read(piece: Piece) -> pa.Table:
     metadata = pq.read_metadata(io.BytesIO(_footer(piece.uri, piece.digest)))
     if piece.index >= metadata.num_row_groups or piece.last > metadata.row_group(piece.index).num_rows:
         raise ValueError(f"prepared: {piece.uri} has fewer rows than the set says; prepare again")
     table = storage.read_row_group(piece.uri, piece.index, _COLUMNS, metadata)
-    rows = []
-    for row in table.slice(piece.first, piece.last - piece.first).to_pylist():
-        image, mask = np.frombuffer(row["image"], np.uint8), np.frombuffer(row["mask"], np.uint8)
-        if image.size != np.prod(shape_HWC) or mask.size != np.prod(shape_HWC[:2]):
-            raise ValueError(
-                f"prepared: row {row['row_id']} has {image.size} image and {mask.size} mask bytes, the set says "
-                f"{shape_HWC}; prepare again"
-            )
-        rows.append(_Row(row["row_id"], image.reshape(shape_HWC), mask.reshape(shape_HWC[:2])))
-    return rows
+    return table.slice(piece.first, piece.last - piece.first)

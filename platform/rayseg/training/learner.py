@@ -16,8 +16,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from rayseg.data.feed import Batches, batches, steps
+from rayseg.data.feed import Batches, batches
 from rayseg.data.prepared import PreparedSet
+from rayseg.data.windows import steps
 from rayseg.models.losses import batch_share, loss_function
 from rayseg.models.metrics import SIZE, counts, scores
 from rayseg.training.schedule import learning_rate
@@ -139,6 +140,7 @@ class Learner:
             epoch=epoch,
             shuffle=shuffle,
             augment=self._config.augment if split == "train" else None,
+            tasks=self._config.feed_tasks_per_worker,
         )
 
     def _compiled_update(self) -> Callable[..., Any]:

@@ -85,6 +85,9 @@ class TrainConfig:
     tensorboard: bool = False  # keeps TensorBoard's event files with the run
     seed: int = 1
 
+    # Ray Data's tasks that read and augment for each worker, 0 for a thread of the worker itself. By default 4 where it
+    # has a GPU to keep busy; a forward pass on the CPU is so much slower than one thread that more only cost.
+    feed_tasks: int | None = None
     num_workers: int = 2
     cpus_per_worker: float = 1.0
     use_gpu: bool = False  # one for each worker
@@ -108,6 +111,8 @@ class TrainConfig:
         for key in ("seed", "max_failures", "warmup_epochs", "freeze_epochs"):
             if getattr(self, key) < 0:
                 raise ValueError(f"train.{key}: 0 or more expected, got {getattr(self, key)}")
+        if self.feed_tasks is not None and self.feed_tasks < 0:
+            raise ValueError(f"train.feed_tasks: 0 or more expected, got {self.feed_tasks}")
         for key in ("threshold", "ema_momentum"):
             if getattr(self, key) is not None and not 0 < getattr(self, key) < 1:
                 raise ValueError(f"train.{key}: a number between 0 and 1 expected, got {getattr(self, key)}")
@@ -118,6 +123,13 @@ class TrainConfig:
         for key in ("tracking_uri",) if self.reproduce else ("prepared", "storage", "tracking_uri"):
             if not getattr(self, key):
                 raise ValueError(f"train.{key}: missing; give it in the recipe or by --set {key}=...")
+
+    @property
+    def feed_tasks_per_worker(self) -> int:
+        """`feed_tasks`, or what stands for it by default."""
+        if self.feed_tasks is not None:
+            return self.feed_tasks
+        return 4 if self.use_gpu else 0
 
     @property
     def scaled_learning_rate(self) -> float:
