@@ -69,8 +69,11 @@ def absolute(uri: str) -> str:
     return uri if "://" in uri else _local(uri)
 
 
-def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
-    """The pyarrow filesystem of `uri` and the path in it; raises ValueError for a scheme other than file and s3."""
+def filesystem(uri: str, attempts: int = 1) -> tuple[pafs.FileSystem, str]:
+    """The pyarrow filesystem of `uri` and the path in it; raises ValueError for a scheme other than file and s3.
+
+    `attempts` at each request are for libraries that do not try again themselves.
+    """
     scheme, separator, rest = uri.partition("://")
     if not separator:
         return pafs.LocalFileSystem(), _local(uri)
@@ -81,7 +84,8 @@ def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
     if scheme == "s3":
         if not rest.strip("/"):
             raise ValueError(f"URI {uri}: expected s3://BUCKET/KEY")
-        return _s3(tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))), rest.strip("/")
+        environment = tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))
+        return _s3(environment, attempts), rest.strip("/")
     raise ValueError(f"URI {uri}: unknown scheme {scheme}; known: file, s3, or a plain path")
 
 
@@ -360,7 +364,7 @@ def _write_local(path: Path, data: bytes | Path) -> None:
 
 
 @lru_cache(maxsize=4)
-def _s3(environment: tuple[tuple[str, str], ...]) -> pafs.S3FileSystem:
+def _s3(environment: tuple[tuple[str, str], ...], attempts: int) -> pafs.S3FileSystem:
     """One client a process and a set of AWS_* variables; pyarrow reads the credentials from those itself."""
     variables = dict(environment)
     endpoint = urlsplit(variables.get("AWS_ENDPOINT_URL_S3") or variables.get("AWS_ENDPOINT_URL") or "https://")
@@ -372,8 +376,8 @@ def _s3(environment: tuple[tuple[str, str], ...]) -> pafs.S3FileSystem:
         allow_delayed_open=True,
         connect_timeout=CONNECT_TIMEOUT_S,
         request_timeout=REQUEST_TIMEOUT_S,
-        # One place counts attempts: `_try`.
-        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=1),
+        # For what this module calls one place counts attempts: `_try`.
+        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=attempts),
     )
 
 

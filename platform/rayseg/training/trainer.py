@@ -114,7 +114,7 @@ def _unfinished(uri: str, tracking_uri: str) -> str | None:
 
 def _train(config: TrainConfig, folder: str, run_id: str) -> int:
     """Runs the workers, who leave their checkpoints in the folder; returns how often they began."""
-    files, path = storage.filesystem(config.storage)
+    files, path = storage.filesystem(config.storage, storage.ATTEMPTS)
     resources = {"CPU": config.cpus_per_worker} | ({"GPU": 1.0} if config.use_gpu else {})
     trainer = TensorflowTrainer(
         train_worker,
