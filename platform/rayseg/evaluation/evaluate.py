@@ -49,7 +49,7 @@ class EvaluateConfig:
     resamples: int = 2000  # draws of patients for the intervals
     min_patients: int = 5  # of fewer nothing gets an interval
     overlays: int = 6  # pictures: the largest slice of so many cases, from the worst case to the best
-    worst: int = 10  # pictures: the largest slice of so many of the worst cases
+    worst: int = 10  # pictures: the slice with most wrong pixels of so many of the worst cases
     max_reject_fraction: float = 0.2
 
     def __post_init__(self) -> None:

@@ -56,7 +56,7 @@ def publish(
         record: the cases.
         findings: of the record.
         overlays: number of pictures: the largest slice of so many cases, evenly from the worst to the best.
-        worst: the same of so many of the worst cases.
+        worst: the slice with most wrong pixels of so many of the worst cases.
     """
     split, run_id = record.split, version.run_id
     artifact_uri = runs.client(tracking_uri).get_run(run_id).info.artifact_uri
@@ -76,15 +76,18 @@ def publish(
     for chart in charts:
         keep(f"{chart.name}.png", chart.png)
 
-    def drawn(shown: Sequence[dict[str, Any]], name: str) -> list[report.Picture]:
+    def drawn(shown: Sequence[dict[str, Any]], slice: str, name: str) -> list[report.Picture]:
         made = []
-        for rank, row in enumerate(shown, start=1):
-            caption, png = _picture(row, held_out.preprocess, record.labels)
+        for rank, patient in enumerate(shown, start=1):
+            caption, png = _picture(patient[slice], patient["dice"], held_out.preprocess, record.labels)
             made.append(report.Picture(f"{name}-{rank:02d}", caption, png))
         return made
 
     ranked = _ranked(record)
-    pictures = {"overlay": drawn(_spread(ranked, overlays), "overlay"), "worst": drawn(ranked[:worst], "worst")}
+    pictures = {
+        "overlay": drawn(_spread(ranked, overlays), "largest", "overlay"),
+        "worst": drawn(ranked[:worst], "wrongest", "worst"),
+    }
     uris = {name: [keep(f"{one.name}.png", one.png) for one in made] for name, made in pictures.items()}
     page = report.Report(
         model=version.uri, split=split, patients=record.patients, slices=record.slices, rejects=len(record.rejects),
@@ -147,25 +150,24 @@ def _charts(columns: Mapping[str, Columns], findings: Findings) -> list[report.P
 
 
 def _ranked(record: Record) -> list[dict[str, Any]]:
-    """The slices to show, of the worst case by Dice of all classes together first; between equals most wrong pixels."""
-    shown = []
+    """The patients with anything to show, worst Dice of all classes together first, then most wrong pixels."""
+    ranked = []
     for key, patient in sorted(record.of_patient.items()):
-        if patient["shown"] is None:
-            continue
         case = sum((Counts(*(of[name] for name in ("tp", "fp", "fn", "tn"))) for of in patient["cases"]), Counts())
-        shown.append((case.dice, -case.fp - case.fn, key, {**patient["shown"], "case_dice": case.dice}))
-    return [row for *_, row in sorted(shown, key=lambda one: one[:3])]
+        if case.dice is not None:
+            ranked.append((case.dice, -case.fp - case.fn, key, {**patient, "dice": case.dice}))
+    return [patient for *_, patient in sorted(ranked, key=lambda one: one[:3])]
 
 
 def _spread(ranked: list[dict[str, Any]], wanted: int) -> list[dict[str, Any]]:
-    """`wanted` rows at even steps from the worst to the best."""
+    """`wanted` of them at even steps from the worst to the best."""
     if len(ranked) <= wanted:
         return ranked
     return [ranked[round(place)] for place in np.linspace(0, len(ranked) - 1, wanted)]
 
 
-def _picture(row: dict[str, Any], preprocess: Preprocess, labels: Labels) -> tuple[str, bytes]:
-    """Caption and PNG."""
+def _picture(row: dict[str, Any], dice: float, preprocess: Preprocess, labels: Labels) -> tuple[str, bytes]:
+    """Caption and PNG of a row as `scorer.SCORED` has it; `dice` is the case's."""
     slice = read_slice(storage.read(row["uri"]), row["frame"], preprocess.color)
     assert not isinstance(slice, Reject), "was read a moment ago"
     rows, columns = slice.shape
@@ -175,7 +177,7 @@ def _picture(row: dict[str, Any], preprocess: Preprocess, labels: Labels) -> tup
     grey_HW = dataclasses.replace(preprocess, size=(rows, columns), neighbours=0).apply(slice)[..., 0]
     prediction = np.frombuffer(zlib.decompress(row["prediction"]), np.uint8).reshape(rows, columns)
     of_slice = Counts(row["tp"], row["fp"], row["fn"], row["tn"]).dice
-    caption = f"case {row['patient_key'][:10]} · Dice {row['case_dice']:.2f} · of this slice {of_slice:.2f}"
+    caption = f"case {row['patient_key'][:10]} · Dice {dice:.2f} · of this slice {of_slice:.2f}"
     return caption, figures.overlay(grey_HW, classes, prediction, caption)
 
 

@@ -12,6 +12,7 @@ from rayseg.evaluation import cases, metrics, subgroups
 from rayseg.evaluation.calibration import BINS
 from rayseg.evaluation.metrics import Estimate
 
+_KEPT = ("cases", "largest", "wrongest")
 PROBABILITIES = ("negative", "positive", "reliability")
 
 
@@ -33,7 +34,7 @@ class Record:
         self.labels = labels
         self.rejects: list[dict[str, Any]] = []
         self._row_ids: list[str] = []
-        self.of_patient: dict[str, dict[str, Any]] = {}  # `cases` and `shown` of SCORED, and arrays of each class
+        self.of_patient: dict[str, dict[str, Any]] = {}  # some of SCORED, and arrays of each class
 
     def add(self, row: dict[str, Any]) -> None:
         """Adds a row of `scorer.SCORED`."""
@@ -48,7 +49,7 @@ class Record:
             }
             # Half the memory; rounds numbers from 2^24 on in the seventh digit.
             kept = {name: [one.astype(np.float32) for one in of_class] for name, of_class in sums.items()}
-            self.of_patient[row["patient_key"]] = {"cases": row["cases"], "shown": row["shown"], **kept}
+            self.of_patient[row["patient_key"]] = {name: row[name] for name in _KEPT} | kept
 
     @property
     def slices(self) -> int:

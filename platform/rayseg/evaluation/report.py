@@ -92,8 +92,10 @@ def _interval(one: Estimate | None) -> str:
 
 
 def _three(value: float) -> str:
-    """Three digits after the point, or three that matter of what is larger or very small."""
-    return f"{value:.3f}" if 0.001 <= abs(value) < 100 or value == 0 else f"{value:.3g}"
+    """Three digits after the point, or those that matter of what is larger or very small."""
+    if abs(value) >= 100:
+        return f"{value:.0f}"
+    return f"{value:.3f}" if abs(value) >= 0.001 or value == 0 else f"{value:.2g}"
 
 
 def _cell(text: str) -> str:

@@ -24,8 +24,8 @@ from rayseg.records import PREPARED, Reason, Reject
 
 COLUMNS = ("row_id", "patient_key", "series_key", "uri", "frame", "masks", "neighbours")  # of a prepared set's rows
 _REJECT = pa.struct([(name, pa.string()) for name in ("row_id", "patient_key", "reason", "detail")])
-# The slice of a patient with most to find: `tp` to `tn` of all its classes together, `prediction` its label map (uint8,
-# rows x columns, zlib).
+# A slice to make a picture of: `tp` to `tn` of all its classes together, `prediction` its label map (uint8, rows x
+# columns, zlib).
 _SHOWN = pa.struct(
     [
         *(PREPARED.field(name) for name in COLUMNS),
@@ -44,7 +44,9 @@ SCORED = pa.schema(
         ("reliability", pa.list_(pa.binary())),
         ("row_ids", pa.list_(pa.string())),  # of the slices that were scored
         ("rejects", pa.list_(_REJECT)),
-        ("shown", _SHOWN),  # null where nothing is to find and nothing was found
+        # The slices with most to find and with most wrong pixels; null where nothing is to find and nothing was found.
+        ("largest", _SHOWN),
+        ("wrongest", _SHOWN),
     ]
 )
 
@@ -119,7 +121,7 @@ class _Patient:
         self._images = 0
         self._row_ids: list[str] = []
         self._rejects: list[dict[str, Any]] = []
-        self._shown: dict[str, Any] | None = None
+        self._shown: dict[str, tuple[tuple[int, int, str], dict[str, Any]]] = {}  # by the names in SCORED
         self._modalities: Counter[str] = Counter()
         self._spacings_mm: list[float] = []
         self._distances_mm: list[float] = []
@@ -148,7 +150,7 @@ class _Patient:
             "reliability": [one.reliability.tobytes() for one in sums],
             "row_ids": self._row_ids,
             "rejects": self._rejects,
-            "shown": self._shown,
+            **{name: self._shown.get(name, (None, None))[1] for name in ("largest", "wrongest")},
         }
 
     def _slices(
@@ -171,16 +173,19 @@ class _Patient:
             yield found.prediction, found.truth, found.place
 
     def _show(self, row: dict[str, Any], found: Judged) -> None:
-        """Keeps the slice with most truth, then most false alarm; the id decides between equals."""
+        """Keeps the slices to make pictures of; between equals the id decides, so that any order of rows ends alike."""
         classes = range(1, len(self._cases) + 1)
         together = sum((counts(found.prediction == index, found.truth == index) for index in classes), Counts())
-        if not together.tp + together.fp + together.fn:
+        true, wrong = together.tp + together.fn, together.fp + together.fn
+        if not true + wrong:
             return
-        size = together.tp + together.fn, together.fp, row["row_id"]
-        best = self._shown
-        if best is None or size > (best["tp"] + best["fn"], best["fp"], best["row_id"]):
-            prediction = zlib.compress(found.prediction.tobytes(), 1)
-            self._shown = {**row, **vars(together), "prediction": prediction}
+        for name, size in (
+            ("largest", (true, together.fp, row["row_id"])),
+            ("wrongest", (wrong, true, row["row_id"])),
+        ):
+            if name not in self._shown or size > self._shown[name][0]:
+                prediction = zlib.compress(found.prediction.tobytes(), 1)
+                self._shown[name] = size, {**row, **vars(together), "prediction": prediction}
 
     def _place(self, found: Judged) -> None:
         if found.slice.header is not None and found.slice.header.modality:

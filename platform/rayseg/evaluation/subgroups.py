@@ -78,7 +78,7 @@ def _sizes(columns: Columns) -> list[tuple[str, np.ndarray]]:
 
 
 def _ranges(values: np.ndarray, cuts: tuple[float, float], unit: str) -> list[tuple[str, np.ndarray]]:
-    low, high = (f"{cut:.3g}" for cut in cuts)
+    low, high = (f"{cut:.0f}" if cut >= 1000 else f"{cut:.3g}" for cut in cuts)
     with np.errstate(invalid="ignore"):
         return [
             (f"below {low} {unit}", values < cuts[0]),

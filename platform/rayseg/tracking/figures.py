@@ -122,7 +122,7 @@ def agreement(mean: np.ndarray, difference: np.ndarray, lines: Sequence[float], 
     for value, name in zip(lines, names, strict=True):
         axes.axhline(value, color="#d1610c", linewidth=1.4, linestyle="-" if name == "bias" else "--")
         axes.annotate(
-            f"{name} {value:.3g}", (1, value), xycoords=("axes fraction", "data"), xytext=(-2, 3),
+            f"{name} {value:.4g}", (1, value), xycoords=("axes fraction", "data"), xytext=(-2, 3),
             textcoords="offset points", ha="right", fontsize=8, color="#a94b06",
         )  # fmt: skip
     axes.set_xlabel(f"mean of true and predicted volume [{unit}]", fontsize=9, color=_FAINT)
@@ -157,9 +157,9 @@ def reliability(sums: Mapping[str, np.ndarray]) -> bytes:
     axes.set(xlim=(0, 1), ylim=(0, 1))
     axes.set_xlabel("mean probability of the pixels in a bin", fontsize=9, color=_FAINT)
     axes.set_ylabel("of them of the class", fontsize=9, color=_FAINT)
-    axes.legend(frameon=False, fontsize=8, loc="upper left")
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0.11, 1))
     for one in (axes, beside):
-        one.tick_params(labelsize=8, colors="#55606e", length=0)
+        one.tick_params(which="both", labelsize=8, colors="#55606e", length=0)
     beside.spines[:].set_visible(False)
     return _png(figure)
 
