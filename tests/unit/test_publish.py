@@ -226,7 +226,7 @@ def test_the_card_is_written_anew_with_each_split(rows: list[dict[str, Any]], tr
     assert text == runs.read_bytes(tracking, version.run_id, card.MARKDOWN).decode()
     logged = metrics_of(tracking, version)
     low, high = (logged[f"test/dice_pooled_{end}"] for end in ("low", "high"))
-    line = f"| dice_pooled | {logged['test/dice_pooled']:.4f} | {low:.4f} to {high:.4f} |"
+    line = f"| dice_pooled | {logged['test/dice_pooled']:.4g} | {low:.4g} to {high:.4g} |"
     assert text.count(line) == text.count("## Scores on test\n") == 1
     assert "None yet" not in text
     assert "test: 5 patients only" in text
