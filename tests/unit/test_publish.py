@@ -77,7 +77,7 @@ def recorded(split: str, labels: Labels, rows: Sequence[dict[str, Any]]) -> Reco
 def published(tracking: str, record: Record, version: registry.ModelVersion, **wanted: int) -> Artifacts:
     held_out = PreparedSet("", (8, 8, 1), Preprocess(size=(8, 8)), record.labels, {}, "d" * 64, {}, {}, 1)
     pictures = {"overlays": 0, "worst": 0} | wanted
-    return publish(tracking, version, held_out, record, record.findings(**OPTIONS), **pictures)
+    return publish(tracking, version, held_out, record, record.findings(**OPTIONS), tolerance="2 mm, 2 px", **pictures)
 
 
 def version_of(tracking: str) -> registry.ModelVersion:
@@ -203,7 +203,8 @@ def test_the_tag_names_the_rows_and_labels_whatever_their_order(rows: list[dict[
     assert tag(rows, Labels(threshold=3)) != first
     version = version_of(tracking)
     published(tracking, recorded("test", Labels(), rows), version)
-    assert runs.client(tracking).get_run(version.run_id).data.tags[set_tag("test")] == first
+    tags = runs.client(tracking).get_run(version.run_id).data.tags
+    assert (tags[set_tag("test")], tags["rayseg.test_tolerance"]) == (first, str(Tolerance()))
 
 
 def test_the_card_is_written_anew_with_each_split(rows: list[dict[str, Any]], tracking: str) -> None:

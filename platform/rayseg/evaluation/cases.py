@@ -73,6 +73,9 @@ class Tolerance:
     mm: float = 2.0
     px: float = 2.0
 
+    def __str__(self) -> str:
+        return f"{self.mm:g} mm, {self.px:g} px"
+
 
 @dataclass(frozen=True, eq=False)
 class Image:

@@ -107,6 +107,7 @@ class Evaluation:
     patients: int
     slices: int
     rejected: int
+    tolerance: str  # of the normalised surface distance
     metrics: dict[str, Ends]
     classes: dict[str, dict[str, Ends]]
     groups: list[Group]
@@ -196,7 +197,8 @@ def _evaluation(one: Evaluation) -> str:
         f"## Scores on {one.split}",
         "",
         f"{one.patients} patients, {one.slices} slices of prepared set `{one.digest}` ({one.rejected} could not be "
-        "read), on the slices' own grid; 95 % intervals by bootstrap over patients. README defines the metrics.",
+        "read), on the slices' own grid; 95 % intervals by bootstrap over patients, tolerance of nsd "
+        f"{one.tolerance}. README defines the metrics.",
         "",
         *_table(("metric",), [((name,), one.metrics[name]) for name in _TOLD if name in one.metrics]),
     ]
