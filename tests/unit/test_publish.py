@@ -17,6 +17,7 @@ from rayseg.data.prepared import PreparedSet
 from rayseg.data.preprocess import Preprocess
 from rayseg.dicom.reading import Slice
 from rayseg.evaluation import cases
+from rayseg.evaluation import publish as publish_module
 from rayseg.evaluation.cases import Tolerance
 from rayseg.evaluation.publish import Artifacts, publish, set_tag
 from rayseg.evaluation.record import Record
@@ -175,6 +176,13 @@ def test_several_classes_are_told_one_by_one_and_together(tmp_path: Path, tracki
     assert all(f"<th>{name}</th>" in page for name in ("all classes", "a", "b"))
     assert "models:/&lt;m&gt;/1" in page
     assert "models:/<m>/1" not in page
+
+
+def test_of_equally_bad_cases_the_one_with_most_wrong_pixels_is_first(tmp_path: Path) -> None:
+    missed = {"a": block(2), "b": block(6), "c": block(4)}
+    rows = [row(tmp_path, patient, 1, block(0), truth) for patient, truth in missed.items()]
+    ranked = publish_module._ranked(recorded("test", Labels(), [*rows, row(tmp_path, "d", 1, block(1), block(1))]))
+    assert [patient["wrongest"]["patient_key"] for patient in ranked] == ["b", "c", "a", "d"]
 
 
 def test_rejects_are_listed_without_their_uris(rows: list[dict[str, Any]], tracking: str) -> None:
