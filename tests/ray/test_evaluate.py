@@ -7,7 +7,9 @@ from typing import NamedTuple
 
 import keras
 import numpy as np
+import pydicom
 import pytest
+from medpy.metric import binary
 from PIL import Image
 from sklearn.metrics import f1_score, jaccard_score, precision_score, recall_score
 
@@ -20,6 +22,7 @@ from rayseg.data.prepare import PrepareConfig, prepare
 from rayseg.data.prepared import describe
 from rayseg.data.preprocess import Preprocess, Window
 from rayseg.data.split import Split
+from rayseg.evaluation.cases import read
 from rayseg.evaluation.evaluate import EvaluateConfig, evaluate
 from rayseg.inference.predictor import Prediction, Predictor
 from rayseg.tracking import bundle, registry, runs
@@ -79,9 +82,9 @@ def test_scores_are_those_of_the_source_objects_on_their_own_grid(world: World) 
         np.concatenate([mask for slices in masks.values() for mask in slices]) for masks in (truths, predictions)
     )
     assert result.dice_pooled == pytest.approx(f1_score(all_truth, all_predicted))
-    assert result.iou_pooled == pytest.approx(jaccard_score(all_truth, all_predicted))
-    assert result.precision_pooled == pytest.approx(precision_score(all_truth, all_predicted))
-    assert result.recall_pooled == pytest.approx(recall_score(all_truth, all_predicted))
+    assert result.metrics["iou_pooled"] == pytest.approx(jaccard_score(all_truth, all_predicted))
+    assert result.metrics["precision_pooled"] == pytest.approx(precision_score(all_truth, all_predicted))
+    assert result.metrics["recall_pooled"] == pytest.approx(recall_score(all_truth, all_predicted))
     dice = {
         patient: f1_score(np.concatenate(truths[patient]), np.concatenate(predictions[patient]), zero_division=np.nan)
         for patient in truths
@@ -92,7 +95,7 @@ def test_scores_are_those_of_the_source_objects_on_their_own_grid(world: World) 
     assert result.background_dice == 0.0
     assert (result.slices, result.cases, result.rejected) == (len(rows), len(truths), 0)
     healthy = [patient for patient, masks in truths.items() if not np.any(masks)]
-    assert result.cases_false_alarms + result.cases_true_negative == len(healthy) > 0
+    assert result.metrics["cases_false_alarms"] + result.metrics["cases_true_negative"] == len(healthy) > 0
 
     table = list(csv.DictReader(io.StringIO(storage.read(result.cases_table).decode())))
     assert {row["patient_key"] for row in table} == set(truths)
@@ -101,11 +104,38 @@ def test_scores_are_those_of_the_source_objects_on_their_own_grid(world: World) 
         if row["dice"]:
             assert float(row["dice"]) == pytest.approx(dice[row["patient_key"]], abs=1e-6)
 
+    # Series with positions are volumes, in millimetres: against MedPy, whose grids are rectangular.
+    cases = {row["patient_key"]: row for row in read(storage.read(f"{result.cases_table[:-4]}.parquet")).to_pylist()}
+    compared = 0
+    for patient, case in cases.items():
+        assert (case["images"], case["modality"], case["hd95_px"]) == (1, "CT", None)
+        series = [pydicom.dcmread(row["uri"]) for row in rows if row["patient_key"] == patient]
+        order = np.argsort([slice.ImagePositionPatient[2] for slice in series])
+        truth, found = (
+            np.stack([masks[patient][place].reshape(NATIVE, NATIVE) for place in order])
+            for masks in (truths, predictions)
+        )
+        heights_mm = np.sort([float(slice.ImagePositionPatient[2]) for slice in series])
+        spacing_mm = (heights_mm[1] - heights_mm[0], *map(float, series[0].PixelSpacing))
+        tilted = any(series[0].ImageOrientationPatient[place] for place in (2, 5))
+        if tilted or not np.ptp(np.diff(heights_mm)) < 1e-6 or not (truth.any() and found.any()):
+            continue
+        ways = [binary.__dict__["__surface_distances"](*pair, spacing_mm) for pair in ((found, truth), (truth, found))]
+        assert case["hd95_mm"] == pytest.approx(max(np.percentile(way, 95) for way in ways), abs=1e-6)
+        assert case["assd_mm"] == pytest.approx(np.concatenate(ways).mean(), abs=1e-6)
+        assert case["nsd_mm"] == pytest.approx((np.concatenate(ways) <= 2.0 + 1e-6).mean(), abs=1e-6)
+        assert case["truth_ml"] == pytest.approx(truth.sum() * np.prod(spacing_mm) / 1000)
+        compared += 1
+    assert compared > 0
+
     # The run that trained the model tells the same, and shows pictures.
     logged = runs.client(world.tracking).get_run(world.run_id).data.metrics
     assert logged["test/dice_pooled"] == result.dice_pooled
     assert logged["test/dice_per_case"] == result.dice_per_case
     assert logged["test/background_dice"] == 0.0
+    for name, (low, high) in result.intervals.items():
+        assert (logged[f"test/{name}_low"], logged[f"test/{name}_high"]) == (low, high)
+    assert {"dice_pooled", "dice_per_case", "average_precision", "ece"} <= result.intervals.keys()
     assert len(result.overlays) == 3
     for uri in result.overlays:
         assert Image.open(io.BytesIO(storage.read(uri))).size > (400, 200)

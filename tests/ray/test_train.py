@@ -132,10 +132,19 @@ def test_the_registered_model_scores_what_the_history_says(
     rows = describe(discs).read_rows("val").to_pylist()
     images = np.stack([np.frombuffer(row["image"], np.uint8).reshape(32, 32, 1) for row in rows])
     truth = np.stack([np.frombuffer(row["mask"], np.uint8).reshape(32, 32) for row in rows]) > 0
-    found = bundle.load(folder).model(images).numpy()[..., 0] >= 0.5
-    dice = 2 * (found & truth).sum() / (found.sum() + truth.sum())
+    loaded = bundle.load(folder)
+    probability = loaded.model(images).numpy()[..., 0]
+
+    def dice(threshold: float) -> float:
+        found = probability >= threshold
+        return float(2 * (found & truth).sum() / (found.sum() + truth.sum()))
+
     # The validation ran in another process and order of additions; a pixel at the threshold may fall to either side.
-    assert dice == pytest.approx(result.val_dice, abs=2e-3)
+    assert dice(0.5) == pytest.approx(result.val_dice, abs=2e-3)
+    # What is registered decides by the threshold of the best Dice on validation.
+    assert loaded.threshold == result.history[result.best_epoch - 1]["val/threshold"]
+    assert dice(loaded.threshold) >= max(dice(one) for one in np.linspace(0.01, 0.99, 99)) - 2e-3
+    assert runs.metric(job.tracking_uri, result.run_id, "threshold") == loaded.threshold
 
 
 def test_one_worker_ends_with_the_weights_of_two_at_the_same_global_batch(

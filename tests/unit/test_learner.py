@@ -7,6 +7,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from sklearn.metrics import f1_score
 
 from rayseg.data.prepared import describe
 from rayseg.models.losses import bce_dice
@@ -42,6 +43,23 @@ def test_a_batch_in_parts_makes_the_step_of_the_whole(discs: str) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     for ours, others in zip(whole.model.get_weights(), parts.model.get_weights(), strict=True):
         np.testing.assert_allclose(ours, others, atol=1e-5)
+
+
+def test_validation_names_the_threshold_of_the_best_dice_unless_one_is_given(discs: str) -> None:
+    run = learner(discs)
+    train(run)
+    rows = describe(discs).read_rows("val").to_pylist()
+    images = np.stack([np.frombuffer(row["image"], np.uint8).reshape(32, 32, 1) for row in rows])
+    truth = np.stack([np.frombuffer(row["mask"], np.uint8).reshape(32, 32) for row in rows]) > 0
+    probability = run.model(images).numpy()[..., 0]
+
+    def dice(threshold: float) -> float:
+        return f1_score(truth.ravel(), (probability >= threshold).ravel())
+
+    threshold = run.validate()["val/threshold"]
+    assert dice(threshold) >= max(dice(one) for one in np.quantile(probability, np.linspace(0, 1, 60))) - 1e-3
+    assert dice(threshold) > dice(0.5) + 0.01, "else this would say little"
+    assert "val/threshold" not in learner(discs, threshold=0.5).validate()
 
 
 def test_xla_computes_the_same(discs: str) -> None:

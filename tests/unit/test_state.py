@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from rayseg import storage
+from rayseg.training.settings import TrainConfig
 from rayseg.training.state import State
 
 
@@ -84,3 +85,18 @@ def test_the_best_epoch_is_the_one_whose_weights_keras_has_kept(tmp_path: Path) 
             keeper.on_epoch_end(epoch, {} if value is None else {"val/dice_pooled": value})
         built.load_weights(file)
         assert {state.best()[0]} == set(built.get_weights()[0].ravel().tolist()), dice
+
+
+def test_the_threshold_is_the_best_epochs_or_the_one_that_was_given() -> None:
+    def config(threshold: float | None) -> TrainConfig:
+        return TrainConfig(prepared="p", storage="s", tracking_uri="t", threshold=threshold)
+
+    rows = [(0.4, 0.31), (0.6, 0.62), (0.5, 0.53)]
+    history = [
+        {"epoch": epoch, "val/dice_pooled": dice, "val/threshold": threshold}
+        for epoch, (dice, threshold) in enumerate(rows, start=1)
+    ]
+    assert State(3, history=history).threshold(config(None)) == 0.62
+    assert State(3, history=history).threshold(config(0.7)) == 0.7
+    nothing = [{"epoch": 1, "val/dice_pooled": None, "val/threshold": None}]
+    assert State(1, history=nothing).threshold(config(None)) == 0.5
