@@ -29,7 +29,7 @@ from rayseg.models.network import portable
 from rayseg.tracking import bundle, registry, runs
 from rayseg.training import journal, record, start
 from rayseg.training.callbacks import BEST_FILE
-from rayseg.training.loop import train_worker
+from rayseg.training.loop import ATTEMPTS_FILE, train_worker
 from rayseg.training.settings import TrainConfig, TrainResult, Trial
 from rayseg.training.state import State
 
@@ -79,8 +79,8 @@ def fit(config: TrainConfig, trial: Trial | None = None, callbacks: Sequence[Use
     folder = storage.join(config.storage, f"{key}-{run_id[:8]}")
     try:
         start.bring_initial(config, prepared, folder)
-        restarts = _train(config, folder, run_id, trial, callbacks) - 1
-        result = _conclude(config, prepared, folder, run_id, restarts, trial is None or trial.register)
+        attempts = _attempts_to_the_end(config, folder) or _train(config, folder, run_id, trial, callbacks)
+        result = _conclude(config, prepared, folder, run_id, attempts - 1, trial is None or trial.register)
     except BaseException as error:
         finish(config.tracking_uri, run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
         raise
@@ -120,6 +120,16 @@ def _unfinished(uri: str, tracking_uri: str) -> str | None:
     except (FileNotFoundError, ValueError):
         return None
     return run_id if runs.exists(tracking_uri, run_id) else None
+
+
+def _attempts_to_the_end(config: TrainConfig, folder: str) -> int | None:
+    """How often workers began on a run whose last epoch has its checkpoint; None where there is more to train."""
+    with tempfile.TemporaryDirectory(prefix="rayseg-outputs-") as outputs:
+        state = State.load(folder, Path(outputs))
+    if state is None or not (state.stopped or state.epoch >= config.epochs):
+        return None
+    attempts: int = storage.read_json(storage.join(folder, ATTEMPTS_FILE))["attempts"]
+    return attempts
 
 
 def _train(

@@ -210,6 +210,7 @@ def _run(sweep: Sweep, runs_of: _Trials, folder: str, abreast: int) -> None:
             search_alg=_InOrder(sweep, runs_of),
             scheduler=_Halving(sweep),
             max_concurrent_trials=abreast,
+            reuse_actors=True,  # saves importing TensorFlow again
         ),
         run_config=ray_tune.RunConfig(name=name, storage_path=parent, storage_filesystem=files, verbose=0),
     )
@@ -275,8 +276,8 @@ class _Halving(FIFOScheduler):
         self._sweep.end(trial.config["number"], result.get("failure"))
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
-        """Its process died, of the lack of memory for one."""
-        self._sweep.end(trial.config["number"], f"its process was lost ({type(trial.get_pickled_error()).__name__})")
+        """Its process was lost."""
+        self._sweep.end(trial.config["number"], "its process was lost: killed, out of memory, or with its machine")
 
 
 def _mark(base: TrainConfig, run_id: str, outcomes: list[Outcome]) -> None:
