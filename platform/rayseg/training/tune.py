@@ -1,15 +1,12 @@
 """Tune: many runs of `trainer.fit` over a space of settings, on Ray Tune, to the best one as a recipe and a model.
 
-Each trial is a function that runs `fit` under Ray Tune, with workers of its own ("Tune with Ray Train V2" in Ray's
-documentation); its epochs come back through Ray's TuneReportCallback. All trials read the same prepared set. Ray's own
-`Tuner.restore` forgets what its scheduler knew (ray#30838); `sweep` says what a sweep that is started again goes by
-instead, and `halving` who survives.
+All trials read the same prepared set. `trials` says how they run, `halving` who survives, `sweep` what one that is
+started again goes by.
 """
 
 import dataclasses
 import json
 import logging
-import os
 import sys
 import time
 import uuid
@@ -18,10 +15,6 @@ from typing import Any, Literal
 
 import ray
 import yaml
-from ray import tune as ray_tune
-from ray.tune.integration.ray_train import TuneReportCallback
-from ray.tune.schedulers import FIFOScheduler, TrialScheduler
-from ray.tune.search import Searcher
 
 from rayseg import cluster, storage
 from rayseg import config as configuration
@@ -33,6 +26,7 @@ from rayseg.training.halving import rungs
 from rayseg.training.settings import TrainConfig, TrainResult, Trial
 from rayseg.training.space import Space
 from rayseg.training.sweep import Outcome, Sweep, told
+from rayseg.training.trials import Trials, run
 
 logger = logging.getLogger(__name__)
 
@@ -134,9 +128,9 @@ def tune(config: TuneConfig) -> TuneResult:
     drawn = (options.search, options.seed, options.trials)
     halving = (rungs(options.grace_epochs, options.reduction_factor, base.epochs), options.reduction_factor)
     sweep = Sweep(storage.join(folder, "ended"), space, *drawn, *halving, mark["abreast"])
-    runs_of = _Trials(space, run_id, trials, base.name)
+    runs_of = Trials(space, run_id, trials, base.name)
     try:
-        _run(sweep, runs_of, storage.join(folder, "tune"), abreast)
+        run(sweep, runs_of, storage.join(folder, "tune"), abreast)
         outcomes = sweep.outcomes()
         _mark(base, run_id, outcomes)
         try:
@@ -157,17 +151,6 @@ def tune(config: TuneConfig) -> TuneResult:
     for below in ("trials", "tune"):  # checkpoints of the trials, and Ray Tune's own files
         storage.delete_tree(storage.join(folder, below))
     return dataclasses.replace(found, seconds=time.monotonic() - began)
-
-
-@dataclass(frozen=True)
-class _Trials:
-    space: Space
-    parent_run_id: str
-    storage: str
-    name: str
-
-    def config(self, number: int, values: dict[str, Any]) -> TrainConfig:
-        return self.space.changed(values, storage=self.storage, name=f"{self.name}-{number:03d}")
 
 
 def _room(train: TrainConfig) -> int:
@@ -192,92 +175,6 @@ def _begin(config: TuneConfig, sweep_id: str) -> str:
     run_id = runs.start(uri, config.train.experiment, f"{config.train.name}-sweep", configuration.flat(config), tags)
     runs.log_bytes(uri, run_id, "config.json", json.dumps(configuration.plain(config), indent=2).encode())
     return run_id
-
-
-def _run(sweep: Sweep, runs_of: _Trials, folder: str, abreast: int) -> None:
-    """Runs the trials that have not ended."""
-    if sweep.found == sweep.trials:
-        return
-    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # nobody reads its tables beside ours
-    logging.getLogger("ray.tune").setLevel(logging.ERROR)
-    files, path = storage.filesystem(folder)
-    parent, _, name = path.rpartition("/")
-    tuner = ray_tune.Tuner(
-        # The trial's driver takes no CPU; its workers ask the cluster for theirs. Ray wants something: a byte.
-        ray_tune.with_resources(_run_trial, ray_tune.PlacementGroupFactory([{"memory": 1}])),
-        tune_config=ray_tune.TuneConfig(
-            num_samples=sweep.trials,
-            search_alg=_InOrder(sweep, runs_of),
-            scheduler=_Halving(sweep),
-            max_concurrent_trials=abreast,
-            reuse_actors=True,  # saves importing TensorFlow again
-        ),
-        run_config=ray_tune.RunConfig(name=name, storage_path=parent, storage_filesystem=files, verbose=0),
-    )
-    tuner.fit()
-
-
-def _run_trial(job: dict[str, Any]) -> dict[str, Any]:
-    """One trial, in a process of its own: what it scored, or why it failed."""
-    try:
-        config = configuration.build(TrainConfig, job["train"])
-        result = trainer.fit(config, Trial(job["parent_run_id"], job["number"]), [TuneReportCallback()])
-    except Exception as error:
-        logger.warning("trial %d failed", job["number"], exc_info=True)
-        return {"failure": " ".join(f"{type(error).__name__}: {error}".split())[:500]}
-    return {"dice": [row["val/dice_pooled"] for row in result.history]}
-
-
-class _InOrder(Searcher):
-    """Hands out the trials that have not ended, in order of number."""
-
-    def __init__(self, sweep: Sweep, runs_of: _Trials) -> None:
-        super().__init__()
-        self._sweep, self._runs_of = sweep, runs_of
-        self._next = 0
-
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """The next one's job, None while it waits for others."""
-        while self._next < self._sweep.trials:
-            number = self._next
-            values = self._sweep.values(number)
-            if values is None:
-                return None
-            self._next += 1
-            if not self._sweep.has_ended(number):
-                self._sweep.begin(number)
-                config = configuration.plain(self._runs_of.config(number, values))
-                return {"number": number, "train": config, "parent_run_id": self._runs_of.parent_run_id}
-        return Searcher.FINISHED
-
-    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """The scheduler hears of it."""
-
-    def save(self, checkpoint_path: str) -> None:
-        """Nothing: a sweep goes on by its own files."""
-
-
-class _Halving(FIFOScheduler):
-    """Tells the sweep what Ray Tune hears, and Ray Tune which trials are stopped."""
-
-    def __init__(self, sweep: Sweep) -> None:
-        super().__init__()
-        self._sweep = sweep
-
-    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """After each epoch."""
-        stop = "dice" in result and self._sweep.hear(trial.config["number"], result["dice"])
-        return TrialScheduler.STOP if stop else TrialScheduler.CONTINUE
-
-    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        """It has returned, or was stopped."""
-        if "dice" in result:
-            self._sweep.hear(trial.config["number"], result["dice"])
-        self._sweep.end(trial.config["number"], result.get("failure"))
-
-    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
-        """Its process was lost."""
-        self._sweep.end(trial.config["number"], "its process was lost: killed, out of memory, or with its machine")
 
 
 def _mark(base: TrainConfig, run_id: str, outcomes: list[Outcome]) -> None:
@@ -305,7 +202,7 @@ def _conclude(
     count = {status: sum(found.status == status for found in outcomes) for status in ("completed", "stopped", "failed")}
     winner = Space(config.tune.space, config.tune.points, base).changed(best.values)
     recipe = (
-        f"# The best of {len(outcomes)} trials ({told(best.values)}): validation Dice {result.val_dice:.4f}, epoch "
+        f"# The best of {len(outcomes)} trials ({told(best.values)}): validation Dice {result.val_dice or 0.0:.4f}, epoch "
         f"{result.best_epoch}.\n# python -m jobs.train --config {RECIPE_FILE}\n"
         + yaml.safe_dump({"train": configuration.plain(winner)}, sort_keys=False)
     )
