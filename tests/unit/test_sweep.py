@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rayseg.config import build
+from rayseg.config import build, load
 from rayseg.models.presets import NetworkConfig
 from rayseg.tracking.figures import trials as picture
 from rayseg.training.findings import aligned, best, scaling, table
@@ -64,6 +64,14 @@ def test_the_section_names_the_key_that_is_wrong() -> None:
     for key, value in (("trials", 0), ("grace_epochs", 0), ("reduction_factor", 1)):
         with pytest.raises(ValueError, match=f"tune.{key}: "):
             build(TuneConfig, {"train": train, "tune": {key: value}})
+
+
+def test_the_shipped_recipe_is_a_sweep() -> None:
+    recipe = Path(__file__).parents[2] / "configs" / "brain-tumor-mri-sweep.yaml"
+    config = load(TuneConfig, None, recipe, ["tune.trials=9"])
+    assert config.tune.trials == 9
+    space = Space(config.tune.space, config.tune.points, config.train)
+    assert space.draw(0, 1).keys() == {"learning_rate", "batch_size"}
 
 
 def curve(values: dict[str, Any]) -> list[float]:

@@ -1,7 +1,7 @@
 """How trials run: on Ray Tune, each as a function that runs `trainer.fit` with Ray Train workers of its own.
 
-That is "Tune with Ray Train V2" of Ray's documentation; epochs come back through Ray's TuneReportCallback. `Tuner.restore`
-forgets what its scheduler knew (ray#30838), so it is not used: `sweep` knows.
+That is "Tune with Ray Train V2" of Ray's documentation; epochs come back through Ray's TuneReportCallback. Ray's
+`Tuner.restore` forgets what its scheduler knew (ray#30838), so it is not used: `sweep` knows.
 """
 
 import logging

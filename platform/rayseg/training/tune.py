@@ -201,8 +201,9 @@ def _conclude(
     table, scaling = findings.table(outcomes), findings.scaling(outcomes)
     count = {status: sum(found.status == status for found in outcomes) for status in ("completed", "stopped", "failed")}
     winner = Space(config.tune.space, config.tune.points, base).changed(best.values)
+    dice = result.val_dice or 0.0
     recipe = (
-        f"# The best of {len(outcomes)} trials ({told(best.values)}): validation Dice {result.val_dice or 0.0:.4f}, epoch "
+        f"# The best of {len(outcomes)} trials ({told(best.values)}): validation Dice {dice:.4f} in epoch "
         f"{result.best_epoch}.\n# python -m jobs.train --config {RECIPE_FILE}\n"
         + yaml.safe_dump({"train": configuration.plain(winner)}, sort_keys=False)
     )
@@ -214,7 +215,7 @@ def _conclude(
     for name, data in files.items():
         storage.write(storage.join(output, name), data)
         runs.log_bytes(base.tracking_uri, run_id, name, data)
-    metrics = {"val_dice": result.val_dice or 0.0, "best_trial": best.number, **count}
+    metrics = {"val_dice": dice, "best_trial": best.number, **count}
     if scaling is not None:
         metrics["learning_rate_exponent"] = scaling.exponent
         runs.log_bytes(base.tracking_uri, run_id, "scaling.json", json.dumps(dataclasses.asdict(scaling)).encode())
