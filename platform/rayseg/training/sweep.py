@@ -88,10 +88,10 @@ class Sweep:
                 self._values.append(self._space.draw(following, self._seed))
                 continue
             while self._told <= following - self._abreast:
-                if self._told not in self._ended or not self._verdicts()[self._told].final:
+                if self._told not in self._ended:
                     return None
-                outcome = self.outcome(self._told)
-                self._optuna.tell(self._told, outcome.val_dice)
+                # Those before it have ended, too, so what became of it is final.
+                self._optuna.tell(self._told, self.outcome(self._told).val_dice)
                 self._told += 1
             self._values.append(self._optuna.ask(following))
         return self._values[number]

@@ -54,7 +54,7 @@ def run(sweep: Sweep, runs_of: Trials, folder: str, abreast: int) -> None:
             search_alg=_InOrder(sweep, runs_of),
             scheduler=_Halving(sweep),
             max_concurrent_trials=abreast,
-            reuse_actors=True,  # saves importing TensorFlow again
+            reuse_actors=False,  # after one that was stopped, whose function is still running, the next one fails
         ),
         run_config=ray_tune.RunConfig(name=name, storage_path=parent, storage_filesystem=files, verbose=0),
     )
