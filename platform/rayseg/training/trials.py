@@ -42,7 +42,8 @@ def run(sweep: Sweep, runs_of: Trials, folder: str, abreast: int) -> None:
     """Runs the trials that have not ended, `abreast` at once; Ray Tune's own files go to `folder`."""
     if sweep.found == sweep.trials:
         return
-    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # nobody reads its tables beside ours
+    # Nobody reads its tables and reports beside ours; the newer kind of the latter has a banner at any verbosity.
+    os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0"}
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     files, path = storage.filesystem(folder)
     parent, _, name = path.rpartition("/")
