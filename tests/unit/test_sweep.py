@@ -177,6 +177,7 @@ def test_the_exponent_of_rates_that_grow_with_the_batch_is_one() -> None:
     assert [row["learning_rate"] for row in found.best] == [0.001, 0.002, 0.004]
     assert found.exponent == pytest.approx(1)
     assert "batch^1.00, nearest to the linear rule" in found.sentence
+    assert "3 batch sizes, 0 of these without a survivor" in found.sentence
     root = scaling([outcome(0, 8, 0.001, 0.7), outcome(1, 32, 0.002, 0.7)])
     assert root is not None
     assert root.exponent == pytest.approx(0.5)

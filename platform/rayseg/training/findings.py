@@ -72,9 +72,10 @@ def scaling(outcomes: Sequence[Outcome]) -> Scaling | None:
     exponent = float(np.polyfit(np.log(batches), np.log(rates), 1)[0])
     rules = {"no scaling": 0.0, "the square root rule": 0.5, "the linear rule": 1.0}
     nearest = min(rules, key=lambda name: abs(rules[name] - exponent))
+    lost = sum(top.status != "completed" for top in tops)
     sentence = (
         f"best learning rate ~ batch^{exponent:.2f}, nearest to {nearest}, from one best trial a batch size "
-        f"({len(scored)} trials over {len(batches)} batch sizes)"
+        f"({len(scored)} trials, {len(batches)} batch sizes, {lost} of these without a survivor)"
     )
     rows = [
         {_BATCH: batch, _RATE: rate, "val_dice": float(top.val_dice or 0.0)}
