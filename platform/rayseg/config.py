@@ -17,7 +17,9 @@ from pydantic import TypeAdapter, ValidationError
 
 ConfigT = TypeVar("ConfigT")
 
-SECTIONS = frozenset({"catalog", "prepare", "train", "evaluate", "promote", "segment", "serve", "demo", "benchmark"})
+SECTIONS = frozenset(
+    {"catalog", "prepare", "train", "tune", "evaluate", "promote", "segment", "serve", "demo", "benchmark"}
+)
 
 
 def load(
@@ -27,14 +29,15 @@ def load(
 
     Args:
         config_class: the dataclass; nested dataclasses, tuples, literals and optional values are understood.
-        section: the recipe's section (one that the recipe lacks gives the defaults), or None for the whole recipe.
+        section: the recipe's section (one that the recipe lacks gives the defaults), or None for all sections that
+            the class has a field for.
         path: the recipe, or None for defaults plus `overrides`.
         overrides: `dotted.key=value` strings, relative to what is read; values are YAML.
 
     Raises:
         ValueError: missing or unreadable file, unknown section or key, wrong type, missing value: one line, key named.
     """
-    values = _section(path, section) if path is not None else {}
+    values = _sections(config_class, path, section) if path is not None else {}
     for override in overrides:
         _override(values, override)
     return build(config_class, values)
@@ -83,7 +86,7 @@ def digest(values: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _section(path: str | Path, section: str | None) -> dict[str, Any]:
+def _sections(config_class: type[Any], path: str | Path, section: str | None) -> dict[str, Any]:
     try:
         recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except FileNotFoundError:
@@ -98,7 +101,9 @@ def _section(path: str | Path, section: str | None) -> dict[str, Any]:
         if key not in SECTIONS:
             raise ValueError(f"config key {key}: unknown section in {path}; sections: {', '.join(sorted(SECTIONS))}")
     if section is None:
-        return recipe
+        return {
+            name: recipe[name] for name in recipe.keys() & {field.name for field in dataclasses.fields(config_class)}
+        }
     values = recipe.get(section) or {}
     if not isinstance(values, dict):
         raise ValueError(f"config key {section}: expected a mapping, got {values!r:.60}")
@@ -113,7 +118,12 @@ def _override(values: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         raise ValueError(f"config key {key}: {text!r} is not a YAML value") from None
-    *parents, leaf = key.strip().split(".")
+    put(values, key.strip(), value)
+
+
+def put(values: dict[str, Any], key: str, value: Any) -> None:
+    """Sets the dotted key in plain values; groups on the way are made. Raises ValueError where one is no group."""
+    *parents, leaf = key.split(".")
     for depth, parent in enumerate(parents):
         inner = values.get(parent)
         if inner is None:

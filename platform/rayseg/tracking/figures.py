@@ -2,15 +2,18 @@
 
 import io
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 from PIL import Image
 
 # Apart for the colour-blind and on grey (Okabe and Ito): bluish green for truth, vermilion for prediction.
@@ -174,6 +177,96 @@ def _chart(height_in: float) -> tuple[Figure, Axes]:
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#c3cbd6")
     return figure, axes
+
+
+def trials(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """What the trials of a sweep took and scored: a scatter of two numbers, parallel coordinates of anything else.
+
+    Args:
+        rows: one mapping a trial: `values` by key, `status` (`completed`, `stopped` or `failed`) and `val_dice`, None
+            of one that failed.
+    """
+    keys = sorted(rows[0]["values"])
+    figure = Figure(figsize=(max(6.4, 2.2 * len(keys)), 4.2), dpi=_DPI, facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    scored = [row["val_dice"] for row in rows if row["val_dice"] is not None]
+    colours = ScalarMappable(Normalize(min(scored, default=0), max(scored, default=1)), "viridis")
+    draw = _scatter if len(keys) == 2 and _numbers(rows, keys[0]) and _numbers(rows, keys[1]) else _parallel
+    draw(axes, rows, keys, colours)
+    figure.colorbar(colours, ax=axes, label="validation Dice", pad=0.02)
+    axes.set_title("Trials", loc="left", fontsize=10, fontweight="bold")
+    axes.tick_params(labelsize=8, colors="#55606e", length=0)
+    for side in ("top", "right", "left", "bottom"):
+        axes.spines[side].set_visible(False)
+    return _png(figure)
+
+
+def _scatter(axes: Axes, rows: Sequence[Mapping[str, Any]], keys: Sequence[str], colours: ScalarMappable) -> None:
+    """The second key over the first; its score at each point."""
+    across, up = keys[1], keys[0]
+    for row in rows:
+        x, y, dice = row["values"][across], row["values"][up], row["val_dice"]
+        if dice is None:
+            axes.scatter(x, y, marker="x", s=50, color=_FAINT)
+            continue
+        size = 130 if row["status"] == "completed" else 40
+        axes.scatter(x, y, s=size, color=colours.to_rgba(dice), edgecolors="#55606e", linewidths=0.6)
+        axes.annotate(f"{dice:.2f}", (x, y), (0, 9), textcoords="offset points", ha="center", fontsize=7)
+    for key, axis, set_scale in ((across, axes.xaxis, axes.set_xscale), (up, axes.yaxis, axes.set_yscale)):
+        values = sorted({row["values"][key] for row in rows})
+        if values[0] > 0 and values[-1] >= 4 * values[0]:
+            set_scale("log")
+        if len(values) <= 6:
+            axis.set_major_locator(FixedLocator(values))
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+            axis.set_minor_locator(NullLocator())
+    axes.margins(0.12)
+    axes.grid(color="#e4e8ee", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.set_xlabel(f"{across}   (large: completed, small: stopped, x: failed)", fontsize=9, color=_FAINT)
+    axes.set_ylabel(up, fontsize=9, color=_FAINT)
+
+
+def _parallel(axes: Axes, rows: Sequence[Mapping[str, Any]], keys: Sequence[str], colours: ScalarMappable) -> None:
+    """An upright a key, each from its least value to its greatest, and a line a trial."""
+    places = [_places(rows, key) for key in keys]
+    for number, row in enumerate(rows):
+        dice = row["val_dice"]
+        style = {"color": _FAINT, "linestyle": ":"} if dice is None else {"color": colours.to_rgba(dice)}
+        heights = [heights[number] for heights in places]
+        if len(keys) == 1:
+            axes.plot([-0.1, 0.1], heights * 2, linewidth=2.0, **style)
+        else:
+            axes.plot(range(len(keys)), heights, linewidth=2.2 if row["status"] == "completed" else 0.9, **style)
+    for at, key in enumerate(keys):
+        axes.axvline(at, color="#c9d0d9", linewidth=0.8, zorder=0)
+        labels = {(height, _shown(row["values"][key])) for height, row in zip(places[at], rows, strict=True)}
+        for height, value in sorted(labels):
+            axes.annotate(value, (at, height), (4, 0), textcoords="offset points", fontsize=7, va="center")
+    axes.set_xticks(range(len(keys)), keys)
+    axes.set_yticks([])
+    axes.set_xlabel("thick: completed, thin: stopped, dotted: failed", fontsize=9, color=_FAINT)
+
+
+def _numbers(rows: Sequence[Mapping[str, Any]], key: str) -> bool:
+    return all(isinstance(row["values"][key], int | float) for row in rows)
+
+
+def _places(rows: Sequence[Mapping[str, Any]], key: str) -> list[float]:
+    """Where each trial's value lies between the least, 0, and the greatest, 1; what is no number by its order."""
+    values = [row["values"][key] for row in rows]
+    if not _numbers(rows, key):
+        order = list(dict.fromkeys(map(str, values)))
+        values = [order.index(str(value)) for value in values]
+    elif min(values) > 0 and max(values) >= 4 * min(values):
+        values = [float(np.log(value)) for value in values]
+    span = max(values) - min(values)
+    return [(value - min(values)) / span if span else 0.5 for value in values]
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _outline(axes: Axes, mask: np.ndarray, color: str, width: float) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mlflow import MlflowClient, MlflowException
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.protos import databricks_pb2 as codes
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
@@ -151,6 +151,29 @@ def exists(tracking_uri: str, run_id: str) -> bool:
             if error.error_code in _FINAL:
                 return False
             raise
+
+
+def tagged(tracking_uri: str, experiment: str, tags: Mapping[str, str]) -> list[str]:
+    """Ids of the experiment's runs that have all these tags and are not deleted, the newest first."""
+    mlflow = client(tracking_uri)
+    with _reaching(tracking_uri):
+        found = mlflow.get_experiment_by_name(experiment)
+        if found is None:
+            return []
+        wanted = " and ".join(f"tags.`{name}` = '{value}'" for name, value in tags.items())
+        return [run.info.run_id for run in mlflow.search_runs([found.experiment_id], wanted)]
+
+
+def set_tags(tracking_uri: str, run_id: str, tags: Mapping[str, str]) -> None:
+    """Sets tags of the run; raises UnreachableError."""
+    with _reaching(tracking_uri):
+        client(tracking_uri).log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items()])
+
+
+def discard(tracking_uri: str, run_id: str) -> None:
+    """Deletes the run, as MLflow's UI does: it can be restored."""
+    with _reaching(tracking_uri):
+        client(tracking_uri).delete_run(run_id)
 
 
 def read_bytes(tracking_uri: str, run_id: str, path_in_run: str) -> bytes:

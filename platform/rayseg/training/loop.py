@@ -32,7 +32,8 @@ def train_worker(job: dict[str, Any]) -> dict[str, Any]:
     """Trains from the run's last checkpoint, if it has one, to its last epoch.
 
     Args:
-        job: `config`, a plain `TrainConfig` with absolute URIs; `run_id` in MLflow; `folder`, URI of the run's folder.
+        job: `config`, a plain `TrainConfig` with absolute URIs; `run_id` in MLflow; `folder`, URI of the run's folder;
+            `quiet`, whether to leave out the lines on each epoch.
 
     Returns:
         `attempts`, how often workers began on this run; `diverged`, the epoch whose loss is not finite, or None.
@@ -40,7 +41,7 @@ def train_worker(job: dict[str, Any]) -> dict[str, Any]:
     config = configuration.build(TrainConfig, job["config"])
     context = ray.train.get_context()
     rank, ranks = context.get_world_rank(), context.get_world_size()
-    _set_up(config, rank)
+    _set_up(config, rank, logging.WARNING if job["quiet"] else logging.INFO)
     attempts = _count_attempt(job["folder"]) if rank == 0 else 0
     with (
         Watchdog(config.hang_timeout_s) as watchdog,
@@ -99,9 +100,10 @@ class _Run:
             if learner.rank == 0:
                 state.callbacks = remembered(self._callbacks)
                 state.save(self._folder, learner.model, self._outputs)
-            # Waits for all ranks.
-            ray.train.report({"epoch": epoch + 1, **{name: value for name, value in logs.items() if value is not None}})
             self._publish()
+            # Waits for all ranks. With all epochs, as who hears this may not have heard of those before a restart.
+            dice = [row["val/dice_pooled"] for row in state.history]
+            ray.train.report({"epoch": epoch + 1, "dice": dice})
             watchdog.beat()
         called.on_train_end()
         return None
@@ -119,12 +121,12 @@ def _system_metrics(config: TrainConfig, run_id: str) -> AbstractContextManager[
     return runs.system_metrics(config.tracking_uri, run_id)
 
 
-def _set_up(config: TrainConfig, rank: int) -> None:
+def _set_up(config: TrainConfig, rank: int, level: int) -> None:
     """The process's logging, threads and seeds."""
     tf.get_logger().setLevel(logging.WARNING)
     # Ray shows what is logged here where the job runs: our words of rank 0, not each report of each rank.
     logging.getLogger().setLevel(logging.WARNING)
-    logging.getLogger("rayseg").setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    logging.getLogger("rayseg").setLevel(level if rank == 0 else logging.WARNING)
     threads = max(1, int(config.cpus_per_worker))
     tf.config.threading.set_intra_op_parallelism_threads(threads)
     tf.config.threading.set_inter_op_parallelism_threads(threads)

@@ -6,6 +6,7 @@ import json
 import logging
 import platform
 import subprocess
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ CONFIG_FILE, EPOCHS_FILE, _ENVIRONMENT_FILE = "config.json", "history.json", "en
 _TIMES = ("stall_percent", "rows_per_s")  # of an epoch: another run has others
 
 
-def begin(config: TrainConfig, prepared: PreparedSet) -> str:
+def begin(config: TrainConfig, prepared: PreparedSet, more_tags: Mapping[str, str]) -> str:
     """Creates the run and logs what is known before training: configuration, data, split, code, environment."""
     uri = config.tracking_uri
     resolved = dataclasses.replace(config, model=config.model.resolved())
@@ -35,7 +36,7 @@ def begin(config: TrainConfig, prepared: PreparedSet) -> str:
         "scaled_learning_rate": config.scaled_learning_rate,
         "prepared_digest": prepared.digest,
     }
-    tags = {"rayseg.code_sha256": _code(), **_git()}
+    tags = {"rayseg.code_sha256": _code(), **_git(), **more_tags}
     if config.reproduce:
         tags["rayseg.reproduces"] = config.reproduce
     run_id = runs.start(uri, config.experiment, config.name, parameters, tags)

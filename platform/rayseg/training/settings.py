@@ -149,6 +149,24 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class Trial:
+    """A training run as one of a sweep.
+
+    In MLflow it is a child of the sweep's run, it can be gone on with until the sweep has ended, and only the winner is
+    registered: in a second go on the run, which finds it trained.
+    """
+
+    parent_run_id: str
+    number: int
+    register: bool = False
+
+    @property
+    def tags(self) -> dict[str, str]:
+        """What its run is found by."""
+        return {"mlflow.parentRunId": self.parent_run_id, "rayseg.trial": str(self.number)}
+
+
+@dataclass(frozen=True)
 class TrainResult:
     """The registered model, and how the training went. Dice values are pooled over the validation split.
 
@@ -160,7 +178,7 @@ class TrainResult:
     """
 
     run_id: str
-    model_uri: str
+    model_uri: str  # empty, as the version, of a trial that is not registered
     version: str
     epochs: int
     best_epoch: int  # the one whose weights are registered

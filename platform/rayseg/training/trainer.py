@@ -10,11 +10,12 @@ import dataclasses
 import logging
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
-from ray.train import FailureConfig, LoggingConfig, Result, RunConfig, ScalingConfig, TrainingFailedError
+from ray.train import FailureConfig, LoggingConfig, Result, RunConfig, ScalingConfig, TrainingFailedError, UserCallback
 from ray.train.tensorflow import TensorflowTrainer
 
 from rayseg import cluster, storage
@@ -28,8 +29,8 @@ from rayseg.models.network import portable
 from rayseg.tracking import bundle, registry, runs
 from rayseg.training import journal, record, start
 from rayseg.training.callbacks import BEST_FILE
-from rayseg.training.loop import train_worker
-from rayseg.training.settings import TrainConfig, TrainResult
+from rayseg.training.loop import ATTEMPTS_FILE, train_worker
+from rayseg.training.settings import TrainConfig, TrainResult, Trial
 from rayseg.training.state import State
 
 __all__ = ["TrainConfig", "TrainResult", "fit"]
@@ -37,8 +38,13 @@ __all__ = ["TrainConfig", "TrainResult", "fit"]
 logger = logging.getLogger(__name__)
 
 
-def fit(config: TrainConfig) -> TrainResult:
+def fit(config: TrainConfig, trial: Trial | None = None, callbacks: Sequence[UserCallback] = ()) -> TrainResult:
     """Trains a model on the prepared set and registers its best epoch.
+
+    Args:
+        config: the run.
+        trial: the run is one of a sweep.
+        callbacks: of Ray Train; each epoch reports `epoch`, and `dice`, the validation Dice of all epochs so far.
 
     Lost and hung workers are replaced and the run goes on from its last checkpoint, `max_failures` times. The MLflow
     run gets what `record` and `journal` say, and ends FINISHED, or FAILED where this raises.
@@ -52,18 +58,20 @@ def fit(config: TrainConfig) -> TrainResult:
     """
     began = time.monotonic()
     cluster.connect()
-    config = _absolute(config)
+    config = absolute(config)
     if config.reproduce:
-        config = _absolute(record.to_repeat(config))
+        config = absolute(record.to_repeat(config))
     prepared = describe(config.prepared)
-    _check(config, prepared)
+    check(config, prepared)
     if config.reproduce:
         record.check_repeatable(config, prepared)
     key = f"{config.name}-{configuration.digest([configuration.plain(config), prepared.digest])[:12]}"
     unfinished = storage.join(config.storage, f"{key}.unfinished.json")
     run_id = _unfinished(unfinished, config.tracking_uri)
     if run_id is None:
-        run_id = record.begin(config, prepared)
+        for begun in runs.tagged(config.tracking_uri, config.experiment, trial.tags) if trial else ():
+            runs.discard(config.tracking_uri, begun)  # its driver was lost before it could note it
+        run_id = record.begin(config, prepared, trial.tags if trial else {})
         storage.write_json(unfinished, {"run_id": run_id})
     else:
         logger.info("train: goes on with the unfinished run %s", run_id)
@@ -71,18 +79,19 @@ def fit(config: TrainConfig) -> TrainResult:
     folder = storage.join(config.storage, f"{key}-{run_id[:8]}")
     try:
         start.bring_initial(config, prepared, folder)
-        restarts = _train(config, folder, run_id) - 1
-        result = _conclude(config, prepared, folder, run_id, restarts)
+        attempts = _attempts_to_the_end(config, folder) or _train(config, folder, run_id, trial, callbacks)
+        result = _conclude(config, prepared, folder, run_id, attempts - 1, trial is None or trial.register)
     except BaseException as error:
-        _finish(config.tracking_uri, run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
+        finish(config.tracking_uri, run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
         raise
     runs.finish(config.tracking_uri, run_id, "FINISHED")
-    storage.delete(unfinished)
+    if trial is None:
+        storage.delete(unfinished)
     return dataclasses.replace(result, seconds=time.monotonic() - began)
 
 
-def _absolute(config: TrainConfig) -> TrainConfig:
-    """Workers run in folders of their own."""
+def absolute(config: TrainConfig) -> TrainConfig:
+    """The run with URIs that hold in every folder: workers run in ones of their own."""
     return dataclasses.replace(
         config,
         prepared=config.prepared and storage.absolute(config.prepared),
@@ -91,7 +100,8 @@ def _absolute(config: TrainConfig) -> TrainConfig:
     )
 
 
-def _check(config: TrainConfig, prepared: PreparedSet) -> None:
+def check(config: TrainConfig, prepared: PreparedSet) -> None:
+    """Raises ValueError where such a run cannot begin, see `fit`."""
     for split, share in (("train", "the rest"), ("val", "prepare.split.val")):
         if not prepared.rows[split]:
             raise ValueError(f"train.prepared: the set has no rows in split {split}; prepare with more for {share}")
@@ -112,13 +122,30 @@ def _unfinished(uri: str, tracking_uri: str) -> str | None:
     return run_id if runs.exists(tracking_uri, run_id) else None
 
 
-def _train(config: TrainConfig, folder: str, run_id: str) -> int:
+def _attempts_to_the_end(config: TrainConfig, folder: str) -> int | None:
+    """How often workers began on a run whose last epoch has its checkpoint; None where there is more to train."""
+    with tempfile.TemporaryDirectory(prefix="rayseg-outputs-") as outputs:
+        state = State.load(folder, Path(outputs))
+    if state is None or not (state.stopped or state.epoch >= config.epochs):
+        return None
+    attempts: int = storage.read_json(storage.join(folder, ATTEMPTS_FILE))["attempts"]
+    return attempts
+
+
+def _train(
+    config: TrainConfig, folder: str, run_id: str, trial: Trial | None, callbacks: Sequence[UserCallback]
+) -> int:
     """Runs the workers, who leave their checkpoints in the folder; returns how often they began."""
     files, path = storage.filesystem(config.storage, storage.ATTEMPTS)
     resources = {"CPU": config.cpus_per_worker} | ({"GPU": 1.0} if config.use_gpu else {})
     trainer = TensorflowTrainer(
         train_worker,
-        train_loop_config={"config": configuration.plain(config), "run_id": run_id, "folder": folder},
+        train_loop_config={
+            "config": configuration.plain(config),
+            "run_id": run_id,
+            "folder": folder,
+            "quiet": trial is not None,
+        },
         scaling_config=ScalingConfig(
             num_workers=config.num_workers, use_gpu=config.use_gpu, resources_per_worker=resources
         ),
@@ -127,6 +154,7 @@ def _train(config: TrainConfig, folder: str, run_id: str) -> int:
             storage_path=path,
             storage_filesystem=files,
             failure_config=FailureConfig(max_failures=config.max_failures),
+            callbacks=list(callbacks),
             # Its own lines on every report would bury ours.
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
@@ -149,8 +177,10 @@ def _train(config: TrainConfig, folder: str, run_id: str) -> int:
     return returned["attempts"]
 
 
-def _conclude(config: TrainConfig, prepared: PreparedSet, folder: str, run_id: str, restarts: int) -> TrainResult:
-    """Registers the best epoch's weights and logs what came out."""
+def _conclude(
+    config: TrainConfig, prepared: PreparedSet, folder: str, run_id: str, restarts: int, register: bool
+) -> TrainResult:
+    """Logs what came out, and registers the best epoch's weights."""
     with tempfile.TemporaryDirectory(prefix="rayseg-bundle-") as temporary:
         outputs = Path(temporary, "outputs")
         state = State.load(folder, outputs)
@@ -166,9 +196,11 @@ def _conclude(config: TrainConfig, prepared: PreparedSet, folder: str, run_id: s
         best_epoch, best = state.best()
         threshold = state.threshold(config)
         text = record.end(config, prepared, state, model, outputs, run_id)
-        saved = Path(temporary, "bundle")
-        bundle.save(saved, model, prepared.preprocess, prepared.labels, threshold, synthetic.slice_bytes())
-        version = registry.register(config.tracking_uri, run_id, saved, config.registered_model, text)
+        version = None
+        if register:
+            saved = Path(temporary, "bundle")
+            bundle.save(saved, model, prepared.preprocess, prepared.labels, threshold, synthetic.slice_bytes())
+            version = registry.register(config.tracking_uri, run_id, saved, config.registered_model, text)
     reproduced = record.repeated(config, state, run_id) if config.reproduce else None
     outcome: dict[str, float] = {"best_epoch": best_epoch, "restarts": restarts}
     if len(prepared.labels.names) == 1:
@@ -176,8 +208,8 @@ def _conclude(config: TrainConfig, prepared: PreparedSet, folder: str, run_id: s
     runs.log_metrics(config.tracking_uri, run_id, outcome)
     return TrainResult(
         run_id=run_id,
-        model_uri=version.uri,
-        version=version.version,
+        model_uri=version.uri if version else "",
+        version=version.version if version else "",
         epochs=state.epoch,
         best_epoch=best_epoch,
         val_dice=best["val/dice_pooled"],
@@ -191,7 +223,7 @@ def _conclude(config: TrainConfig, prepared: PreparedSet, folder: str, run_id: s
     )
 
 
-def _finish(tracking_uri: str, run_id: str, status: Literal["FAILED", "KILLED"]) -> None:
+def finish(tracking_uri: str, run_id: str, status: Literal["FAILED", "KILLED"]) -> None:
     """Ends the run while an error is on its way, which must not be hidden by another one."""
     try:
         runs.finish(tracking_uri, run_id, status)
