@@ -17,7 +17,9 @@ from pydantic import TypeAdapter, ValidationError
 
 ConfigT = TypeVar("ConfigT")
 
-SECTIONS = frozenset({"catalog", "prepare", "train", "evaluate", "promote", "segment", "serve", "demo", "benchmark"})
+SECTIONS = frozenset(
+    {"catalog", "prepare", "train", "evaluate", "compare", "promote", "segment", "serve", "demo", "benchmark"}
+)
 
 
 def load(

@@ -44,10 +44,11 @@ def register(
     *,
     rows: str = "set a",
     train: Sequence[str] = ("someone",),
+    val: Sequence[str] = (),
     test: Sequence[str] | None = None,
     tags: Mapping[str, str] | None = None,
 ) -> str:
-    """A version of `name`, evaluated where `found` is given, and trained on the patients of `train`; returns its URI.
+    """A version of `name`, evaluated where `found` is given, trained on `train`, validated on `val`; returns its URI.
 
     `test` are the patients that its split held out; by default those that it was evaluated on.
     """
@@ -58,7 +59,9 @@ def register(
         client.set_tag(run_id, set_tag("test"), rows)
         test = sorted(set(found["patient_key"].to_pylist())) if test is None else test
     lines = [
-        f"{patient},{split},{split},1,1" for split, of in (("train", train), ("test", test or ())) for patient in of
+        f"{patient},{split},{split},1,1"
+        for split, of in (("train", train), ("val", val), ("test", test or ()))
+        for patient in of
     ]
     runs.log_bytes(tracking, run_id, "split.csv", "\n".join(["patient_key,part,split,rows,positive", *lines]).encode())
     if not client.search_registered_models(f"name = '{name}'"):

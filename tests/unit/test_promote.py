@@ -113,10 +113,10 @@ def test_one_class_can_be_asked_for(tracking: str) -> None:
 
 
 def test_patients_that_it_learned_from_do_not_test_it(tracking: str) -> None:
-    _, leaked = standing_and(tracking, "leak", shifted(5), train=["someone", "patient-007"])
+    _, leaked = standing_and(tracking, "leak", shifted(5), train=["someone", "patient-007"], val=["patient-003"])
     result = run(tracking, leaked)
     assert not result.promoted
-    assert "1 of 30 test patients were trained or validated on: patient-00 " in result.reason
+    assert "2 of 30 test patients were trained or validated on: patient-00 " in result.reason
     assert check(result, "non-inferiority")["passed"]
 
     heir = register(tracking, "leak", shifted(5), tags={registry.INITIAL_TAG: leaked})

@@ -18,7 +18,7 @@ _RUN_ID = re.compile(r"[0-9a-f]{32}")
 class Evaluated:
     """A model's cases of one split.
 
-    name: `models:/NAME/VERSION`, or the name of its run.
+    name: `models:/NAME/VERSION`, or the name of its run and the beginning of that one's id.
     digest: of the rows and labels that were scored: equal digests, equal sets.
     table: of the schema `cases.CASES`.
     """
@@ -53,7 +53,7 @@ def read(tracking_uri: str, model: str, split: str) -> Evaluated:
     if _RUN_ID.fullmatch(model):
         if not runs.exists(tracking_uri, model):
             raise ValueError(f"run {model}: not found in {tracking_uri}")
-        run_id, name = model, runs.client(tracking_uri).get_run(model).info.run_name or model
+        run_id, name = model, f"{runs.client(tracking_uri).get_run(model).info.run_name} {model[:8]}"
     else:
         version = registry.resolve(tracking_uri, model)
         run_id, name = version.run_id, version.uri

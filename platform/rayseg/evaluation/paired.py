@@ -24,6 +24,7 @@ _DISTANCES = {f"{name}_{unit}_per_case" for name in ("hd95", "assd") for unit in
 
 LOWER_IS_BETTER = frozenset({"brier", "lesions_false_per_case", *_FALSE, *_DISTANCES})
 COMPARED = tuple(name for name in METRICS if name not in _NEEDS_PROBABILITIES | _NO_SIDE)
+PER_CASE = tuple(name for name in COMPARED if name.endswith(("_per_case", "_per_empty_case")))
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def difference(
     if low is not None and high is not None and low * high > 0:
         better = "challenger" if sign * low > 0 else "baseline"
     p_value = wins = ties = losses = one_sided = None
-    if _column(name) in challenger[0]:
+    if name in PER_CASE:
         first, second = of_patients(name, challenger), of_patients(name, baseline)
         both = np.isfinite(first) & np.isfinite(second)
         gains = sign * (first - second)[both]
@@ -102,21 +103,12 @@ def of_patients(name: str, classes: Sequence[Columns]) -> np.ndarray:
     """A metric per case of each patient, float (patients,): the mean over the classes that have one, NaN without any.
 
     Raises:
-        ValueError: the metric is pooled, or there is no such metric.
+        ValueError: the metric is none of `PER_CASE`.
     """
-    column = _column(name)
-    if name not in COMPARED or column not in classes[0]:
-        known = ", ".join(one for one in COMPARED if _column(one) in classes[0])
-        raise ValueError(f"{name} is no metric of single patients; those are {known}")
+    if name not in PER_CASE:
+        raise ValueError(f"{name} is no metric of single patients; those are {', '.join(PER_CASE)}")
+    column = name.removesuffix("_per_case").removesuffix("_per_empty_case")
     values = np.stack([of_class[column] for of_class in classes])
     defined = np.isfinite(values)
     with np.errstate(invalid="ignore"):
         return np.where(defined.any(axis=0), np.nansum(values, axis=0) / defined.sum(axis=0), np.nan)
-
-
-def _column(name: str) -> str:
-    """The column of a metric per case; that of a pooled one is none of them."""
-    for suffix in ("_per_case", "_per_empty_case"):
-        if name.endswith(suffix):
-            return name.removesuffix(suffix)
-    return ""

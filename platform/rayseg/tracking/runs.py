@@ -7,13 +7,13 @@ import logging
 import re
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 from mlflow import MlflowClient, MlflowException
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
+from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelInput, Metric, Param
 from mlflow.protos import databricks_pb2 as codes
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
@@ -122,6 +122,14 @@ def log_dataset(tracking_uri: str, run_id: str, uri: str, digest: str, profile: 
     dataset = Dataset(name, digest[:36], "rayseg.prepared", source=uri, profile=profile)
     tag = InputTag("mlflow.data.context", context)
     client(tracking_uri).log_inputs(run_id, datasets=[DatasetInput(dataset, tags=[tag])])
+
+
+def log_models_used(tracking_uri: str, run_id: str, trained_by: Sequence[str]) -> None:
+    """Names the models that the runs `trained_by` gave as inputs of the run."""
+    mlflow = client(tracking_uri)
+    given = [output for one in trained_by for output in mlflow.get_run(one).outputs.model_outputs]
+    if given:
+        mlflow.log_inputs(run_id, models=[LoggedModelInput(output.model_id) for output in given])
 
 
 def resume(tracking_uri: str, run_id: str) -> None:
