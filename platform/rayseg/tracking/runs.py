@@ -171,8 +171,12 @@ def read_bytes(tracking_uri: str, run_id: str, path_in_run: str) -> bytes:
 
 
 def log_file(tracking_uri: str, run_id: str, path_in_run: str, path: str | Path) -> None:
-    """Keeps the local file `path` as the run's artifact `path_in_run`."""
-    log_bytes(tracking_uri, run_id, path_in_run, Path(path).read_bytes())
+    """Keeps the local file `path` as the run's artifact `path_in_run`; it is not read into memory."""
+    folder, _, file_name = path_in_run.rpartition("/")
+    with tempfile.TemporaryDirectory() as temporary:
+        named = Path(temporary, file_name)
+        named.symlink_to(Path(path).absolute())
+        client(tracking_uri).log_artifact(run_id, str(named), folder or None)
 
 
 def log_bytes(tracking_uri: str, run_id: str, path_in_run: str, data: bytes) -> None:
