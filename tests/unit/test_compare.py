@@ -65,7 +65,7 @@ def test_each_model_is_compared_with_the_first_and_all_of_it_is_kept(tracking: s
 
     page = runs.read_bytes(tracking, result.run_id, "report.html").decode()
     assert "Research software, not a medical device" in page
-    assert "+0.100" in page
+    assert "+0.1000" in page
     assert "0 / 0 / 8" in page
     assert not re.search(r"""(src|href)=["'](?!data:)""", page), "nothing to fetch"
     assert len(result.scatter) == 2

@@ -58,6 +58,12 @@ def test_equal_models_differ_in_nothing() -> None:
         assert found.wins in (0, None)
 
 
+def test_what_differs_by_rounding_is_a_tie() -> None:
+    counted = found_of([50, 60])
+    found = between("dice_per_case", classes(counted, dice=[0.5 + 1e-9, 0.6]), classes(counted, dice=[0.5, 0.6 + 1e-9]))
+    assert (found.wins, found.ties, found.losses, found.p_value) == (0, 2, 0, None)
+
+
 def test_the_interval_is_of_the_same_patients_drawn_for_both() -> None:
     """Against a bootstrap in a loop of Python's own random numbers, on cases of unequal size."""
     sizes = np.random.default_rng(0)

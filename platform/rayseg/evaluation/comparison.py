@@ -65,7 +65,10 @@ def _number(value: float | None) -> str:
 
 
 def _signed(value: float | None) -> str:
-    return _UNDEFINED if value is None else ("+" if value > 0 else "") + _number(value).replace("-", "\u2212")
+    """One digit more than `_number`: a difference is small beside what differs."""
+    if value is None:
+        return _UNDEFINED
+    return (f"{value:+.4f}" if abs(value) < 1 else f"{value:+.3g}").replace("-", "\u2212")
 
 
 def _p_value(value: float | None) -> str:
