@@ -326,6 +326,9 @@ def test_several_classes_from_the_folder_to_a_registered_model_and_its_scores(
     logged = runs.client(tracking_uri).get_run(trained.run_id).data.metrics
     for name, one in scored.classes.items():
         assert logged.get(f"test/dice_pooled/{name}") == one.get("dice_pooled")
+    described = runs.client(tracking_uri).get_model_version("bleeds", "1").description
+    assert f"| dice_pooled | {scored.dice_pooled:.4g} |" in described  # training's card, with the scores
+    assert "### test by class" in described
 
     bundle_dir, version = registry.fetch(tracking_uri, trained.model_uri)
     predictor = Predictor.load(bundle_dir)

@@ -53,6 +53,8 @@ def test_a_lesion_goes_on_from_slice_to_slice_of_a_volume_only() -> None:
     assert row_of(masks, masks, [at(0), at(5)])["lesions_true"] == 1
     assert row_of(masks, masks, [at(None), at(None)])["lesions_true"] == 2
     assert row_of(masks, masks, [None, None])["lesions_true"] == 2
+    apart = [masks[0], mask(), masks[1]]  # in the order of their places the empty one is the last
+    assert row_of(apart, apart, [at(0), at(10), at(5)])["lesions_true"] == 1
 
 
 def test_planes_are_measured_one_by_one_and_averaged_in_the_unit_that_is_known() -> None:

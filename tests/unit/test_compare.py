@@ -14,6 +14,7 @@ from PIL import Image
 from rayseg.evaluation.compare import CompareConfig, compare
 from rayseg.evaluation.comparison import Challenger, Comparison, render
 from rayseg.evaluation.paired import Difference
+from rayseg.evaluation.publish import tolerance_tag
 from rayseg.tracking import figures, registry, runs
 from tests.unit.evaluated_models import found_of, register, table
 
@@ -100,6 +101,13 @@ def test_classes_are_told_one_by_one(tracking: str) -> None:
 def test_other_rows_are_refused(tracking: str) -> None:
     models = (register(tracking, "rows", cases(0)), register(tracking, "rows", cases(0), rows="set b"))
     with pytest.raises(ValueError, match=r"models:/rows/2 and models:/rows/1 were evaluated on other rows of test"):
+        compare(CompareConfig(models=models, tracking_uri=tracking))
+
+
+def test_other_tolerances_are_refused(tracking: str) -> None:
+    near, far = ({tolerance_tag("test"): told} for told in ("1 mm", "2 mm"))
+    models = (register(tracking, "near", cases(0), tags=near), register(tracking, "near", cases(0), tags=far))
+    with pytest.raises(ValueError, match=r"other tolerances of surfaces \(2 mm and 1 mm\)"):
         compare(CompareConfig(models=models, tracking_uri=tracking))
 
 

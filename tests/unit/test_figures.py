@@ -3,9 +3,10 @@
 import io
 
 import numpy as np
+import pytest
 from PIL import Image
 
-from rayseg.tracking.figures import PREDICTION, TRUTH, curves, overlay
+from rayseg.tracking.figures import PREDICTION, TRUTH, agreement, curves, overlay, reliability
 
 
 def decode(png: bytes) -> np.ndarray:
@@ -66,3 +67,33 @@ def test_curves_draw_what_there_is_and_leave_out_what_is_missing() -> None:
     assert not near(drawn[:, half:], "#2266aa").any()  # no train Dice is known
     assert near(drawn[:, half:], "#d1610c").any()
     assert decode(curves([])).shape == drawn.shape
+
+
+def rows_of(picture: np.ndarray, color: str) -> list[float]:
+    """Heights, from the top, of the horizontal lines of that colour, solid or dashed."""
+    found = np.flatnonzero(near(picture, color, 60).mean(axis=1) > 0.3)
+    return [float(run.mean()) for run in np.split(found, np.flatnonzero(np.diff(found) > 2) + 1) if run.size]
+
+
+def test_agreement_shows_a_point_a_case_between_the_limits_and_the_bias() -> None:
+    mean, difference = np.array([10.0, 20, 30, np.nan]), np.array([-4.0, 0, 8, 1])
+    picture = decode(agreement(mean, difference, [-8, 2, 12], "mL"))
+    upper, bias, lower = rows_of(picture, "#d1610c")
+    assert bias - upper == pytest.approx(lower - bias, abs=2)  # 10 mL on each side
+    columns = np.flatnonzero(near(picture, "#679bd0").sum(axis=0) > 2)
+    points = np.split(columns, np.flatnonzero(np.diff(columns) > 5) + 1)
+    assert len(points) == 3  # the case without a number has none
+    assert len(rows_of(decode(agreement(mean, difference, [2], "px")), "#d1610c")) == 1
+
+
+def test_reliability_shows_how_far_probabilities_are_from_the_diagonal() -> None:
+    places = np.arange(0.05, 1, 0.1)
+    pixels = np.full(10, 1000.0)
+
+    def blue(share: np.ndarray) -> np.ndarray:
+        picture = decode(reliability({"a": np.stack([pixels, pixels * places, pixels * share], axis=1)}))
+        return np.argwhere(near(picture, "#2266aa"))[:, 0]
+
+    assert blue(places**3).mean() > blue(places).mean() + 20  # lower in the picture: less often than it says
+    some = np.stack([pixels * (places > 0.5), pixels * places, pixels], axis=1)
+    assert decode(reliability({"a": some, "b": some})).std() > 0  # bins may be empty, classes several

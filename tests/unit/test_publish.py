@@ -17,6 +17,7 @@ from rayseg.data.prepared import PreparedSet
 from rayseg.data.preprocess import Preprocess
 from rayseg.dicom.reading import Slice
 from rayseg.evaluation import cases
+from rayseg.evaluation import publish as publish_module
 from rayseg.evaluation.cases import Tolerance
 from rayseg.evaluation.publish import Artifacts, publish, set_tag
 from rayseg.evaluation.record import Record
@@ -77,7 +78,7 @@ def recorded(split: str, labels: Labels, rows: Sequence[dict[str, Any]]) -> Reco
 def published(tracking: str, record: Record, version: registry.ModelVersion, **wanted: int) -> Artifacts:
     held_out = PreparedSet("", (8, 8, 1), Preprocess(size=(8, 8)), record.labels, {}, "d" * 64, {}, {}, 1)
     pictures = {"overlays": 0, "worst": 0} | wanted
-    return publish(tracking, version, held_out, record, record.findings(**OPTIONS), **pictures)
+    return publish(tracking, version, held_out, record, record.findings(**OPTIONS), tolerance="2 mm, 2 px", **pictures)
 
 
 def version_of(tracking: str) -> registry.ModelVersion:
@@ -177,6 +178,13 @@ def test_several_classes_are_told_one_by_one_and_together(tmp_path: Path, tracki
     assert "models:/<m>/1" not in page
 
 
+def test_of_equally_bad_cases_the_one_with_most_wrong_pixels_is_first(tmp_path: Path) -> None:
+    missed = {"a": block(2), "b": block(6), "c": block(4)}
+    rows = [row(tmp_path, patient, 1, block(0), truth) for patient, truth in missed.items()]
+    ranked = publish_module._ranked(recorded("test", Labels(), [*rows, row(tmp_path, "d", 1, block(1), block(1))]))
+    assert [patient["wrongest"]["patient_key"] for patient in ranked] == ["b", "c", "a", "d"]
+
+
 def test_rejects_are_listed_without_their_uris(rows: list[dict[str, Any]], tracking: str) -> None:
     gone = {**rows[0], "row_id": "id-x", "uri": "/in/DOE^JANE/1.png", "masks": []}
     version = version_of(tracking)
@@ -203,7 +211,8 @@ def test_the_tag_names_the_rows_and_labels_whatever_their_order(rows: list[dict[
     assert tag(rows, Labels(threshold=3)) != first
     version = version_of(tracking)
     published(tracking, recorded("test", Labels(), rows), version)
-    assert runs.client(tracking).get_run(version.run_id).data.tags[set_tag("test")] == first
+    tags = runs.client(tracking).get_run(version.run_id).data.tags
+    assert (tags[set_tag("test")], tags["rayseg.test_tolerance"]) == (first, str(Tolerance()))
 
 
 def test_the_card_is_written_anew_with_each_split(rows: list[dict[str, Any]], tracking: str) -> None:
@@ -226,7 +235,7 @@ def test_the_card_is_written_anew_with_each_split(rows: list[dict[str, Any]], tr
     assert text == runs.read_bytes(tracking, version.run_id, card.MARKDOWN).decode()
     logged = metrics_of(tracking, version)
     low, high = (logged[f"test/dice_pooled_{end}"] for end in ("low", "high"))
-    line = f"| dice_pooled | {logged['test/dice_pooled']:.4f} | {low:.4f} to {high:.4f} |"
+    line = f"| dice_pooled | {logged['test/dice_pooled']:.4g} | {low:.4g} to {high:.4g} |"
     assert text.count(line) == text.count("## Scores on test\n") == 1
     assert "None yet" not in text
     assert "test: 5 patients only" in text

@@ -57,7 +57,7 @@ CASES = pa.schema(
         ("lesions_predicted", pa.int64()),
         ("lesions_false", pa.int64()),  # of the predicted ones
         ("lesion_f1", pa.float64()),
-        ("truth_ml", pa.float64()),  # volumes; null where positions and thickness do not give any
+        ("truth_ml", pa.float64()),  # volumes; null where a slice has no place, or one alone no thickness
         ("predicted_ml", pa.float64()),
         ("modality", pa.string()),  # what subgroups go by: of most of the patient's slices; null for image files
         ("pixel_spacing_mm", pa.float64()),  # the mean of that between rows and that between columns, over the slices
@@ -72,6 +72,9 @@ class Tolerance:
 
     mm: float = 2.0
     px: float = 2.0
+
+    def __str__(self) -> str:
+        return f"{self.mm:g} mm, {self.px:g} px"
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,7 +139,7 @@ class Case:
         self._volumes_ml: list[tuple[float | None, float | None]] = []
 
     def add_series(self, made: Sequence[Image], index: int) -> None:
-        """Adds the class `index` of all images that one series makes."""
+        """Adds the class `index` of all images that one series makes; of slices without a place, of each by itself."""
         true: list[int] = []
         predicted: list[int] = []
         for image in made:
@@ -147,7 +150,8 @@ class Case:
                 self.lesions += lesions(prediction, truth)
             true += truth.sum(axis=(1, 2)).tolist()
             predicted += prediction.sum(axis=(1, 2)).tolist()
-        places = [place for image in made for place in image.places if place is not None]
+        known = [place for image in made for place in image.places]
+        places = [place for place in known if place is not None and place.image_position_mm is not None]
         if len(places) < len(true):
             self._volumes_ml.append((None, None))
         else:

@@ -126,7 +126,14 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
 
     findings = record.findings(resamples=config.resamples, min_patients=config.min_patients)
     artifacts = publish(
-        config.tracking_uri, version, held_out, record, findings, overlays=config.overlays, worst=config.worst
+        config.tracking_uri,
+        version,
+        held_out,
+        record,
+        findings,
+        tolerance=str(config.tolerance),
+        overlays=config.overlays,
+        worst=config.worst,
     )
     metrics = {name: one.value for name, one in findings.together.items()}
     return EvaluateResult(

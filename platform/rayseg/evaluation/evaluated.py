@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from rayseg.evaluation import cases
 from rayseg.evaluation.metrics import Columns, columns_of
-from rayseg.evaluation.publish import set_tag
+from rayseg.evaluation.publish import set_tag, tolerance_tag
 from rayseg.tracking import registry, runs
 
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
@@ -20,6 +20,7 @@ class Evaluated:
 
     name: `models:/NAME/VERSION`, or the name of its run and the beginning of that one's id.
     digest: of the rows and labels that were scored: equal digests, equal sets.
+    tolerance: of its normalised surface distances, as its tag tells it; None where none does.
     table: of the schema `cases.CASES`.
     """
 
@@ -27,6 +28,7 @@ class Evaluated:
     run_id: str
     split: str
     digest: str
+    tolerance: str | None
     table: pa.Table
 
     @property
@@ -57,18 +59,19 @@ def read(tracking_uri: str, model: str, split: str) -> Evaluated:
     else:
         version = registry.resolve(tracking_uri, model)
         run_id, name = version.run_id, version.uri
-    digest = runs.client(tracking_uri).get_run(run_id).data.tags.get(set_tag(split))
+    tags = runs.client(tracking_uri).get_run(run_id).data.tags
+    digest = tags.get(set_tag(split))
     if digest is None:
         raise ValueError(f"{name} was never evaluated on {split}: run the evaluate job on it first")
     try:
         data = runs.read_bytes(tracking_uri, run_id, f"{split}/{cases.PARQUET}")
     except ValueError as error:
         raise ValueError(f"{name} has no table of its cases on {split}: evaluate it again") from error
-    return Evaluated(name, run_id, split, digest, cases.read(data))
+    return Evaluated(name, run_id, split, digest, tags.get(tolerance_tag(split)), cases.read(data))
 
 
 def check_same_set(models: Sequence[Evaluated]) -> None:
-    """Raises ValueError where two models were not evaluated on the same rows with the same labels."""
+    """Raises ValueError where two models were not evaluated on the same rows, with the same labels and tolerance."""
     first, *others = models
     for other in others:
         same = other.digest == first.digest and other.patients == first.patients and other.labels == first.labels
@@ -76,4 +79,9 @@ def check_same_set(models: Sequence[Evaluated]) -> None:
             raise ValueError(
                 f"{other.name} and {first.name} were evaluated on other rows of {first.split}: evaluate both on one "
                 "prepared set, or on sets with the same split of the same objects"
+            )
+        if other.tolerance != first.tolerance:
+            raise ValueError(
+                f"{other.name} and {first.name} were evaluated with other tolerances of surfaces ({other.tolerance} and "
+                f"{first.tolerance}): evaluate both with one evaluate.tolerance"
             )

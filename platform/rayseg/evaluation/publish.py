@@ -44,6 +44,7 @@ def publish(
     record: Record,
     findings: Findings,
     *,
+    tolerance: str,
     overlays: int,
     worst: int,
 ) -> Artifacts:
@@ -55,6 +56,7 @@ def publish(
         held_out: its `preprocess` gives the pictures the grey values that the network sees.
         record: the cases.
         findings: of the record.
+        tolerance: in words, that of the normalised surface distances.
         overlays: number of pictures: the largest slice of so many cases, evenly from the worst to the best.
         worst: the slice with most wrong pixels of so many of the worst cases.
     """
@@ -91,7 +93,7 @@ def publish(
     uris = {name: [keep(f"{one.name}.png", one.png) for one in made] for name, made in pictures.items()}
     page = report.Report(
         model=version.uri, split=split, patients=record.patients, slices=record.slices, rejects=len(record.rejects),
-        findings=findings, charts=charts, worst=pictures["worst"], cases=_worst_first(table),
+        tolerance=tolerance, findings=findings, charts=charts, worst=pictures["worst"], cases=_worst_first(table),
     )  # fmt: skip
     artifacts = Artifacts(
         cases_table=keep(cases.CSV, cases.to_csv(table)),
@@ -99,14 +101,20 @@ def publish(
         overlays=uris["overlay"],
     )
     runs.client(tracking_uri).set_tag(run_id, set_tag(split), record.digest())
+    runs.client(tracking_uri).set_tag(run_id, tolerance_tag(split), tolerance)
     runs.log_metrics(tracking_uri, run_id, _metrics(record, findings))
-    card.add_evaluation(tracking_uri, version, _evaluation(record, held_out, findings))
+    card.add_evaluation(tracking_uri, version, _evaluation(record, held_out, findings, tolerance))
     return artifacts
 
 
 def set_tag(split: str) -> str:
     """Name of the run's tag with the digest of the rows and labels that its scores are of: equal tags, equal sets."""
     return f"rayseg.{split}_set"
+
+
+def tolerance_tag(split: str) -> str:
+    """Name of the run's tag with the tolerance of its normalised surface distances."""
+    return f"rayseg.{split}_tolerance"
 
 
 def _metrics(record: Record, findings: Findings) -> dict[str, float]:
@@ -218,7 +226,7 @@ def _six(value: float | None) -> str:
     return "" if value is None else f"{value:.6f}"
 
 
-def _evaluation(record: Record, held_out: PreparedSet, findings: Findings) -> card.Evaluation:
+def _evaluation(record: Record, held_out: PreparedSet, findings: Findings, tolerance: str) -> card.Evaluation:
     """What the card tells."""
     return card.Evaluation(
         split=record.split,
@@ -226,6 +234,7 @@ def _evaluation(record: Record, held_out: PreparedSet, findings: Findings) -> ca
         patients=record.patients,
         slices=record.slices,
         rejected=len(record.rejects),
+        tolerance=tolerance,
         metrics={name: _ends(one) for name, one in findings.together.items()},
         classes={name: {key: _ends(one) for key, one in of.items()} for name, of in findings.classes.items()},
         groups=[

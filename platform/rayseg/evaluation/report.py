@@ -40,6 +40,7 @@ class Report:
     patients: int
     slices: int
     rejects: int
+    tolerance: str  # of nsd
     findings: Findings
     charts: Sequence[Picture]
     worst: Sequence[Picture]

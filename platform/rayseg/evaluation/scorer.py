@@ -69,7 +69,7 @@ class Judged:
 
 
 class Scorer:
-    """Scores patients with one model. What it holds at a time are the label maps of one series."""
+    """Scores patients with one model. What it holds at a time are the label maps of one series that has positions."""
 
     def __init__(self, predictor: Predictor, labels: Labels, tolerance: Tolerance) -> None:
         self._predictor, self._labels, self._tolerance = predictor, labels, tolerance
@@ -130,9 +130,14 @@ class _Patient:
         self, rows: Sequence[dict[str, Any]], judged: Callable[[dict[str, Any]], Judged | Reject]
     ) -> dict[str, Any]:
         for _, series in groupby(rows, key=lambda row: row["series_key"]):
-            made = list(self._slices(series, judged))
-            if made:
-                self._add_series(images(*zip(*made, strict=True)))
+            placed = []
+            for prediction, true, place in self._slices(series, judged):
+                if place is None or place.image_position_mm is None:  # of no volume: nothing to wait for
+                    self._add_series(images([prediction], [true], [place]))
+                else:
+                    placed.append((prediction, true, place))
+            if placed:
+                self._add_series(images(*zip(*placed, strict=True)))
         patient_key = rows[0]["patient_key"]
         subgroups = {
             "modality": self._modalities.most_common(1)[0][0] if self._modalities else None,

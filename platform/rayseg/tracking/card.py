@@ -49,8 +49,8 @@ Segments {labels} in CT or MR slices. The form of this card follows Mitchell et 
 ## Training
 
 - Network: `{model}`
-- {epochs} epochs, batch {batch_size}, learning rate {rate:.3g} ({schedule}), {precision}, seed {seed}; the weights are
-  those of epoch {best_epoch}.
+- {epochs} epochs, batch {batch_size}, learning rate {rate:.3g} ({schedule}), {precision}, seed {seed}.
+- The weights are those of epoch {best_epoch}.
 
 ## Scores on validation
 
@@ -107,6 +107,7 @@ class Evaluation:
     patients: int
     slices: int
     rejected: int
+    tolerance: str  # of the normalised surface distance
     metrics: dict[str, Ends]
     classes: dict[str, dict[str, Ends]]
     groups: list[Group]
@@ -164,13 +165,13 @@ def render(card: Card) -> str:
     """The card as Markdown."""
     single = len(card.labels) == 1
     decision = f"foreground from a probability of {card.threshold:.4g}" if single else "the most probable class"
-    told = "".join(_evaluation(one) for one in card.evaluations)
+    told = "\n".join(_evaluation(one) for one in card.evaluations)
     return _CARD.format(
         name=card.name,
         labels=", ".join(card.labels),
         shape=" x ".join(map(str, card.shape)),
         decision=decision,
-        limits="".join(f"- {limit}\n" for one in card.evaluations for limit in _limits(one)),
+        limits="".join(f"- {limit}\n" for one in card.evaluations for limit in _limits(card, one)),
         digest=card.digest,
         split=", ".join(f"{split} {rows}" for split, rows in card.rows.items()),
         rows=sum(card.rows.values()),
@@ -196,9 +197,10 @@ def _evaluation(one: Evaluation) -> str:
         f"## Scores on {one.split}",
         "",
         f"{one.patients} patients, {one.slices} slices of prepared set `{one.digest}` ({one.rejected} could not be "
-        "read), on the slices' own grid; 95 % intervals by bootstrap over patients. README defines the metrics.",
+        "read), on the slices' own grid; 95 % intervals by bootstrap over patients, tolerance of nsd "
+        f"{one.tolerance}. README defines the metrics.",
         "",
-        *_table(("",), [((name,), one.metrics[name]) for name in _TOLD if name in one.metrics]),
+        *_table(("metric",), [((name,), one.metrics[name]) for name in _TOLD if name in one.metrics]),
     ]
     if len(one.classes) > 1:
         rows = [
@@ -207,7 +209,7 @@ def _evaluation(one: Evaluation) -> str:
             for metric in ("dice_pooled", "dice_per_case", "lesion_f1")
             if metric in of_class
         ]
-        lines += ["", f"### {one.split} by class", "", *_table(("class", ""), rows)]
+        lines += ["", f"### {one.split} by class", "", *_table(("class", "metric"), rows)]
     if one.groups:
         members = [
             ((group.name, f"{group.by}: {group.group}", str(group.patients)), group.metrics["dice_per_case"])
@@ -216,19 +218,21 @@ def _evaluation(one: Evaluation) -> str:
         ]
         lines += ["", f"### {one.split} by subgroup, dice_per_case", ""]
         lines += _table(("class", "group", "patients"), members)
-    return "\n".join([*lines, "", ""])
+    return "\n".join([*lines, ""])
 
 
 def _table(head: Sequence[str], rows: Sequence[tuple[Sequence[str], Ends]]) -> Iterator[str]:
     yield f"| {' | '.join([*head, 'value', '95 % interval'])} |"
     yield "|" + "---|" * (len(head) + 2)
     for cells, (value, low, high) in rows:
-        interval = "" if low is None or high is None else f"{low:.4f} to {high:.4f}"
-        yield f"| {' | '.join([*cells, f'{value:.4f}', interval])} |"
+        interval = "" if low is None or high is None else f"{low:.4g} to {high:.4g}"
+        yield f"| {' | '.join([*cells, f'{value:.4g}', interval])} |"
 
 
-def _limits(one: Evaluation) -> Iterator[str]:
-    """What the scores themselves say against the model."""
+def _limits(card: Card, one: Evaluation) -> Iterator[str]:
+    """What the scores themselves say against the model, and against themselves."""
+    if one.digest != card.digest:
+        yield f"{one.split}: of another prepared set than the training's, which may share patients with it."
     if one.patients < 30:
         yield f"{one.split}: {one.patients} patients only, so intervals are wide or missing."
     missed, false = (_count(one.metrics, name) for name in ("cases_missed", "cases_false_alarms"))
