@@ -82,6 +82,6 @@ def check_same_set(models: Sequence[Evaluated]) -> None:
             )
         if other.tolerance != first.tolerance:
             raise ValueError(
-                f"{other.name} and {first.name} were evaluated with other tolerances of surfaces ({other.tolerance} and "
-                f"{first.tolerance}): evaluate both with one evaluate.tolerance"
+                f"{other.name} and {first.name} were evaluated with other tolerances of surfaces "
+                f"({other.tolerance} and {first.tolerance}): evaluate both with one evaluate.tolerance"
             )
