@@ -49,7 +49,7 @@ serve: setup
 
 lock: setup
 	$(BIN)/pip install --quiet uv
-	$(BIN)/uv pip compile pyproject.toml --extra cpu --extra demo --extra dev --generate-hashes --python-version 3.11 \
+	$(BIN)/uv pip compile pyproject.toml --extra cpu --extra demo --extra postgresql --extra dev --generate-hashes --python-version 3.11 \
 		--no-header --no-annotate --quiet --output-file requirements.lock
 	$(BIN)/uv pip compile pyproject.toml --extra gpu --generate-hashes --python-version 3.11 \
 		--no-header --no-annotate --quiet --output-file requirements-gpu.lock

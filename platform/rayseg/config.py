@@ -18,7 +18,19 @@ from pydantic import TypeAdapter, ValidationError
 ConfigT = TypeVar("ConfigT")
 
 SECTIONS = frozenset(
-    {"catalog", "prepare", "train", "tune", "evaluate", "promote", "segment", "serve", "demo", "benchmark"}
+    {
+        "catalog",
+        "prepare",
+        "train",
+        "tune",
+        "evaluate",
+        "compare",
+        "promote",
+        "segment",
+        "serve",
+        "demo",
+        "benchmark",
+    }
 )
 
 

@@ -57,7 +57,7 @@ def test_every_node_asks_for_a_token_and_sends_no_telemetry():
 
 
 def test_cluster_files_hold_no_secret():
-    for name in ("cluster.yaml", "configs/runtime_env.yaml", "serving/config.yaml"):
+    for name in ("cluster.yaml", "configs/runtime_env.yaml", "configs/mlflow-server.env", "serving/config.yaml"):
         text = (ROOT / name).read_text(encoding="utf-8")
         secret = r"AKIA|BEGIN [A-Z ]*PRIVATE KEY|(?i:secret|password|token)\s*[:=]\s*['\"]?[0-9a-f]{8}"
         assert not re.search(secret, text)

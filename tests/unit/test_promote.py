@@ -1,12 +1,18 @@
-"""Who gets the alias: on a real MLflow store (SQLite), with versions that have metrics and no weights."""
+"""Who gets the alias: on a real MLflow store (SQLite), with versions that have cases and no weights."""
 
+import json
+
+import numpy as np
 import pytest
 
-from rayseg.evaluation.promote import PromoteConfig, promote
-from rayseg.evaluation.publish import set_tag
-from rayseg.tracking import registry, runs
+from rayseg.evaluation.promote import PromoteConfig, PromoteResult, promote
+from rayseg.evaluation.scores import Counts
+from rayseg.tracking import aliases, registry, runs
+from rayseg.tracking.verification import Verified
+from tests.unit.evaluated_models import found_of, register, table
 
-METRIC = "test/dice_pooled"
+PATIENTS = 30
+HITS = np.random.default_rng(3).integers(60, 90, PATIENTS)
 
 
 @pytest.fixture(scope="module")
@@ -15,17 +21,30 @@ def tracking(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
 
 
-def version(tracking: str, name: str, dice: float | None, rows: str = "set a") -> str:
-    """Registers a version of `name` whose run has that metric; returns its URI."""
-    client = runs.client(tracking)
-    run_id = runs.start(tracking, "promote", "run")
-    if dice is not None:
-        runs.log_metrics(tracking, run_id, {METRIC: dice})
-        client.set_tag(run_id, set_tag("test"), rows)
-    if not client.search_registered_models(f"name = '{name}'"):
-        client.create_registered_model(name)
-    made = client.create_model_version(name, source=f"runs:/{run_id}/model", run_id=run_id)
-    return f"models:/{name}/{made.version}"
+@pytest.fixture(autouse=True)
+def clean_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These versions have no weights; test_registry has a real process."""
+    monkeypatch.setattr(registry, "verify", lambda *_: Verified(0.02, 400.0))
+
+
+def shifted(points: float) -> object:
+    """Cases whose Dice is so many hundredths higher than the standing model's, give or take some by patient."""
+    noise = np.tile([-2, 2], PATIENTS // 2)
+    return table({"lesion": found_of((HITS + points + noise).tolist())})
+
+
+def standing_and(tracking: str, name: str, challenger: object, **options: object) -> tuple[str, str]:
+    first = register(tracking, name, table({"lesion": found_of(HITS.tolist())}))
+    assert promote(PromoteConfig(model_uri=first, tracking_uri=tracking)).promoted
+    return first, register(tracking, name, challenger, **options)  # type: ignore[arg-type]
+
+
+def run(tracking: str, uri: str, **options: object) -> PromoteResult:
+    return promote(PromoteConfig(model_uri=uri, tracking_uri=tracking, **options))  # type: ignore[arg-type]
+
+
+def check(result: PromoteResult, name: str) -> dict[str, object]:
+    return next(one for one in result.checks if one["name"] == name)
 
 
 def champion_of(tracking: str, name: str) -> str | None:
@@ -33,76 +52,198 @@ def champion_of(tracking: str, name: str) -> str | None:
     return found.uri if found else None
 
 
-def test_the_first_evaluated_model_becomes_champion_and_a_better_one_replaces_it(tracking: str) -> None:
-    first, better = version(tracking, "one", 0.5), version(tracking, "one", 0.6)
-    result = promote(PromoteConfig(model_uri=first, tracking_uri=tracking))
-    assert (result.promoted, result.metric, result.champion_metric) == (True, 0.5, None)
+def test_a_worse_model_is_refused_an_equal_one_is_no_worse_and_only_a_better_one_is_better(tracking: str) -> None:
+    first, worse = standing_and(tracking, "one", shifted(-10))
+    result = run(tracking, worse)
+    assert not result.promoted
+    assert "reaches beyond the margin of 0.02" in result.reason
+    assert first in result.reason
     assert champion_of(tracking, "one") == first
-    result = promote(PromoteConfig(model_uri=better, tracking_uri=tracking))
-    assert (result.promoted, result.metric, result.champion_metric) == (True, 0.6, 0.5)
+    # Pooled Dice of cases with 200 pixels each is the mean of theirs.
+    assert result.champion_metric == pytest.approx(HITS.mean() / 100)
+    assert result.difference == pytest.approx(-0.10)
+    assert result.low is not None
+    assert result.high is not None
+    # 1.96 standard errors of differences of -0.12 and -0.08.
+    assert (result.low, result.high) == pytest.approx(
+        (-0.1 - 1.96 * 0.02 / 30**0.5, -0.1 + 1.96 * 0.02 / 30**0.5), abs=0.001
+    )
+
+    equal = register(tracking, "one", shifted(0))
+    assert "not all of it is better" in run(tracking, equal, better=True).reason
+    assert not run(tracking, equal, margin=0.002).promoted, "the interval is wider than that"
+    assert champion_of(tracking, "one") == first
+    assert run(tracking, equal).promoted
+    assert champion_of(tracking, "one") == equal
+
+    better = register(tracking, "one", shifted(3))
+    assert run(tracking, better, better=True).promoted
     assert champion_of(tracking, "one") == better
 
 
-def test_a_model_without_the_metric_is_refused_even_where_there_is_no_champion(tracking: str) -> None:
-    uri = version(tracking, "two", None)
-    result = promote(PromoteConfig(model_uri=uri, tracking_uri=tracking))
+def test_the_same_predictions_are_no_worse_at_any_margin(tracking: str) -> None:
+    _, same = standing_and(tracking, "same", table({"lesion": found_of(HITS.tolist())}))
+    result = run(tracking, same, margin=0.0)
+    assert result.promoted
+    assert (result.difference, result.low, result.high) == (0, 0, 0)
+
+
+def test_of_metrics_that_should_be_low_lower_is_better(tracking: str) -> None:
+    distances = np.linspace(2, 8, PATIENTS)
+    counted = {"lesion": found_of(HITS.tolist())}
+    near, far = table(counted, hd95_mm=distances.tolist()), table(counted, hd95_mm=(distances + 3).tolist())
+    metric = {"metric": "test/hd95_mm_per_case", "margin": 1.0}
+    first, second = register(tracking, "low", near), register(tracking, "low", far)
+    assert run(tracking, first, **metric).promoted
+    refused = run(tracking, second, **metric)
+    assert not refused.promoted
+    assert refused.difference == pytest.approx(3)
+    assert run(tracking, second, metric="test/hd95_mm_per_case", margin=3.5).promoted
+    assert run(tracking, first, **metric, better=True).promoted, "and back, as it is better"
+
+
+def test_one_class_can_be_asked_for(tracking: str) -> None:
+    a, b = found_of(HITS.tolist()), found_of((HITS - 20).tolist())
+    first, second = (register(tracking, "classes", table(of)) for of in ({"a": a, "b": b}, {"a": b, "b": a}))
+    assert run(tracking, first).promoted
+    assert not run(tracking, second, metric="test/dice_pooled/a").promoted
+    assert run(tracking, second, metric="test/dice_pooled/b", better=True).promoted
+    with pytest.raises(ValueError, match=r"promote\.metric: .* has no class c; it has a, b"):
+        run(tracking, first, metric="test/dice_pooled/c")
+
+
+def test_patients_that_it_learned_from_do_not_test_it(tracking: str) -> None:
+    _, leaked = standing_and(tracking, "leak", shifted(5), train=["someone", "patient-007"], val=["patient-003"])
+    result = run(tracking, leaked)
     assert not result.promoted
-    assert METRIC in result.reason
-    assert champion_of(tracking, "two") is None
+    assert "2 of 30 test patients were trained or validated on: patient-00 " in result.reason
+    assert check(result, "non-inferiority")["passed"]
+
+    heir = register(tracking, "leak", shifted(5), tags={registry.INITIAL_TAG: leaked})
+    assert leaked in run(tracking, heir).reason, "it began with the weights of one that did"
+
+    stranger = register(tracking, "leak", shifted(5), test=["patient-000"])
+    evidence = check(run(tracking, stranger), "no leak")["evidence"]
+    assert isinstance(evidence, dict)
+    assert (evidence["leaked_patients"], evidence["unknown_patients"]) == (0, 29)
 
 
-@pytest.mark.parametrize(
-    ("dice", "margin", "promoted"),
-    [(0.69, 0.0, False), (0.70, 0.0, True), (0.69, 0.02, True), (0.67, 0.02, False), (float("nan"), 1.0, False)],
-)
-def test_a_challenger_may_be_worse_by_the_margin_only(
-    tracking: str, dice: float, margin: float, promoted: bool
-) -> None:
-    name = f"three-{dice}-{margin}"
-    standing, challenger = version(tracking, name, 0.70), version(tracking, name, dice)
-    registry.set_alias(tracking, name, "champion", standing.rpartition("/")[2])
-    result = promote(PromoteConfig(model_uri=challenger, tracking_uri=tracking, margin=margin))
-    assert result.promoted is promoted
-    assert result.champion_metric == 0.70
-    assert champion_of(tracking, name) == (challenger if promoted else standing)
-    if not promoted:
-        assert standing in result.reason
+def test_whom_it_learned_from_must_be_known(tracking: str) -> None:
+    client = runs.client(tracking)
+    name = register(tracking, "unknown", shifted(0)).split("/")[1]
+    run_id = runs.start(tracking, "models", "no split")
+    made = client.create_model_version(name, source="x", run_id=run_id)
+    heir = register(tracking, name, shifted(0), tags={registry.INITIAL_TAG: f"models:/{name}/{made.version}"})
+    assert "its run has no split.csv" in run(tracking, heir).reason
 
 
 def test_scores_of_other_rows_are_not_compared(tracking: str) -> None:
-    standing, challenger = version(tracking, "four", 0.3, "set a"), version(tracking, "four", 0.9, "set b")
-    registry.set_alias(tracking, "four", "champion", "1")
-    result = promote(PromoteConfig(model_uri=challenger, tracking_uri=tracking))
+    first, other = standing_and(tracking, "rows", shifted(9), rows="set b")
+    result = run(tracking, other)
+    assert "evaluated on other rows" in result.reason
+    assert champion_of(tracking, "rows") == first
+
+
+def test_nobody_is_promoted_unseen(tracking: str) -> None:
+    never = register(tracking, "unseen", None)
+    assert "never evaluated on test" in run(tracking, never).reason
+    assert champion_of(tracking, "unseen") is None
+    registry.set_alias(tracking, "unseen", "champion", "1")
+    challenger = register(tracking, "unseen", shifted(0))
+    assert f"{never} was never evaluated" in run(tracking, challenger).reason
+    nothing = register(tracking, "nothing", table({"lesion": [Counts(tn=9)] * 9}))
+    assert "test/dice_pooled is undefined" in run(tracking, nothing).reason
+
+
+def test_few_patients_give_no_interval_and_no_promotion(tracking: str) -> None:
+    one = table({"lesion": found_of([80])})
+    first, second = register(tracking, "few", one), register(tracking, "few", one)
+    assert run(tracking, first).promoted
+    assert "too few of them" in run(tracking, second).reason
+
+
+def test_limits_of_time_and_memory(tracking: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = register(tracking, "limits", shifted(0))
+    slow = run(tracking, uri, max_latency_s=0.01, max_memory_mb=399)
+    assert slow.reason == "latency 0.02 s, over the limit of 0.01 s; memory 400 MB, over the limit of 399 MB"
+    assert (slow.latency_s, slow.memory_mb) == (0.02, 400.0)
+    monkeypatch.setattr(registry, "verify", lambda *_: Verified(None, None))
+    assert "not known" in run(tracking, uri, max_latency_s=1.0).reason
+    assert run(tracking, uri).promoted
+
+
+def test_what_does_not_run_in_a_clean_process_is_refused(tracking: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> Verified:
+        raise RuntimeError("bundle: example_mask_sha256 is 1 in a clean process, 2 when it was saved")
+
+    monkeypatch.setattr(registry, "verify", broken)
+    result = run(tracking, register(tracking, "broken", shifted(0)))
     assert not result.promoted
-    assert "other rows" in result.reason
-    assert champion_of(tracking, "four") == standing
+    assert "example_mask_sha256" in result.reason
 
 
-def test_a_champion_that_was_never_evaluated_is_not_replaced_unseen(tracking: str) -> None:
-    standing, challenger = version(tracking, "five", None), version(tracking, "five", 0.9)
-    registry.set_alias(tracking, "five", "champion", "1")
-    result = promote(PromoteConfig(model_uri=challenger, tracking_uri=tracking))
-    assert not result.promoted
-    assert standing in result.reason
+def test_the_decision_is_kept_with_its_evidence(tracking: str) -> None:
+    first, worse = standing_and(tracking, "kept", shifted(-10))
+    result = run(tracking, worse)
+    version = runs.client(tracking).get_model_version("kept", "2")
+    assert version.tags["rayseg.champion.decision"] == "refused"
+    assert version.tags["rayseg.champion.reason"] == result.reason
+    assert version.tags["rayseg.champion.champion"] == first
+    assert version.tags["rayseg.champion.no_leak"].startswith("passed")
+    path = version.tags["rayseg.champion.evidence"]
+    kept = json.loads(runs.read_bytes(tracking, version.run_id, path))
+    assert result.evidence is not None
+    assert result.evidence.endswith(path)
+    assert (kept["promoted"], kept["checks"], kept["config"]["margin"]) == (False, result.checks, 0.02)
+    names = ["clean process", "latency", "memory", "evaluated", "no leak", "non-inferiority"]
+    assert [one["name"] for one in kept["checks"]] == names
+    assert "p_value" in kept["checks"][-1]["evidence"]
 
 
-def test_promoting_the_champion_again_changes_nothing(tracking: str) -> None:
-    uri = version(tracking, "six", 0.4)
-    config = PromoteConfig(model_uri=uri, tracking_uri=tracking)
-    promote(config)
-    again = promote(PromoteConfig(model_uri="models:/six@champion", tracking_uri=tracking))
-    assert again.promoted
-    assert (again.model_uri, again.metric, again.champion_metric) == (uri, 0.4, 0.4)
+def test_one_command_gives_the_alias_back_and_its_history_is_told(tracking: str) -> None:
+    first, second = standing_and(tracking, "back", shifted(2))
+    third = register(tracking, "back", shifted(4))
+    assert run(tracking, second).promoted
+    again = run(tracking, second)
+    assert (again.promoted, again.checks) == (True, []), "it is the champion already"
+    assert run(tracking, third).promoted
+    back = run(tracking, "models:/back/latest", rollback=True)
+    assert (back.model_uri, back.champion) == (second, third)
+    assert champion_of(tracking, "back") == second
+    assert run(tracking, third, rollback=True).model_uri == first, "one further"
+    with pytest.raises(ValueError, match=r"promote\.rollback: champion of back has no earlier version"):
+        run(tracking, third, rollback=True)
+    moves = [(one.action, one.previous, one.version) for one in aliases.history(tracking, "back", "champion")]
+    assert moves == [
+        ("promoted", None, "1"), ("promoted", "1", "2"), ("promoted", "2", "3"),
+        ("rolled back", "3", "2"), ("rolled back", "2", "1"),
+    ]  # fmt: skip
+    assert [one["version"] for one in back.history] == ["1", "2", "3", "2"]
+    # Whoever moves it by hand goes unnoticed until the next command, which goes back to what was last decided.
+    registry.set_alias(tracking, "back", "champion", "3")
+    assert run(tracking, third, rollback=True).model_uri == first
 
 
 def test_other_aliases_are_left_alone(tracking: str) -> None:
-    uri = version(tracking, "seven", 0.4)
-    promote(PromoteConfig(model_uri=uri, tracking_uri=tracking, alias="candidate"))
-    assert champion_of(tracking, "seven") is None
+    uri = register(tracking, "others", shifted(0))
+    assert run(tracking, uri, alias="candidate").promoted
+    assert champion_of(tracking, "others") is None
+    assert aliases.history(tracking, "others", "champion") == []
 
 
-def test_unknown_models_and_negative_margins_are_errors(tracking: str) -> None:
-    with pytest.raises(ValueError, match="models:/nothing/1"):
-        promote(PromoteConfig(model_uri="models:/nothing/1", tracking_uri=tracking))
-    with pytest.raises(ValueError, match=r"promote\.margin"):
-        PromoteConfig(model_uri="models:/x/1", tracking_uri=tracking, margin=-0.1)
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [
+        ({"margin": -0.1}, "margin"), ({"level": 1.0}, "level"), ({"resamples": 5}, "resamples"),
+        ({"max_latency_s": 0.0}, "max_latency_s"), ({"metric": "dice_pooled"}, "metric"),
+        ({"metric": "test/ece"}, "metric"), ({"metric": "test/volume_bias_ml"}, "metric"),
+    ],
+)  # fmt: skip
+def test_what_makes_no_sense_is_refused(tracking: str, options: dict[str, object], key: str) -> None:
+    with pytest.raises(ValueError, match=rf"promote\.{key}"):
+        run(tracking, "models:/x/1", **options)
+
+
+def test_unknown_models_are_errors(tracking: str) -> None:
+    with pytest.raises(ValueError, match="models:/nobody/1"):
+        run(tracking, "models:/nobody/1")

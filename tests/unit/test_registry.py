@@ -1,5 +1,6 @@
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -46,7 +47,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def registered(store: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[registry.ModelVersion, bundle.Bundle]:
     folder = tmp_path_factory.mktemp("bundle")
-    saved = save(folder)
+    saved = save(folder, golden=[synthetic.slice_bytes(3, 96)])
     run_id = runs.start(store, "registry", "train", {"learning_rate": 0.1})
     return registry.register(store, run_id, folder, "brain"), saved
 
@@ -158,7 +159,8 @@ def test_another_process_with_other_threads_gives_the_same_mask(tmp_path: Path) 
         capture_output=True,
     )
     told = json.loads((tmp_path / "bundle.json").read_text())
-    assert json.loads(done.stdout) == {key: told[key] for key in ("digest", "example_mask_sha256")}
+    masks = ("digest", "example_mask_sha256", "golden_masks_sha256")
+    assert json.loads(done.stdout) == {key: told[key] for key in masks}
 
 
 def test_a_registered_version_is_found_by_every_name(
@@ -219,13 +221,37 @@ def test_a_bundle_is_fetched_in_place_or_into_a_cache_once(
 
 def test_registering_touches_no_global_state(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(registry, "_verify", lambda folder: None)  # another process; tested below
+    monkeypatch.setattr(registry, "verify_folder", lambda folder: None)  # another process; tested below
     before = mlflow.get_tracking_uri(), mlflow.get_registry_uri()
     save(tmp_path / "bundle")
     registry.register(store, runs.start(store, "registry", "a"), tmp_path / "bundle", "other")
     assert (mlflow.get_tracking_uri(), mlflow.get_registry_uri()) == before
     assert mlflow.active_run() is None
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_a_registered_version_is_verified_and_measured_in_a_clean_process(
+    store: str, registered: tuple[registry.ModelVersion, bundle.Bundle]
+) -> None:
+    version, _ = registered
+    assert np.ones(300_000_000, np.uint8).any()
+    here_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+    found = registry.verify(store, version, repeats=3)
+    assert found.latency_s is not None
+    assert found.memory_mb is not None
+    assert 0 < found.latency_s < 60
+    assert 100 < found.memory_mb < here_mb, "a child's own getrusage would count what its parent took"
+    folder, _ = registry.fetch(store, version.uri)
+    description = folder / "bundle.json"
+    sound = description.read_text()
+    told = json.loads(sound)
+    assert list(told["golden_masks_sha256"]) == ["golden-1.dcm"]
+    description.write_text(json.dumps(told | {"golden_masks_sha256": {"golden-1.dcm": "0" * 64}}))
+    try:
+        with pytest.raises(RuntimeError, match=r"golden_masks_sha256 is .* in a clean process, .*0000"):
+            registry.verify(store, version)
+    finally:
+        description.write_text(sound)
 
 
 def test_a_bundle_that_gives_another_mask_elsewhere_gets_no_version(store: str, tmp_path: Path) -> None:

@@ -1,75 +1,210 @@
-"""Promote: moves the alias that is served to a model that has earned it."""
+"""Promote: moves the alias that is served to a model that has earned it, and back again."""
 
+import dataclasses
+import json
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
 
-from rayseg.evaluation.publish import set_tag
-from rayseg.tracking import registry, runs
+from rayseg import __version__, storage
+from rayseg.evaluation import checks, evaluated
+from rayseg.evaluation.checks import Check, Demand
+from rayseg.evaluation.evaluated import Evaluated
+from rayseg.tracking import aliases, registry, runs
+from rayseg.tracking.registry import ModelVersion
+
+_SPLITS = ("train", "val", "test")
 
 
 @dataclass(frozen=True)
 class PromoteConfig:
-    """The candidate and what it must show."""
+    """The challenger and what it must show against the model that bears the alias, the champion."""
 
     model_uri: str  # models:/NAME/VERSION or models:/NAME@ALIAS
     tracking_uri: str
-    metric: str = "test/dice_pooled"  # SPLIT/NAME as the evaluate job logs it; higher is better
+    metric: str = "test/dice_pooled"  # SPLIT/NAME or SPLIT/NAME/CLASS as the evaluate job logs it
     alias: str = "champion"
-    margin: float = 0.0  # how much lower than the champion's the metric may be
+    margin: float = 0.02  # how much worse than the champion it may be, in the metric's unit, to count as no worse
+    better: bool = False  # asks for better, not for no worse
+    level: float = 0.95  # of the interval of the difference
+    resamples: int = 2000  # draws of patients for it
+    max_latency_s: float | None = None  # of one slice, the bundle's example, in a clean process
+    max_memory_mb: float | None = None  # of that process
+    rollback: bool = False  # gives the alias back to the version that bore it before; nothing else is looked at
 
     def __post_init__(self) -> None:
         if not self.margin >= 0:
             raise ValueError(f"promote.margin: 0 or more expected, got {self.margin}")
+        if not 0.5 <= self.level < 1:
+            raise ValueError(f"promote.level: a level from 0.5 to below 1 expected, got {self.level}")
+        if self.resamples < 100:
+            raise ValueError(f"promote.resamples: at least 100 expected, got {self.resamples}")
+        for key in ("max_latency_s", "max_memory_mb"):
+            if getattr(self, key) is not None and not getattr(self, key) > 0:
+                raise ValueError(f"promote.{key}: a positive number or null expected, got {getattr(self, key)}")
+        split, slash, name = self.metric.partition("/")
+        if not slash or not name or split not in _SPLITS:
+            raise ValueError(f"promote.metric: SPLIT/NAME expected, as test/dice_pooled, got {self.metric}")
+        checks.check_metric(self.demand)
+
+    @property
+    def demand(self) -> Demand:
+        """What is asked of the metric."""
+        metric = self.metric.partition("/")[2]
+        return Demand(metric, self.margin, self.better, self.level, self.resamples)
 
 
 @dataclass(frozen=True)
 class PromoteResult:
-    """The decision. `champion_metric` is that of the model which bore the alias before, None where none did."""
+    """The decision. `champion` is the version that bore the alias before, None where none did.
+
+    metric, champion_metric: the two models' values; None where a model has none.
+    difference, low, high: challenger minus champion, and its interval; None where nothing was compared.
+    checks: each demand, as `checks.Check`.
+    evidence: URI of all of it as JSON in the challenger's run; None for a rollback, and where nothing was decided.
+    history: the moves of the alias, the oldest first.
+    """
 
     model_uri: str
     alias: str
     promoted: bool
     reason: str
+    champion: str | None
     metric: float | None
     champion_metric: float | None
+    difference: float | None
+    low: float | None
+    high: float | None
+    latency_s: float | None
+    memory_mb: float | None
+    checks: list[dict[str, Any]]
+    evidence: str | None
+    history: list[dict[str, Any]]
 
 
 def promote(config: PromoteConfig) -> PromoteResult:
-    """Gives the candidate the alias unless its metric is missing, not comparable or worse than the champion's.
+    """Gives the challenger the alias where every check passes; tells what was decided and why, either way.
+
+    Checked are: that it runs in a clean process and gives the recorded masks, within the limits of time and memory;
+    that it was evaluated, on patients whom it was not trained on; and, where another model bears the alias, that it is
+    no worse than that one on the same cases, or better.
 
     Raises:
-        ValueError: there is no such model.
+        ValueError: there is no such model, or nothing to roll back to.
     """
     candidate = registry.resolve(config.tracking_uri, config.model_uri)
     champion = registry.champion(config.tracking_uri, candidate.name, config.alias)
-    metric = runs.metric(config.tracking_uri, candidate.run_id, config.metric)
-    champion_metric = None if champion is None else runs.metric(config.tracking_uri, champion.run_id, config.metric)
-
-    def decided(promoted: bool, reason: str) -> PromoteResult:
-        return PromoteResult(candidate.uri, config.alias, promoted, reason, metric, champion_metric)
-
-    def refused(reason: str) -> PromoteResult:
-        return decided(False, reason)
-
-    if metric is None:
-        return refused(f"the model has no {config.metric}: evaluate it first")
-    if champion is not None and champion.version != candidate.version:
-        if champion_metric is None:
-            return refused(f"{champion.uri}, the {config.alias}, has no {config.metric}: evaluate it first")
-        split = config.metric.partition("/")[0]
-        if _set(config.tracking_uri, candidate.run_id, split) != _set(config.tracking_uri, champion.run_id, split):
-            return refused(f"{champion.uri}, the {config.alias}, was evaluated on other rows: evaluate both on one set")
-        if not metric >= champion_metric - config.margin:  # also refuses what is not a number
-            return refused(
-                f"{config.metric} {metric:.4f} is below {champion_metric:.4f} of {champion.uri}, the {config.alias}, "
-                f"by more than the margin {config.margin:g}"
-            )
-    registry.set_alias(config.tracking_uri, candidate.name, config.alias, candidate.version)
-    if champion is None:
-        return decided(True, f"the first {config.alias}, {config.metric} {metric:.4f}")
-    if champion_metric is None or champion.version == candidate.version:
-        return decided(True, f"is the {config.alias} already")
-    return decided(True, f"{config.metric} {metric:.4f}, {champion_metric:.4f} of {champion.uri} before")
+    if config.rollback:
+        return _roll_back(config, candidate.name, champion)
+    if champion is not None and champion.version == candidate.version:
+        return _result(config, candidate, champion, True, f"is the {config.alias} already", [], None)
+    made = _checks(config, candidate, champion)
+    failed = [one.detail for one in made if not one.passed]
+    compared = [one.detail for one in made if one.name in ("superiority", "non-inferiority")]
+    reason = "; ".join(failed or compared or [f"the first {config.alias}, {_own(made)}"])
+    evidence = _tell(config, candidate, champion, made, not failed, reason)
+    if not failed:
+        aliases.move(config.tracking_uri, candidate.name, config.alias, candidate.version, "promoted")
+    return _result(config, candidate, champion, not failed, reason, made, evidence)
 
 
-def _set(tracking_uri: str, run_id: str, split: str) -> str | None:
-    return runs.client(tracking_uri).get_run(run_id).data.tags.get(set_tag(split))
+def _checks(config: PromoteConfig, candidate: ModelVersion, champion: ModelVersion | None) -> list[Check]:
+    uri, split, demand = config.tracking_uri, config.metric.partition("/")[0], config.demand
+    made = checks.clean_process(uri, candidate, config.max_latency_s, config.max_memory_mb)
+    tested: list[Evaluated] = []
+    for model in (candidate, champion):
+        if model is not None:
+            try:
+                tested.append(evaluated.read(uri, model.uri, split))
+            except ValueError as error:
+                return [*made, Check("evaluated", False, str(error), {})]
+    own = checks.value(demand, tested[0])
+    told = f"{config.metric} {own:.4f}" if own is not None else f"{config.metric} is undefined"
+    given = {"value": own, "set": tested[0].digest, "patients": len(tested[0].patients)}
+    made += [Check("evaluated", own is not None, told, given), checks.no_leak(uri, candidate, tested)]
+    if len(tested) > 1:
+        made.append(checks.not_worse(demand, *tested))
+    return made
+
+
+def _roll_back(config: PromoteConfig, name: str, champion: ModelVersion | None) -> PromoteResult:
+    moves = aliases.history(config.tracking_uri, name, config.alias)
+    version = aliases.earlier(moves, None if champion is None else champion.version)
+    if version is None:
+        raise ValueError(f"promote.rollback: {config.alias} of {name} has no earlier version to go back to")
+    before = registry.resolve(config.tracking_uri, f"models:/{name}/{version}")
+    aliases.move(config.tracking_uri, name, config.alias, version, "rolled back")
+    reason = f"rolled back from {'nothing' if champion is None else champion.uri}"
+    return _result(config, before, champion, True, reason, [], None)
+
+
+def _tell(
+    config: PromoteConfig,
+    candidate: ModelVersion,
+    champion: ModelVersion | None,
+    made: list[Check],
+    promoted: bool,
+    reason: str,
+) -> str:
+    """The decision as JSON in the challenger's run, whose URI it returns, and as tags of the version."""
+    uri, client = config.tracking_uri, runs.client(config.tracking_uri)
+    at = datetime.now(UTC)
+    path = f"promotion/{config.alias}-{at:%Y%m%dT%H%M%S.%fZ}.json"
+    decision = {
+        "at": at.isoformat(timespec="seconds"),
+        "model": candidate.uri,
+        "digest": candidate.digest,
+        "alias": config.alias,
+        "champion": None if champion is None else champion.uri,
+        "promoted": promoted,
+        "reason": reason,
+        "checks": [dataclasses.asdict(one) for one in made],
+        "config": dataclasses.asdict(config),
+        "rayseg": __version__,
+    }
+    runs.log_bytes(uri, candidate.run_id, path, json.dumps(decision, indent=2).encode())
+    tags = {
+        "decision": "promoted" if promoted else "refused",
+        "reason": reason,
+        "at": decision["at"],
+        "champion": decision["champion"] or "none",
+        "evidence": path,
+        **{one.name.replace(" ", "_"): f"{'passed' if one.passed else 'failed'}: {one.detail}" for one in made},
+    }
+    for name, text in tags.items():
+        client.set_model_version_tag(candidate.name, candidate.version, f"rayseg.{config.alias}.{name}", str(text))
+    return storage.join(client.get_run(candidate.run_id).info.artifact_uri, path)
+
+
+def _result(
+    config: PromoteConfig,
+    model: ModelVersion,
+    champion: ModelVersion | None,
+    promoted: bool,
+    reason: str,
+    made: list[Check],
+    evidence: str | None,
+) -> PromoteResult:
+    found = {one.name: one.evidence for one in made}
+    compared = found.get("superiority") or found.get("non-inferiority") or {}
+    return PromoteResult(
+        model_uri=model.uri,
+        alias=config.alias,
+        promoted=promoted,
+        reason=reason,
+        champion=None if champion is None else champion.uri,
+        metric=found.get("evaluated", {}).get("value"),
+        champion_metric=compared.get("champion"),
+        difference=compared.get("difference"),
+        low=compared.get("low"),
+        high=compared.get("high"),
+        latency_s=found.get("latency", {}).get("measured"),
+        memory_mb=found.get("memory", {}).get("measured"),
+        checks=[dataclasses.asdict(one) for one in made],
+        evidence=evidence,
+        history=[dataclasses.asdict(one) for one in aliases.history(config.tracking_uri, model.name, config.alias)],
+    )
+
+
+def _own(made: list[Check]) -> str:
+    return next(one.detail for one in made if one.name == "evaluated")

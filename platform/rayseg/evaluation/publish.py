@@ -101,7 +101,7 @@ def publish(
         overlays=uris["overlay"],
     )
     runs.client(tracking_uri).set_tag(run_id, set_tag(split), record.digest())
-    runs.client(tracking_uri).set_tag(run_id, f"rayseg.{split}_tolerance", tolerance)
+    runs.client(tracking_uri).set_tag(run_id, tolerance_tag(split), tolerance)
     runs.log_metrics(tracking_uri, run_id, _metrics(record, findings))
     card.add_evaluation(tracking_uri, version, _evaluation(record, held_out, findings, tolerance))
     return artifacts
@@ -110,6 +110,11 @@ def publish(
 def set_tag(split: str) -> str:
     """Name of the run's tag with the digest of the rows and labels that its scores are of: equal tags, equal sets."""
     return f"rayseg.{split}_set"
+
+
+def tolerance_tag(split: str) -> str:
+    """Name of the run's tag with the tolerance of its normalised surface distances."""
+    return f"rayseg.{split}_tolerance"
 
 
 def _metrics(record: Record, findings: Findings) -> dict[str, float]:

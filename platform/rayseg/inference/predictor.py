@@ -1,13 +1,16 @@
 """The Predictor: slices or bytes in, masks out. Bulk, online and MLflow all run this one.
 
-`python -m rayseg.inference.predictor BUNDLE_DIR` segments a bundle's example and prints what came out as JSON: how a
-bundle is verified in a clean process.
+`python -m rayseg.inference.predictor BUNDLE_DIR [REPEATS]` segments a bundle's recorded slices and prints what came out
+as JSON: how a bundle is verified, and measured, in a clean process.
 """
 
 import base64
 import io
 import json
+import re
+import statistics
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +23,7 @@ from PIL import Image
 from rayseg.data.stacks import alone, along, usable
 from rayseg.dicom.reading import Slice, read_slice
 from rayseg.records import Reason, Reject
-from rayseg.tracking.bundle import Bundle, load, mask_sha256
+from rayseg.tracking.bundle import Bundle, describe, load, mask_sha256
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,8 +95,12 @@ class Predictor:
 
     def segment_example(self) -> Prediction:
         """The bundle's example with the mask that was recorded when it was saved, where all is well: see `bundle`."""
-        slice = read_slice(self.bundle.example)
-        assert isinstance(slice, Slice), "a bundle is not saved with an example that cannot be read"
+        return self.segment_alone(self.bundle.example)
+
+    def segment_alone(self, recorded: bytes) -> Prediction:
+        """One of the bundle's slices, whose mask is of it without neighbours."""
+        slice = read_slice(recorded)
+        assert isinstance(slice, Slice), "a bundle is not saved with a slice that cannot be read"
         return Prediction(slice, self._mask(alone(slice, self.neighbours)))
 
     def _mask(self, stack: Sequence[Slice | None]) -> np.ndarray:
@@ -151,12 +158,40 @@ def _load_pyfunc(data_path: str) -> _PyfuncModel:
     return _PyfuncModel(Predictor.load(data_path))
 
 
-def _main(bundle_dir: str) -> None:
+def _main(bundle_dir: str, repeats: int = 0) -> None:
+    """What `tracking.verification` runs: the masks of the bundle's slices and, with `repeats`, what one takes."""
     predictor = Predictor.load(bundle_dir)
     mask = predictor.segment_example().mask
-    found = {"digest": predictor.bundle.digest, "example_mask_sha256": mask_sha256(mask)}
+    golden = describe(Path(bundle_dir)).get("golden_masks_sha256", {})
+    found: dict[str, Any] = {
+        "digest": predictor.bundle.digest,
+        "example_mask_sha256": mask_sha256(mask),
+        "golden_masks_sha256": {
+            name: mask_sha256(predictor.segment_alone(Path(bundle_dir, name).read_bytes()).mask) for name in golden
+        },
+    }
+    if repeats:
+        seconds = []
+        for _ in range(repeats):
+            began = time.perf_counter()
+            predictor.segment_example()
+            seconds.append(time.perf_counter() - began)
+        found |= {"latency_s": statistics.median(seconds), "memory_mb": _greatest_memory_mb()}
     print(json.dumps(found))
 
 
+def _greatest_memory_mb() -> float | None:
+    """The greatest resident memory of this process, 10^6 bytes; None on systems that do not tell.
+
+    By Linux's `VmHWM`: `getrusage` would count what the process that started this one took.
+    """
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return None
+    found = re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
+    return None if found is None else int(found[1]) * 1024 / 1e6
+
+
 if __name__ == "__main__":
-    _main(sys.argv[1])
+    _main(sys.argv[1], *map(int, sys.argv[2:]))

@@ -1,6 +1,7 @@
 """Bundles: a model with all that inference needs, in one folder.
 
-`model.keras`, `bundle.json` (preprocess, labels, threshold, digest, what mask the example gave) and `example.dcm`.
+`model.keras`, `bundle.json` (preprocess, labels, threshold, digest, what masks the example and the golden slices gave),
+`example.dcm` and `golden-N.dcm`.
 """
 
 import hashlib
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     import keras
 
 FORMAT = 1
-EXAMPLE_FILE = "example.dcm"
+EXAMPLE_FILE, GOLDEN_FILE = "example.dcm", "golden-{number}.dcm"
 _MODEL_FILE, _DESCRIPTION_FILE = "model.keras", "bundle.json"
 
 
@@ -93,6 +94,7 @@ def save(
     labels: Labels,
     threshold: float,
     example: bytes,
+    golden: Sequence[bytes] = (),
 ) -> Bundle:
     """Writes a bundle into the folder `bundle_dir` (made if need be) and returns it.
 
@@ -104,9 +106,10 @@ def save(
         threshold: between 0 and 1.
         example: a DICOM instance; its mask, without neighbours, is recorded and compared wherever the bundle is
             verified.
+        golden: further instances whose masks are recorded and compared likewise.
 
     Raises:
-        ValueError: the model's shapes do not fit `preprocess`, the threshold is no probability, the example no slice.
+        ValueError: the model's shapes do not fit `preprocess`, the threshold is no probability, an example no slice.
     """
     from rayseg.models.network import output_channels  # Keras comes with it, and the model is Keras's already
 
@@ -119,24 +122,34 @@ def save(
         )
     if not 0 < threshold < 1:
         raise ValueError(f"bundle: threshold between 0 and 1 expected, got {threshold}")
-    slice = read_slice(example)
-    if isinstance(slice, Reject):
-        raise ValueError(f"bundle: the example is no readable slice ({slice.reason}: {slice.detail})")
+    slices = [read_slice(blob) for blob in (example, *golden)]
+    for slice in slices:
+        if isinstance(slice, Reject):
+            raise ValueError(f"bundle: an example is no readable slice ({slice.reason}: {slice.detail})")
     # As they will be read back: YAML may have given 40 for 40.0, and the digest would tell these apart.
     preprocess, threshold = config.build(Preprocess, config.plain(preprocess)), float(threshold)
     made = Bundle(model, preprocess, labels, threshold, "", example)
-    example_mask = mask_sha256(made.decide(made.compile()(alone(slice, preprocess.neighbours))))
+    probabilities = made.compile()
+    example_mask, *golden_masks = (
+        mask_sha256(made.decide(probabilities(alone(slice, preprocess.neighbours))))
+        for slice in slices
+        if not isinstance(slice, Reject)
+    )
     digest = _digest(model, config.plain(preprocess), config.plain(labels), threshold, example_mask)
     folder = Path(bundle_dir)
     folder.mkdir(parents=True, exist_ok=True)
     model.save(folder / _MODEL_FILE)
     (folder / EXAMPLE_FILE).write_bytes(example)
+    names = [GOLDEN_FILE.format(number=number) for number in range(1, len(golden) + 1)]
+    for name, blob in zip(names, golden, strict=True):
+        (folder / name).write_bytes(blob)
     description = {
         "format": FORMAT,
         "preprocess": config.plain(preprocess),
         "labels": config.plain(labels),
         "threshold": threshold,
         "example_mask_sha256": example_mask,
+        "golden_masks_sha256": dict(zip(names, golden_masks, strict=True)),
         "digest": digest,
     }
     (folder / _DESCRIPTION_FILE).write_text(json.dumps(description, indent=2, sort_keys=True) + "\n", encoding="utf-8")

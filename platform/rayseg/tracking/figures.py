@@ -133,6 +133,40 @@ def agreement(mean: np.ndarray, difference: np.ndarray, lines: Sequence[float], 
     return _png(figure)
 
 
+def pairs(across: np.ndarray, up: np.ndarray, names: tuple[str, str], metric: str, *, low: bool = False) -> bytes:
+    """Two models on the same cases: a point a case, the line where both are equal.
+
+    Args:
+        across: the metric of the one model, (cases,); cases that are not a number in either are left out.
+        up: of the other.
+        names: of the two.
+        metric: its name.
+        low: lower is better, so the better side of the line is below it.
+    """
+    figure, axes = _chart(5.4)
+    both = np.isfinite(across) & np.isfinite(up)
+    least, most = 0.0, 1.0
+    if both.any():
+        least = min(0.0, across[both].min(), up[both].min())
+        most = max(across[both].max(), up[both].max(), 1e-9)
+        most = 1.0 if not low and most <= 1 else most * 1.05
+    gains = np.where(both, (across - up if low else up - across), np.nan)
+    for chosen, color, label in (
+        (gains > 0, "#00977a", f"{names[1]} is better"),
+        (gains < 0, "#d1610c", f"{names[0]} is better"),
+        (gains == 0, "#8a94a3", "equal"),
+    ):
+        if chosen.any():
+            axes.scatter(across[chosen], up[chosen], s=22, color=color, alpha=0.7, linewidths=0, label=label)
+    axes.plot([least, most], [least, most], color="#8a94a3", linewidth=1, linestyle="--")
+    axes.set(xlim=(least, most), ylim=(least, most), aspect="equal")
+    axes.set_xlabel(f"{metric}, {names[0]}", fontsize=9, color=_FAINT)
+    axes.set_ylabel(f"{metric}, {names[1]}", fontsize=9, color=_FAINT)
+    if both.any():
+        axes.legend(frameon=False, fontsize=8, loc="upper left")
+    return _png(figure)
+
+
 def reliability(sums: Mapping[str, np.ndarray]) -> bytes:
     """How often pixels of a probability are of the class, and how many pixels there are.
 

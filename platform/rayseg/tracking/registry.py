@@ -7,11 +7,8 @@ URI. `Bundle`, `save` and `load` stand here too, for whoever trains.
 """
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass
 from importlib import metadata
@@ -36,11 +33,11 @@ from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 import rayseg
 from rayseg.tracking import runs
 from rayseg.tracking.bundle import EXAMPLE_FILE, Bundle, describe, load, save
+from rayseg.tracking.verification import BUNDLE_IN_MODEL, PREDICTOR_MODULE, Verified, verify_folder
 
-__all__ = ["Bundle", "ModelVersion", "champion", "fetch", "load", "register", "resolve", "save", "set_alias"]
+__all__ = ["Bundle", "ModelVersion", "champion", "fetch", "load", "register", "resolve", "save", "set_alias", "verify"]
 
-PREDICTOR_MODULE = "rayseg.inference.predictor"  # by name: that layer lies above this one
-_BUNDLE_IN_MODEL = "bundle"
+INITIAL_TAG = "rayseg.init_from"  # of a training run: the version whose weights it started from
 _DIGEST_TAG = "bundle_digest"
 _MISSING = {ErrorCode.Name(RESOURCE_DOES_NOT_EXIST), ErrorCode.Name(INVALID_PARAMETER_VALUE)}
 _MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(?:/(?P<version>\d+|latest)|@(?P<alias>[^/@]+))")
@@ -49,7 +46,6 @@ _REQUIRED = (
     *("pylibjpeg", "pylibjpeg-libjpeg", "pylibjpeg-openjpeg", "pylibjpeg-rle", "pyjpegls", "nibabel"),
     *("scikit-image", "scipy", "pydantic", "pyyaml"),
 )
-_VERIFY_LIMIT_S = 300
 
 
 @dataclass(frozen=True)
@@ -91,7 +87,7 @@ def register(
             model_id = logged.model_id
             content = Model(logged.artifact_location, run_id, model_uuid=model_id, model_id=model_id)
             folder = _save_pyfunc(Path(temporary), Path(bundle_dir), content)
-            _verify(folder)
+            verify_folder(folder)
             client.log_model_artifacts(logged.model_id, str(folder))
     except BaseException:
         client.finalize_logged_model(logged.model_id, LoggedModelStatus.FAILED)
@@ -160,33 +156,46 @@ def fetch(tracking_uri: str, model_uri: str, cache_dir: str | Path | None = None
         ValueError: as `resolve`; or a version that `register` did not make.
     """
     version = resolve(tracking_uri, model_uri)
-    location = runs.client(tracking_uri).get_model_version_download_uri(version.name, version.version)
-
-    def download(folder: Path | None) -> Path:
-        try:
-            return Path(
-                mlflow.artifacts.download_artifacts(
-                    f"{location.rstrip('/')}/data/{_BUNDLE_IN_MODEL}",
-                    dst_path=None if folder is None else str(folder),
-                    tracking_uri=tracking_uri,
-                    registry_uri=tracking_uri,
-                )
-            )
-        except (MlflowException, OSError) as error:
-            raise ValueError(f"model {version.uri}: its bundle cannot be fetched ({type(error).__name__})") from error
-
+    part = f"data/{BUNDLE_IN_MODEL}"
     if cache_dir is None:
-        return download(None), version
+        return _download(tracking_uri, version, part), version
     cached = Path(cache_dir, f"{version.name}-v{version.version}-{version.digest[:16]}")
     if not cached.is_dir():
         Path(cache_dir).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache_dir) as temporary:
             try:
-                download(Path(temporary)).rename(cached)
+                _download(tracking_uri, version, part, Path(temporary)).rename(cached)
             except OSError:
                 if not cached.is_dir():  # another process was faster otherwise
                     raise
     return cached, version
+
+
+def verify(tracking_uri: str, version: ModelVersion, repeats: int = 0) -> Verified:
+    """Runs a registered model's own code on its recorded slices in a new process, `repeats` times to measure it.
+
+    Raises:
+        ValueError: it cannot be fetched.
+        RuntimeError: it cannot be loaded there, or gives another mask than was recorded.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        return verify_folder(_download(tracking_uri, version, "", Path(temporary)), repeats)
+
+
+def _download(tracking_uri: str, version: ModelVersion, part: str, folder: Path | None = None) -> Path:
+    """A part of an MLflow model, or all of it, into `folder`; see `fetch` for what None does."""
+    location = runs.client(tracking_uri).get_model_version_download_uri(version.name, version.version)
+    try:
+        return Path(
+            mlflow.artifacts.download_artifacts(
+                f"{location.rstrip('/')}/{part}",
+                dst_path=None if folder is None else str(folder),
+                tracking_uri=tracking_uri,
+                registry_uri=tracking_uri,
+            )
+        )
+    except (MlflowException, OSError) as error:
+        raise ValueError(f"model {version.uri}: its bundle cannot be fetched ({type(error).__name__})") from error
 
 
 def _save_pyfunc(temporary: Path, bundle_dir: Path, content: Model) -> Path:
@@ -194,7 +203,7 @@ def _save_pyfunc(temporary: Path, bundle_dir: Path, content: Model) -> Path:
     package = Path(rayseg.__file__).parent
     code = temporary / "code" / package.name
     shutil.copytree(package, code, ignore=shutil.ignore_patterns("__pycache__"))
-    bundle = temporary / _BUNDLE_IN_MODEL
+    bundle = temporary / BUNDLE_IN_MODEL
     shutil.copytree(bundle_dir, bundle)
     folder = temporary / "model"
     mlflow.pyfunc.save_model(
@@ -223,33 +232,6 @@ def _save_pyfunc(temporary: Path, bundle_dir: Path, content: Model) -> Path:
 def _requirements() -> list[str]:
     installed = {distribution.name.lower() for distribution in metadata.distributions() if distribution.name}
     return [f"{name}=={metadata.version(name)}" for name in _REQUIRED if name in installed]
-
-
-def _verify(model_folder: Path) -> None:
-    """Runs the saved model's own code on its example in a new process; see `register`."""
-    bundle = model_folder / "data" / _BUNDLE_IN_MODEL
-    expected = describe(bundle)
-    done = subprocess.run(
-        [sys.executable, "-m", PREDICTOR_MODULE, str(bundle)],
-        cwd=bundle,
-        env={
-            **os.environ,
-            "PYTHONPATH": str(model_folder / "code"),
-            "PYTHONDONTWRITEBYTECODE": "1",
-            "TF_CPP_MIN_LOG_LEVEL": "3",
-            "TF_FORCE_GPU_ALLOW_GROWTH": "true",  # this process may hold the GPU's memory
-        },
-        capture_output=True,
-        text=True,
-        timeout=_VERIFY_LIMIT_S,
-        check=False,
-    )
-    if done.returncode != 0:
-        raise RuntimeError(f"bundle: cannot be loaded in a clean process: {done.stderr[-2000:]}")
-    found = json.loads(done.stdout.splitlines()[-1])
-    for key in ("digest", "example_mask_sha256"):
-        if found[key] != expected[key]:
-            raise RuntimeError(f"bundle: {key} is {found[key]} in a clean process, {expected[key]} when it was saved")
 
 
 def _lookup(client: MlflowClient, name: str, version: str | None, alias: str | None) -> ModelVersion | None:

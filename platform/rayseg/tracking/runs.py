@@ -7,13 +7,13 @@ import logging
 import re
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 from mlflow import MlflowClient, MlflowException
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelInput, Metric, Param, RunTag
 from mlflow.protos import databricks_pb2 as codes
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
@@ -124,6 +124,14 @@ def log_dataset(tracking_uri: str, run_id: str, uri: str, digest: str, profile: 
     client(tracking_uri).log_inputs(run_id, datasets=[DatasetInput(dataset, tags=[tag])])
 
 
+def log_models_used(tracking_uri: str, run_id: str, trained_by: Sequence[str]) -> None:
+    """Names the models that the runs `trained_by` gave as inputs of the run."""
+    mlflow = client(tracking_uri)
+    given = [output for one in trained_by for output in mlflow.get_run(one).outputs.model_outputs]
+    if given:
+        mlflow.log_inputs(run_id, models=[LoggedModelInput(output.model_id) for output in given])
+
+
 def resume(tracking_uri: str, run_id: str) -> None:
     """Marks a run that had ended as running again; raises UnreachableError."""
     with _reaching(tracking_uri):
@@ -186,8 +194,12 @@ def read_bytes(tracking_uri: str, run_id: str, path_in_run: str) -> bytes:
 
 
 def log_file(tracking_uri: str, run_id: str, path_in_run: str, path: str | Path) -> None:
-    """Keeps the local file `path` as the run's artifact `path_in_run`."""
-    log_bytes(tracking_uri, run_id, path_in_run, Path(path).read_bytes())
+    """Keeps the local file `path` as the run's artifact `path_in_run`; it is not read into memory."""
+    folder, _, file_name = path_in_run.rpartition("/")
+    with tempfile.TemporaryDirectory() as temporary:
+        named = Path(temporary, file_name)
+        named.symlink_to(Path(path).absolute())
+        client(tracking_uri).log_artifact(run_id, str(named), folder or None)
 
 
 def log_bytes(tracking_uri: str, run_id: str, path_in_run: str, data: bytes) -> None:

@@ -15,7 +15,7 @@ import rayseg
 from rayseg import config as configuration
 from rayseg.data.prepared import PreparedSet
 from rayseg.tracking import card as cards
-from rayseg.tracking import figures, runs
+from rayseg.tracking import figures, registry, runs
 from rayseg.training import cases
 from rayseg.training.callbacks import HISTORY_FILE
 from rayseg.training.card import card
@@ -35,8 +35,11 @@ def begin(config: TrainConfig, prepared: PreparedSet, more_tags: Mapping[str, st
     parameters = configuration.flat(resolved) | {
         "scaled_learning_rate": config.scaled_learning_rate,
         "prepared_digest": prepared.digest,
+        **{f"preprocess.{key}": value for key, value in configuration.flat(prepared.preprocess).items()},
     }
-    tags = {"rayseg.code_sha256": _code(), **_git(), **more_tags}
+    tags = {"rayseg.code_sha256": _code(), **_at_a_glance(resolved, prepared), **_git(), **more_tags}
+    if config.init_from:
+        tags[registry.INITIAL_TAG] = registry.resolve(uri, config.init_from).uri
     if config.reproduce:
         tags["rayseg.reproduces"] = config.reproduce
     run_id = runs.start(uri, config.experiment, config.name, parameters, tags)
@@ -69,6 +72,7 @@ def end(config: TrainConfig, prepared: PreparedSet, state: State, model: Any, ou
     runs.log_bytes(uri, run_id, EPOCHS_FILE, json.dumps(epochs).encode())
     runs.log_file(uri, run_id, HISTORY_FILE, outputs / HISTORY_FILE)
     runs.log_bytes(uri, run_id, "curves.png", figures.curves(state.history))
+    runs.client(uri).set_tag(run_id, "rayseg.parameters", f"{model.count_params():,}")
     for name, picture in cases.pictures(model, prepared, state.threshold(config)):
         runs.log_bytes(uri, run_id, f"val/{name}.png", picture)
     for file in sorted((outputs / "tensorboard").rglob("*")):
@@ -123,6 +127,17 @@ def repeated(config: TrainConfig, state: State, run_id: str) -> bool:
 
 def _lasting(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{name: value for name, value in row.items() if name not in _TIMES} for row in history]
+
+
+def _at_a_glance(config: TrainConfig, prepared: PreparedSet) -> dict[str, str]:
+    """Tags that tell one model from another in MLflow's list of runs, and where it compares them."""
+    widths = config.model.widths
+    form = config.model.preset if widths is None else f"{config.model.preset} {'-'.join(map(str, widths))}"
+    return {
+        "rayseg.model": form,
+        "rayseg.input": "x".join(map(str, prepared.shape)),
+        "rayseg.augment": "none" if config.augment is None else "on",
+    }
 
 
 def _environment() -> list[str]:

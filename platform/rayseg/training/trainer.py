@@ -199,7 +199,9 @@ def _conclude(
         version = None
         if register:
             saved = Path(temporary, "bundle")
-            bundle.save(saved, model, prepared.preprocess, prepared.labels, threshold, synthetic.slice_bytes())
+            # Phantoms, as a bundle goes where no patient's picture may.
+            example, *golden = (synthetic.slice_bytes(seed, size) for seed, size in ((0, 64), (1, 96), (2, 128)))
+            bundle.save(saved, model, prepared.preprocess, prepared.labels, threshold, example, golden)
             version = registry.register(config.tracking_uri, run_id, saved, config.registered_model, text)
     reproduced = record.repeated(config, state, run_id) if config.reproduce else None
     outcome: dict[str, float] = {"best_epoch": best_epoch, "restarts": restarts}
