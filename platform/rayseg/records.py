@@ -33,6 +33,7 @@ class Reason(StrEnum):
     LOCALIZER = "localizer"  # a scout view, no part of a stack
     SERIES_MIXED = "series_mixed"  # a series with several sizes or orientations
     SERIES_DUPLICATES = "series_duplicates"  # a copy, or several different slices at one position
+    UNEVEN_SLICES = "uneven_slices"  # slices at uneven distances, which the format of the output cannot say (NIfTI)
     NEEDS_NEIGHBOURS = "needs_neighbours"  # a slice alone, for a model that looks at those beside it too (HTTP, MLflow)
     WRITE_FAILED = "write_failed"  # the result could not be made or stored
     INTERNAL = "internal"  # anything unforeseen: the detail names the exception's type only

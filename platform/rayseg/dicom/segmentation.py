@@ -101,33 +101,33 @@ def encode(
         dataset.ImageOrientationPatient = datasets[0].ImageOrientationPatient  # the frames share it
     if "SliceThickness" not in datasets[0]:
         datasets[0].SliceThickness = _nominal_thickness(datasets)
-    name, version = _long_string(model_name), _long_string(model_version)
+    name, version = long_string(model_name), long_string(model_version)
     named = sorted(slice_uid(one.sop_instance_uid, one.frame) for one in slices)
     identity = [named, model_name, model_version, digest, kind]
     content_date, content_time = _content_time(datasets)
     for one in slices:
         one.dataset.SOPClassUID = PLAIN_CLASS
         if one.frame is not None:
-            one.dataset.SOPInstanceUID = _uid("frame", [one.sop_instance_uid, one.frame])
+            one.dataset.SOPInstanceUID = hashed_uid("frame", [one.sop_instance_uid, one.frame])
     try:
         segmentation = highdicom.seg.Segmentation(
             source_images=datasets,
             pixel_array=np.stack([one.mask for one in slices]),
             segmentation_type=kind,
             segment_descriptions=_descriptions(labels, name, version, digest),
-            series_instance_uid=_uid("series", identity),
+            series_instance_uid=hashed_uid("series", identity),
             series_number=9001,
-            sop_instance_uid=_uid("instance", identity),
+            sop_instance_uid=hashed_uid("instance", identity),
             instance_number=1,
             manufacturer="rayseg",
             manufacturer_model_name=name,
             software_versions=version,
-            device_serial_number=_long_string(digest),
+            device_serial_number=long_string(digest),
             content_label="SEGMENTATION",
             content_description="Made by a research model, not for diagnosis",
             content_date=content_date,
             content_time=content_time,
-            series_description=_long_string(f"{model_name} v{model_version} segmentation"),
+            series_description=long_string(f"{model_name} v{model_version} segmentation"),
             specific_character_set="ISO_IR 192",
             omit_empty_frames=False,
             transfer_syntax_uid=uid.RLELossless if kind == "LABELMAP" else uid.ExplicitVRLittleEndian,
@@ -213,9 +213,9 @@ def _descriptions(labels: tuple[str, ...], name: str, version: str, digest: str)
     return [
         SegmentDescription(
             segment_number=number,
-            segment_label=_long_string(label),
+            segment_label=long_string(label),
             segmented_property_category=_ALTERED,
-            segmented_property_type=_PROPERTY_TYPES.get(label.lower(), _LESION),
+            segmented_property_type=finding(label),
             algorithm_type="AUTOMATIC",
             algorithm_identification=algorithm,
         )
@@ -223,12 +223,17 @@ def _descriptions(labels: tuple[str, ...], name: str, version: str, digest: str)
     ]
 
 
-def _long_string(text: str) -> str:
+def finding(label: str) -> Code:
+    """The standard's code for what a label names; a lesion where it knows none."""
+    return _PROPERTY_TYPES.get(label.lower(), _LESION)
+
+
+def long_string(text: str) -> str:
     """As a value of VR LO: one line, at most 64 characters, no backslash (it separates values)."""
     return " ".join(text.replace("\\", "/").split())[:64] or "unnamed"
 
 
-def _uid(purpose: str, identity: list[Any]) -> str:
+def hashed_uid(purpose: str, identity: list[Any]) -> str:
     """A UID of the form 2.25.<UUID as integer> (PS3.5 B.2) whose UUID is a hash."""
     hashed = hashlib.sha256(json.dumps([purpose, *identity]).encode()).digest()
     return f"2.25.{uuid.UUID(bytes=hashed[:16], version=5).int}"
@@ -240,7 +245,7 @@ def _fixed_bytes(segmentation: Dataset, identity: list[Any]) -> bytes:
     segmentation.InstanceCreationTime = segmentation.ContentTime
     for item in segmentation.ContributingEquipmentSequence:
         item.ContributionDateTime = f"{segmentation.ContentDate}{segmentation.ContentTime}"
-    organization_uid = _uid("dimensions", identity)
+    organization_uid = hashed_uid("dimensions", identity)
     for item in (*segmentation.DimensionOrganizationSequence, *segmentation.DimensionIndexSequence):
         item.DimensionOrganizationUID = organization_uid
     stream = BytesIO()
