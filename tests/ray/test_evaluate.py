@@ -79,9 +79,9 @@ def test_scores_are_those_of_the_source_objects_on_their_own_grid(world: World) 
         np.concatenate([mask for slices in masks.values() for mask in slices]) for masks in (truths, predictions)
     )
     assert result.dice_pooled == pytest.approx(f1_score(all_truth, all_predicted))
-    assert result.iou_pooled == pytest.approx(jaccard_score(all_truth, all_predicted))
-    assert result.precision_pooled == pytest.approx(precision_score(all_truth, all_predicted))
-    assert result.recall_pooled == pytest.approx(recall_score(all_truth, all_predicted))
+    assert result.metrics["iou_pooled"] == pytest.approx(jaccard_score(all_truth, all_predicted))
+    assert result.metrics["precision_pooled"] == pytest.approx(precision_score(all_truth, all_predicted))
+    assert result.metrics["recall_pooled"] == pytest.approx(recall_score(all_truth, all_predicted))
     dice = {
         patient: f1_score(np.concatenate(truths[patient]), np.concatenate(predictions[patient]), zero_division=np.nan)
         for patient in truths
@@ -92,7 +92,7 @@ def test_scores_are_those_of_the_source_objects_on_their_own_grid(world: World) 
     assert result.background_dice == 0.0
     assert (result.slices, result.cases, result.rejected) == (len(rows), len(truths), 0)
     healthy = [patient for patient, masks in truths.items() if not np.any(masks)]
-    assert result.cases_false_alarms + result.cases_true_negative == len(healthy) > 0
+    assert result.metrics["cases_false_alarms"] + result.metrics["cases_true_negative"] == len(healthy) > 0
 
     table = list(csv.DictReader(io.StringIO(storage.read(result.cases_table).decode())))
     assert {row["patient_key"] for row in table} == set(truths)

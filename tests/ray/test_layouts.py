@@ -321,11 +321,11 @@ def test_several_classes_from_the_folder_to_a_registered_model_and_its_scores(
 
     scored = evaluate(EvaluateConfig(output, trained.model_uri, tracking_uri, overlays=1))
     assert tuple(scored.classes) == labels.names
-    defined = [one.dice_pooled for one in scored.classes.values() if one.dice_pooled is not None]
+    defined = [one["dice_pooled"] for one in scored.classes.values() if "dice_pooled" in one]
     assert scored.dice_pooled == pytest.approx(np.mean(defined))
     logged = runs.client(tracking_uri).get_run(trained.run_id).data.metrics
     for name, one in scored.classes.items():
-        assert logged.get(f"test/dice_pooled/{name}") == one.dice_pooled
+        assert logged.get(f"test/dice_pooled/{name}") == one.get("dice_pooled")
 
     bundle_dir, version = registry.fetch(tracking_uri, trained.model_uri)
     predictor = Predictor.load(bundle_dir)

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pydicom
 import pytest
-import ray
 from PIL import Image
 from pydicom import uid
 from pydicom.dataset import Dataset, FileMetaDataset
@@ -30,6 +28,8 @@ from rayseg.data.stacks import along
 from rayseg.dicom import segmentation
 from rayseg.dicom.reading import Slice, read_slice
 from rayseg.evaluation import evaluate
+from rayseg.evaluation.cases import Tolerance
+from rayseg.evaluation.scorer import COLUMNS, Judged, Scorer
 from rayseg.inference.predictor import Prediction, Predictor
 from rayseg.inference.series import Task, segment_series
 from rayseg.models.network import build_network
@@ -162,9 +162,7 @@ def test_prepared_rows_have_the_neighbours_channels_and_the_centres_mask(world: 
     assert (place_of(reject["uri"]), reject["reason"]) == (UNREADABLE, "decode_failed")
 
 
-def test_bulk_scoring_and_a_local_call_give_the_same_bytes(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bulk_scoring_and_a_local_call_give_the_same_bytes(world: World, tmp_path: Path) -> None:
     manifest = pq.read_table(world.manifest).to_pylist()
     predictor = Predictor.load(world.bundle)
     local: dict[str, np.ndarray] = {}
@@ -194,16 +192,14 @@ def test_bulk_scoring_and_a_local_call_give_the_same_bytes(
                 assert slice.header is not None
                 assert mask.tobytes() == local[slice.header.sop_instance_uid].tobytes()
 
-    monkeypatch.setattr(evaluate, "limit_threads", lambda threads: None)  # this process has its own
-    files = {file.name: file.read_bytes() for file in world.bundle.iterdir()}
-    scorer = evaluate._Scorer(ray.put(files), Labels())
+    scorer = Scorer(predictor, Labels(), Tolerance())
     # Of a set that knows more neighbours than the model looks at, and of a few of its rows.
     two = made(world, tmp_path / "set", preprocess=Preprocess((SIDE, SIDE), neighbours=2))
     scored: dict[str, np.ndarray] = {}
-    for row in scorer(two.read_rows("train", evaluate._COLUMNS)).to_pylist():
-        assert row["reason"] is None
-        mask = np.frombuffer(zlib.decompress(row["prediction"]), np.uint8).reshape(SIDE, SIDE)
-        scored[pydicom.dcmread(io.BytesIO(Path(row["uri"]).read_bytes())).SOPInstanceUID] = mask
+    for row in two.read_rows("train", COLUMNS).to_pylist():
+        judged = scorer.judged(row)
+        assert isinstance(judged, Judged)
+        scored[pydicom.dcmread(io.BytesIO(Path(row["uri"]).read_bytes())).SOPInstanceUID] = judged.prediction
 
     expected = {}
     for number, patient in enumerate(VALUES):

@@ -3,7 +3,7 @@
 import pytest
 
 from rayseg.evaluation.promote import PromoteConfig, promote
-from rayseg.evaluation.record import set_tag
+from rayseg.evaluation.publish import set_tag
 from rayseg.tracking import registry, runs
 
 METRIC = "test/dice_pooled"

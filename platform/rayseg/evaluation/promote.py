@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from rayseg.evaluation.record import set_tag
+from rayseg.evaluation.publish import set_tag
 from rayseg.tracking import registry, runs
 
 

@@ -41,7 +41,7 @@ class Predictor:
 
     def __init__(self, bundle: Bundle) -> None:
         self.bundle = bundle
-        self._mask = bundle.compile()
+        self._probabilities = bundle.compile()
 
     @classmethod
     def load(cls, bundle_dir: str | Path) -> "Predictor":
@@ -62,12 +62,22 @@ class Predictor:
 
     def predict_stack(self, stack: Sequence[Slice | Reject | None]) -> Prediction | Reject:
         """The slice in the middle of 2 * `neighbours` + 1 with its mask, or why there is none; see `stacks.usable`."""
+        made = self.judge_stack(stack)
+        return made if isinstance(made, Reject) else made[0]
+
+    def judge_stack(self, stack: Sequence[Slice | Reject | None]) -> tuple[Prediction, np.ndarray] | Reject:
+        """As `predict_stack`, and the probabilities that the mask was decided by.
+
+        They are float32 (channels, rows, columns) on the slice's own grid: of the one class, or of background and
+        classes.
+        """
         slices = usable(stack)
         if isinstance(slices, Reject):
             return slices
         centre = slices[len(slices) // 2]
         assert centre is not None
-        return Prediction(centre, self._mask(slices))
+        probabilities_KHW = self._probabilities(slices)
+        return Prediction(centre, self.bundle.decide(probabilities_KHW)), probabilities_KHW
 
     def segment(self, blobs: Sequence[bytes], frames: Sequence[int | None] | None = None) -> list[Prediction | Reject]:
         """For each object's bytes (DICOM, PNG, JPEG or TIFF) the slice with its mask, or why there is none.
@@ -85,6 +95,9 @@ class Predictor:
         slice = read_slice(self.bundle.example)
         assert isinstance(slice, Slice), "a bundle is not saved with an example that cannot be read"
         return Prediction(slice, self._mask(alone(slice, self.neighbours)))
+
+    def _mask(self, stack: Sequence[Slice | None]) -> np.ndarray:
+        return self.bundle.decide(self._probabilities(stack))
 
     def _single(self, slice: Slice | Reject) -> Prediction | Reject:
         if self.neighbours and not isinstance(slice, Reject):

@@ -47,12 +47,13 @@ class Bundle:
     example: bytes = field(repr=False)
 
     def compile(self) -> Callable[[Sequence[Slice | None]], np.ndarray]:
-        """The one way from a slice to its mask: a function to a uint8 label map (rows, columns) on the slice's grid.
+        """The one way from a slice to its probabilities, and with `decide` to its mask, on the slice's own grid.
 
-        It takes the slice in the middle of its neighbours, as `Preprocess.apply` does: alone where that looks at none.
-        The network always runs on exactly one image, so a mask cannot depend on what is segmented beside it, nor on
-        how many. A batch would not do: TensorFlow adds up group normalisation in another order for each batch size (the
-        last bits differ), and on a CPU it is no faster. Traced and warmed up here; safe to call from several threads.
+        A function to float32 (channels, rows, columns), of the model's channels. It takes the slice in the middle of
+        its neighbours, as `Preprocess.apply` does: alone where that looks at none. The network always runs on exactly
+        one image, so a mask cannot depend on what is segmented beside it, nor on how many. A batch would not do:
+        TensorFlow adds up group normalisation in another order for each batch size (the last bits differ), and on a CPU
+        it is no faster. Traced and warmed up here; safe to call from several threads.
         """
         import tensorflow as tf
 
@@ -62,19 +63,22 @@ class Bundle:
         def network(images_NHWC: Any) -> Any:
             return tf.cast(self.model(images_NHWC, training=False), tf.float32)
 
-        def mask(stack: Sequence[Slice | None]) -> np.ndarray:
+        def probabilities(stack: Sequence[Slice | None]) -> np.ndarray:
             image_HWC = self.preprocess.apply(*stack)
             slice = stack[len(stack) // 2]
             assert slice is not None
             probabilities_HWC = network(image_HWC[np.newaxis]).numpy()[0]
             channels = np.ascontiguousarray(np.moveaxis(probabilities_HWC, -1, 0))
-            restored = [self.preprocess.restore(channel, *slice.shape) for channel in channels]
-            if len(restored) == 1:
-                return (restored[0] >= np.float32(self.threshold)).astype(np.uint8)
-            return np.argmax(restored, axis=0).astype(np.uint8)
+            return np.stack([self.preprocess.restore(channel, *slice.shape) for channel in channels])
 
         network(np.zeros(shape_NHWC, np.uint8))
-        return mask
+        return probabilities
+
+    def decide(self, probabilities_KHW: np.ndarray) -> np.ndarray:
+        """The uint8 label map (rows, columns) of the probabilities that `compile`'s function gives."""
+        if len(probabilities_KHW) == 1:
+            return (probabilities_KHW[0] >= np.float32(self.threshold)).astype(np.uint8)
+        return np.argmax(probabilities_KHW, axis=0).astype(np.uint8)
 
 
 def mask_sha256(mask: np.ndarray) -> str:
@@ -120,8 +124,8 @@ def save(
         raise ValueError(f"bundle: the example is no readable slice ({slice.reason}: {slice.detail})")
     # As they will be read back: YAML may have given 40 for 40.0, and the digest would tell these apart.
     preprocess, threshold = config.build(Preprocess, config.plain(preprocess)), float(threshold)
-    compiled = Bundle(model, preprocess, labels, threshold, "", example).compile()
-    example_mask = mask_sha256(compiled(alone(slice, preprocess.neighbours)))
+    made = Bundle(model, preprocess, labels, threshold, "", example)
+    example_mask = mask_sha256(made.decide(made.compile()(alone(slice, preprocess.neighbours))))
     digest = _digest(model, config.plain(preprocess), config.plain(labels), threshold, example_mask)
     folder = Path(bundle_dir)
     folder.mkdir(parents=True, exist_ok=True)

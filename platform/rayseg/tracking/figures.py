@@ -106,6 +106,76 @@ def curves(history: Sequence[Mapping[str, float]]) -> bytes:
     return _png(figure)
 
 
+def agreement(mean: np.ndarray, difference: np.ndarray, lines: Sequence[float], unit: str) -> bytes:
+    """Bland and Altman's picture: what is found too much, by size; a point a case.
+
+    Args:
+        mean: of true and predicted volume, (cases,); cases that are not a number are left out.
+        difference: predicted minus true volume.
+        lines: the lower limit of agreement, the bias and the upper limit, or the bias alone.
+        unit: of all of them.
+    """
+    figure, axes = _chart(4.6)
+    axes.axhline(0, color="#c3cbd6", linewidth=1)
+    axes.scatter(mean, difference, s=16, color="#2266aa", alpha=0.65, linewidths=0)
+    names = ("lower limit", "bias", "upper limit") if len(lines) == 3 else ("bias",)
+    for value, name in zip(lines, names, strict=True):
+        axes.axhline(value, color="#d1610c", linewidth=1.4, linestyle="-" if name == "bias" else "--")
+        axes.annotate(
+            f"{name} {value:.3g}", (1, value), xycoords=("axes fraction", "data"), xytext=(-2, 3),
+            textcoords="offset points", ha="right", fontsize=8, color="#a94b06",
+        )  # fmt: skip
+    axes.set_xlabel(f"mean of true and predicted volume [{unit}]", fontsize=9, color=_FAINT)
+    axes.set_ylabel(f"predicted minus true [{unit}]", fontsize=9, color=_FAINT)
+    return _png(figure)
+
+
+def reliability(sums: Mapping[str, np.ndarray]) -> bytes:
+    """How often pixels of a probability are of the class, and how many pixels there are.
+
+    Args:
+        sums: of each class, (bins, 3): pixels, the sum of their probabilities, how many are of the class.
+    """
+    figure, axes = _chart(4.6)
+    axes.plot([0, 1], [0, 1], color="#c3cbd6", linewidth=1, linestyle="--")
+    beside = axes.twinx()
+    width = 0.8 / max(len(sums), 1)
+    for number, (name, of_class) in enumerate(sums.items()):
+        bins = len(of_class)
+        color = f"C{number}" if len(sums) > 1 else "#2266aa"
+        filled = of_class[of_class[:, 0] > 0]
+        axes.plot(
+            filled[:, 1] / filled[:, 0], filled[:, 2] / filled[:, 0], color=color, marker="o", markersize=4,
+            linewidth=1.6, label=name,
+        )  # fmt: skip
+        places = (np.arange(bins) + 0.1 + (number + 0.5) * width) / bins
+        beside.bar(places, of_class[:, 0], width / bins, color=color, alpha=0.18, linewidth=0)
+    beside.set_yscale("log")
+    beside.set_ylabel("pixels", fontsize=9, color=_FAINT)
+    axes.set_zorder(beside.get_zorder() + 1)
+    axes.set_frame_on(False)
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    axes.set_xlabel("mean probability of the pixels in a bin", fontsize=9, color=_FAINT)
+    axes.set_ylabel("of them of the class", fontsize=9, color=_FAINT)
+    axes.legend(frameon=False, fontsize=8, loc="upper left")
+    for one in (axes, beside):
+        one.tick_params(labelsize=8, colors="#55606e", length=0)
+    beside.spines[:].set_visible(False)
+    return _png(figure)
+
+
+def _chart(height_in: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(6.2, height_in), dpi=_DPI, facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.tick_params(labelsize=8, colors="#55606e", length=0)
+    axes.grid(color="#eef1f5", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#c3cbd6")
+    return figure, axes
+
+
 def _outline(axes: Axes, mask: np.ndarray, color: str, width: float) -> None:
     """The mask's border along the edges of its pixels, so that a single pixel and one at the image's edge show."""
     inside = np.pad(mask != 0, 1)

@@ -19,7 +19,7 @@ from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 from rayseg import __version__
 
-_PARAMS_A_BATCH = 100  # MLflow's limit for one request
+_PARAMS_A_BATCH, _METRICS_A_BATCH = 100, 1000  # MLflow's limits for one request
 _SQLITE = "sqlite:///"
 # What stays so however often it is asked. Anything else (INTERNAL_ERROR for a server that does not answer) may pass.
 _FINAL = {
@@ -97,7 +97,8 @@ def log_metrics(tracking_uri: str, run_id: str, metrics: Mapping[str, float], st
     now_ms = int(time.time() * 1000)
     values = [Metric(name, float(value), now_ms, step) for name, value in metrics.items()]
     with _reaching(tracking_uri):
-        client(tracking_uri).log_batch(run_id, metrics=values)
+        for first in range(0, len(values), _METRICS_A_BATCH):
+            client(tracking_uri).log_batch(run_id, metrics=values[first : first + _METRICS_A_BATCH])
 
 
 def last_step(tracking_uri: str, run_id: str, name: str) -> int | None:

@@ -19,10 +19,11 @@ import tensorflow as tf
 from rayseg.data.feed import Batches, batches
 from rayseg.data.prepared import PreparedSet
 from rayseg.data.windows import steps
+from rayseg.models.histograms import BINS, best_threshold
 from rayseg.models.losses import batch_share, loss_function
 from rayseg.models.metrics import SIZE, counts, scores
 from rayseg.training.schedule import learning_rate
-from rayseg.training.settings import TrainConfig
+from rayseg.training.settings import DEFAULT_THRESHOLD, TrainConfig
 from rayseg.training.start import network
 
 
@@ -94,7 +95,15 @@ class Learner:
                 totals += np.concatenate([sums.numpy(), counted.numpy()])
                 self._beat()
         loss, rows, *counted = self._over_ranks(totals.tolist())
-        return {"val/loss": loss / rows, **scores(np.asarray(counted), self._names)}
+        summed = np.asarray(counted)
+        return {"val/loss": loss / rows, **scores(summed, self._names), **self._threshold(summed)}
+
+    def _threshold(self, counted: np.ndarray) -> dict[str, float | None]:
+        """Of one class without a given threshold: that of the best Dice on validation, None without any foreground."""
+        if len(self._names) > 1 or self._config.threshold is not None:
+            return {}
+        best = best_threshold(*counted[SIZE - 2 * BINS :].reshape(2, BINS))
+        return {"val/threshold": None if best is None else best[0]}
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
@@ -199,7 +208,7 @@ class Learner:
         probability_NHWC = outputs[0] if isinstance(outputs, list) else outputs
         loss_N = self._loss(mask_NHW, probability_NHWC)
         sums = tf.stack([tf.reduce_sum(loss_N * weight_N), tf.reduce_sum(weight_N)])
-        return sums, counts(mask_NHW, probability_NHWC, weight_N, self._config.threshold)
+        return sums, counts(mask_NHW, probability_NHWC, weight_N, self._config.threshold or DEFAULT_THRESHOLD)
 
     def _over_ranks(self, values: list[float]) -> list[float]:
         """The values summed over the ranks; in float64, so counts stay exact."""

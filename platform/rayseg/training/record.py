@@ -13,6 +13,7 @@ from typing import Any
 import rayseg
 from rayseg import config as configuration
 from rayseg.data.prepared import PreparedSet
+from rayseg.tracking import card as cards
 from rayseg.tracking import figures, runs
 from rayseg.training import cases
 from rayseg.training.callbacks import HISTORY_FILE
@@ -67,14 +68,12 @@ def end(config: TrainConfig, prepared: PreparedSet, state: State, model: Any, ou
     runs.log_bytes(uri, run_id, EPOCHS_FILE, json.dumps(epochs).encode())
     runs.log_file(uri, run_id, HISTORY_FILE, outputs / HISTORY_FILE)
     runs.log_bytes(uri, run_id, "curves.png", figures.curves(state.history))
-    for name, picture in cases.pictures(model, prepared, config.threshold):
+    for name, picture in cases.pictures(model, prepared, state.threshold(config)):
         runs.log_bytes(uri, run_id, f"val/{name}.png", picture)
     for file in sorted((outputs / "tensorboard").rglob("*")):
         if file.is_file():
             runs.log_file(uri, run_id, str(file.relative_to(outputs)), file)
-    text = card(config, prepared, state, run_id)
-    runs.log_bytes(uri, run_id, "model_card.md", text.encode())
-    return text
+    return cards.log(uri, card(config, prepared, state, run_id))
 
 
 def to_repeat(config: TrainConfig) -> TrainConfig:

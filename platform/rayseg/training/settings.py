@@ -8,6 +8,8 @@ from rayseg.data.augment import Augment
 from rayseg.models.losses import Loss
 from rayseg.models.presets import NetworkConfig
 
+DEFAULT_THRESHOLD = 0.5  # of the scores on validation while no other is known
+
 
 @dataclass(frozen=True)
 class EarlyStopping:
@@ -79,7 +81,9 @@ class TrainConfig:
     early_stopping: EarlyStopping | None = None
     clip_norm: float | None = None  # greatest norm of all gradients of a batch together
     ema_momentum: float | None = None  # validates and registers a moving average of the weights: 0.99, 0.999
-    threshold: float = 0.5  # one class: a pixel is foreground where its probability is at least this; more: unused
+    # One class: a pixel is foreground where its probability is at least this. None: what gives the best pooled Dice of
+    # the validation split in the best epoch. Several classes: unused.
+    threshold: float | None = None
     mixed_precision: Literal["float32", "mixed_bfloat16", "mixed_float16"] = "float32"
     jit_compile: bool = False  # XLA for forward and backward pass
     tensorboard: bool = False  # keeps TensorBoard's event files with the run

@@ -15,6 +15,7 @@ import keras
 import numpy as np
 
 from rayseg import storage
+from rayseg.training.settings import DEFAULT_THRESHOLD, TrainConfig
 
 ARRAYS, _VALUES, _OUTPUTS = "state.npz", "state.json", "outputs"
 _LATEST = "latest.json"
@@ -49,6 +50,16 @@ class State:
             if dice is None or dice > highest:
                 highest, kept = highest if dice is None else dice, row
         return kept["epoch"], kept
+
+    def threshold(self, config: TrainConfig) -> float:
+        """What the best epoch's pixels of one class are decided by: given, or chosen on the validation patients.
+
+        A half where these have nothing to find. Several classes have none.
+        """
+        if config.threshold is not None:
+            return config.threshold
+        chosen: float | None = self.best()[1].get("val/threshold")
+        return DEFAULT_THRESHOLD if chosen is None else chosen
 
     def save(self, uri: str, model: keras.Model, outputs: Path) -> None:
         """Makes this the last checkpoint of the run in folder `uri`.

@@ -164,12 +164,16 @@ def _conclude(config: TrainConfig, prepared: PreparedSet, folder: str, run_id: s
         model.load_weights(outputs / BEST_FILE)
         model = portable(model)
         best_epoch, best = state.best()
+        threshold = state.threshold(config)
         text = record.end(config, prepared, state, model, outputs, run_id)
         saved = Path(temporary, "bundle")
-        bundle.save(saved, model, prepared.preprocess, prepared.labels, config.threshold, synthetic.slice_bytes())
+        bundle.save(saved, model, prepared.preprocess, prepared.labels, threshold, synthetic.slice_bytes())
         version = registry.register(config.tracking_uri, run_id, saved, config.registered_model, text)
     reproduced = record.repeated(config, state, run_id) if config.reproduce else None
-    runs.log_metrics(config.tracking_uri, run_id, {"best_epoch": best_epoch, "restarts": restarts})
+    outcome: dict[str, float] = {"best_epoch": best_epoch, "restarts": restarts}
+    if len(prepared.labels.names) == 1:
+        outcome["threshold"] = threshold
+    runs.log_metrics(config.tracking_uri, run_id, outcome)
     return TrainResult(
         run_id=run_id,
         model_uri=version.uri,

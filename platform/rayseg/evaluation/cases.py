@@ -1,0 +1,210 @@
+"""The table of cases: what is known of each patient and class after an evaluation. numpy, scipy and pyarrow only.
+
+A case is a patient. Slices of one series that have positions make one image, a volume; any other slice is an image by
+itself, a plane. Counts, lesions and volumes of a patient's images add up. Distances between surfaces are measured in
+each image, and a case's value is the mean over its images that have one.
+"""
+
+import dataclasses
+import io
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+from rayseg.dicom.reading import Geometry
+from rayseg.evaluation.calibration import Probabilities
+from rayseg.evaluation.lesions import Lesions, lesions
+from rayseg.evaluation.scores import Counts, counts
+from rayseg.evaluation.surfaces import Grid, distances, together
+from rayseg.inference.volume import volume_ml
+
+PARQUET, CSV = "cases.parquet", "cases.csv"  # below the split's folder in the model's run
+
+# A row for each patient and class, in order of both. README defines the metrics; null is undefined or not known.
+CASES = pa.schema(
+    [
+        ("patient_key", pa.string()),
+        ("class", pa.string()),
+        ("slices", pa.int64()),
+        ("images", pa.int64()),  # volumes and planes that these slices make
+        ("tp", pa.int64()),  # pixels, of all slices
+        ("fp", pa.int64()),
+        ("fn", pa.int64()),
+        ("tn", pa.int64()),
+        ("dice", pa.float64()),  # of these counts
+        ("iou", pa.float64()),
+        ("precision", pa.float64()),
+        ("recall", pa.float64()),
+        ("accuracy", pa.float64()),
+        ("average_precision", pa.float64()),  # of the probabilities of all pixels
+        ("brier", pa.float64()),
+        ("ece", pa.float64()),
+        ("hd95_mm", pa.float64()),  # of images whose spacing is known: the mean over those with both masks
+        ("assd_mm", pa.float64()),
+        ("nsd_mm", pa.float64()),  # at the tolerance; the mean over those with any mask, 0 where the other is empty
+        ("hd95_px", pa.float64()),  # of images whose spacing is not known, in pixels
+        ("assd_px", pa.float64()),
+        ("nsd_px", pa.float64()),
+        ("lesions_true", pa.int64()),
+        ("lesions_found", pa.int64()),  # of the true ones
+        ("lesions_predicted", pa.int64()),
+        ("lesions_false", pa.int64()),  # of the predicted ones
+        ("lesion_f1", pa.float64()),
+        ("truth_ml", pa.float64()),  # volumes; null where positions and thickness do not give any
+        ("predicted_ml", pa.float64()),
+        ("modality", pa.string()),  # what subgroups go by: of most of the patient's slices; null for image files
+        ("pixel_spacing_mm", pa.float64()),  # the mean of that between rows and that between columns, over the slices
+        ("slice_distance_mm", pa.float64()),  # the median within volumes; null without any
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far surfaces may lie apart and still agree, in images with and without a known spacing."""
+
+    mm: float = 2.0
+    px: float = 2.0
+
+
+@dataclass(frozen=True, eq=False)
+class Image:
+    """The label maps of one volume or plane: uint8 (slices, rows, columns), the slices in order."""
+
+    prediction: np.ndarray
+    truth: np.ndarray
+    places: Sequence[Geometry | None]  # of the slices
+    grid: Grid
+
+
+def images(
+    predictions: Sequence[np.ndarray], truths: Sequence[np.ndarray], places: Sequence[Geometry | None]
+) -> list[Image]:
+    """The images that the slices of one series make: one volume where all have a place in it, else planes.
+
+    Args:
+        predictions: label maps (rows, columns).
+        truths: the same.
+        places: of the slices; None where nothing is known.
+    """
+    volume = _volume(places)
+    if volume is None:
+        return [
+            Image(prediction[np.newaxis], truth[np.newaxis], [place], _plane(place))
+            for prediction, truth, place in zip(predictions, truths, places, strict=True)
+        ]
+    order, grid = volume
+    prediction, truth = (np.stack([masks[index] for index in order]) for masks in (predictions, truths))
+    return [Image(prediction, truth, [places[index] for index in order], grid)]
+
+
+def _volume(places: Sequence[Geometry | None]) -> tuple[np.ndarray, Grid] | None:
+    """The order of the slices along their normal and their grid; None where they are no volume."""
+    known = [place for place in places if place is not None and place.pixel_spacing_mm and place.image_orientation]
+    if len(known) < max(2, len(places)) or len({(place.rows, place.columns) for place in known}) > 1:
+        return None
+    spacings = np.array([place.pixel_spacing_mm for place in known])
+    if np.ptp(spacings, axis=0).max() > 1e-3 * spacings.min() or volume_ml([0] * len(known), known) is None:
+        return None  # of other sizes, without positions, not parallel, or several at one place
+    origins = np.array([place.image_position_mm for place in known], np.float64)
+    right, down = np.array(known[0].image_orientation).reshape(2, 3)
+    order = np.argsort(origins @ np.cross(right, down), kind="stable")
+    return order, Grid(origins[order], down * spacings[0, 0], right * spacings[0, 1], "mm")
+
+
+def _plane(place: Geometry | None) -> Grid:
+    spacing = None if place is None else place.pixel_spacing_mm
+    row, column = spacing or (1.0, 1.0)
+    down, right = np.array([row, 0.0, 0.0]), np.array([0.0, column, 0.0])
+    return Grid(np.zeros((1, 3)), down, right, "px" if spacing is None else "mm")
+
+
+class Case:
+    """One patient and one class, while its series come in."""
+
+    def __init__(self, tolerance: Tolerance) -> None:
+        self._tolerance = tolerance
+        self.counts, self.lesions, self.probabilities = Counts(), Lesions(), Probabilities.nothing()
+        self._surfaces: dict[str, list[float]] = defaultdict(list)
+        self._volumes_ml: list[tuple[float | None, float | None]] = []
+
+    def add_series(self, made: Sequence[Image], index: int) -> None:
+        """Adds the class `index` of all images that one series makes."""
+        true: list[int] = []
+        predicted: list[int] = []
+        for image in made:
+            prediction, truth = image.prediction == index, image.truth == index
+            self.counts += counts(prediction, truth)
+            self._add_surfaces(prediction, truth, image.grid)
+            if truth.any() or prediction.any():
+                self.lesions += lesions(prediction, truth)
+            true += truth.sum(axis=(1, 2)).tolist()
+            predicted += prediction.sum(axis=(1, 2)).tolist()
+        places = [place for image in made for place in image.places if place is not None]
+        if len(places) < len(true):
+            self._volumes_ml.append((None, None))
+        else:
+            self._volumes_ml.append((volume_ml(true, places), volume_ml(predicted, places)))
+
+    def _add_surfaces(self, prediction: np.ndarray, truth: np.ndarray, grid: Grid) -> None:
+        unit = grid.unit
+        between = distances(prediction, truth, grid)
+        if between is not None:
+            self._surfaces[f"hd95_{unit}"].append(between.hd95)
+            self._surfaces[f"assd_{unit}"].append(between.assd)
+            self._surfaces[f"nsd_{unit}"].append(between.nsd(getattr(self._tolerance, unit)))
+        elif prediction.any() or truth.any():
+            self._surfaces[f"nsd_{unit}"].append(0.0)
+
+    def row(self) -> dict[str, Any]:
+        """The metrics among the columns of `CASES`."""
+        surfaces = [f"{name}_{unit}" for name in ("hd95", "assd", "nsd") for unit in ("mm", "px")]
+        volumes_ml = list(zip(*self._volumes_ml, strict=True)) or [(None,), (None,)]
+        truth_ml, predicted_ml = (None if None in values else sum(values) for values in volumes_ml)
+        return {
+            **dataclasses.asdict(self.counts),
+            **{name: getattr(self.counts, name) for name in ("dice", "iou", "precision", "recall", "accuracy")},
+            **{name: getattr(self.probabilities, name) for name in ("average_precision", "brier", "ece")},
+            **{name: together(self._surfaces[name]) for name in surfaces},
+            **{f"lesions_{name}": value for name, value in dataclasses.asdict(self.lesions).items()},
+            "lesion_f1": self.lesions.f1,
+            "truth_ml": truth_ml,
+            "predicted_ml": predicted_ml,
+        }
+
+
+def slice_distance_mm(grid: Grid) -> float | None:
+    """The median distance between the slices of a volume along their normal; None for a plane."""
+    if len(grid.origins) < 2:
+        return None
+    normal = np.cross(grid.down, grid.right)
+    return float(np.median(np.abs(np.diff(grid.origins @ (normal / np.linalg.norm(normal))))))
+
+
+def to_parquet(table: pa.Table) -> bytes:
+    """The table as Parquet."""
+    sink = io.BytesIO()
+    pq.write_table(table, sink)
+    return sink.getvalue()
+
+
+def read(data: bytes) -> pa.Table:
+    """A table of the schema `CASES`, of the bytes of `cases.parquet`."""
+    return pq.read_table(io.BytesIO(data), schema=CASES)
+
+
+def to_csv(table: pa.Table) -> bytes:
+    """The table as CSV, worst Dice first, those without one last."""
+    order = pc.sort_indices(table, [("dice", "ascending"), ("patient_key", "ascending"), ("class", "ascending")])
+    rounded = [pc.round(column, 6) if column.type == pa.float64() else column for column in table.columns]
+    sink = io.BytesIO()
+    options = pyarrow.csv.WriteOptions(quoting_style="needed")
+    pyarrow.csv.write_csv(pa.table(rounded, schema=table.schema).take(order), sink, options)
+    return sink.getvalue()

@@ -1,0 +1,239 @@
+"""What an evaluation leaves in the run that trained the model: metrics, tables, pictures, a report and a new card."""
+
+import csv
+import dataclasses
+import io
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from rayseg import storage
+from rayseg.data.labels import Labels
+from rayseg.data.prepared import PreparedSet
+from rayseg.data.preprocess import Preprocess
+from rayseg.dicom.reading import read_slice
+from rayseg.evaluation import cases, report
+from rayseg.evaluation.metrics import Columns, Estimate
+from rayseg.evaluation.record import Findings, Record
+from rayseg.evaluation.scorer import read_truth
+from rayseg.evaluation.scores import Counts
+from rayseg.records import Reject
+from rayseg.tracking import card, figures, runs
+from rayseg.tracking.registry import ModelVersion
+
+_REJECTS, _GROUPS, _REPORT = "rejects.csv", "subgroups.csv", "report.html"
+
+
+@dataclass(frozen=True)
+class Artifacts:
+    """URIs of files in the run."""
+
+    cases_table: str
+    report: str
+    overlays: list[str]
+
+
+def publish(
+    tracking_uri: str,
+    version: ModelVersion,
+    held_out: PreparedSet,
+    record: Record,
+    findings: Findings,
+    *,
+    overlays: int,
+    worst: int,
+) -> Artifacts:
+    """Writes metrics `SPLIT/...`, the tag of the set and the files `SPLIT/...` to the run, and the model's card anew.
+
+    Args:
+        tracking_uri: of MLflow.
+        version: the model that was evaluated.
+        held_out: its `preprocess` gives the pictures the grey values that the network sees.
+        record: the cases.
+        findings: of the record.
+        overlays: number of pictures: the largest slice of so many cases, evenly from the worst to the best.
+        worst: the same of so many of the worst cases.
+    """
+    split, run_id = record.split, version.run_id
+    artifact_uri = runs.client(tracking_uri).get_run(run_id).info.artifact_uri
+
+    def keep(name: str, data: bytes) -> str:
+        path = f"{split}/{name}"
+        runs.log_bytes(tracking_uri, run_id, path, data)
+        return storage.join(artifact_uri, path)
+
+    table = record.table()
+    columns = dict(zip(record.labels.names, record.columns(table), strict=True))
+    keep(cases.PARQUET, cases.to_parquet(table))
+    keep(_GROUPS, _groups_table(findings))
+    if record.rejects:
+        keep(_REJECTS, _rejects_table(record.rejects))
+    charts = _charts(columns, findings)
+    for chart in charts:
+        keep(f"{chart.name}.png", chart.png)
+
+    def drawn(shown: Sequence[dict[str, Any]], name: str) -> list[report.Picture]:
+        made = []
+        for rank, row in enumerate(shown, start=1):
+            caption, png = _picture(row, held_out.preprocess, record.labels)
+            made.append(report.Picture(f"{name}-{rank:02d}", caption, png))
+        return made
+
+    ranked = _ranked(record)
+    pictures = {"overlay": drawn(_spread(ranked, overlays), "overlay"), "worst": drawn(ranked[:worst], "worst")}
+    uris = {name: [keep(f"{one.name}.png", one.png) for one in made] for name, made in pictures.items()}
+    page = report.Report(
+        model=version.uri, split=split, patients=record.patients, slices=record.slices, rejects=len(record.rejects),
+        findings=findings, charts=charts, worst=pictures["worst"], cases=_worst_first(table),
+    )  # fmt: skip
+    artifacts = Artifacts(
+        cases_table=keep(cases.CSV, cases.to_csv(table)),
+        report=keep(_REPORT, report.render(page).encode()),
+        overlays=uris["overlay"],
+    )
+    runs.client(tracking_uri).set_tag(run_id, set_tag(split), record.digest())
+    runs.log_metrics(tracking_uri, run_id, _metrics(record, findings))
+    card.add_evaluation(tracking_uri, version, _evaluation(record, held_out, findings))
+    return artifacts
+
+
+def set_tag(split: str) -> str:
+    """Name of the run's tag with the digest of the rows and labels that its scores are of: equal tags, equal sets."""
+    return f"rayseg.{split}_set"
+
+
+def _metrics(record: Record, findings: Findings) -> dict[str, float]:
+    """By their names in MLflow: `SPLIT/NAME`, `SPLIT/NAME_low`, `SPLIT/NAME_high`, and of a class `.../CLASS`."""
+    told: dict[str, float] = {}
+    parts = [("", findings.together)]
+    if len(findings.classes) > 1:
+        parts += [(f"/{name}", of_class) for name, of_class in findings.classes.items()]
+    for suffix, estimates in parts:
+        for name, one in estimates.items():
+            ends = {"": one.value, "_low": one.low, "_high": one.high}
+            told |= {f"{name}{end}{suffix}": value for end, value in ends.items() if value is not None}
+    told |= {"slices": record.slices, "rejected": len(record.rejects), "cases": record.patients}
+    if findings.background_dice is not None:
+        told["background_dice"] = findings.background_dice
+    return {f"{record.split}/{name}": value for name, value in told.items()}
+
+
+def _charts(columns: Mapping[str, Columns], findings: Findings) -> list[report.Picture]:
+    """Bland and Altman's picture of volumes, where any are known, and how far probabilities can be believed."""
+    charts = []
+    for name, of_class in columns.items():
+        estimates = findings.classes[name]
+        unit = "ml" if "volume_bias_ml" in estimates else "px"
+        if f"volume_bias_{unit}" not in estimates:
+            continue
+        truth = of_class["truth_ml"] if unit == "ml" else of_class["tp"] + of_class["fn"]
+        difference = of_class[f"volume_difference_{unit}"]
+        lines = [
+            one.value
+            for key in ("volume_lower_limit", "volume_bias", "volume_upper_limit")
+            if (one := estimates.get(f"{key}_{unit}")) is not None
+        ]
+        suffix = f"-{name}" if len(columns) > 1 else ""
+        told = {"ml": "mL", "px": "pixels"}[unit]
+        png = figures.agreement(truth + difference / 2, difference, lines, told)
+        charts.append(report.Picture(f"bland-altman{suffix}", f"Volumes, predicted minus true: {name}", png))
+    sums = {name: of_class["reliability"].sum(axis=0, dtype=np.float64) for name, of_class in columns.items()}
+    charts.append(report.Picture("reliability", "How far probabilities can be believed", figures.reliability(sums)))
+    return charts
+
+
+def _ranked(record: Record) -> list[dict[str, Any]]:
+    """The slices to show, of the worst case by Dice of all classes together first; between equals most wrong pixels."""
+    shown = []
+    for key, patient in sorted(record.of_patient.items()):
+        if patient["shown"] is None:
+            continue
+        case = sum((Counts(*(of[name] for name in ("tp", "fp", "fn", "tn"))) for of in patient["cases"]), Counts())
+        shown.append((case.dice, -case.fp - case.fn, key, {**patient["shown"], "case_dice": case.dice}))
+    return [row for *_, row in sorted(shown, key=lambda one: one[:3])]
+
+
+def _spread(ranked: list[dict[str, Any]], wanted: int) -> list[dict[str, Any]]:
+    """`wanted` rows at even steps from the worst to the best."""
+    if len(ranked) <= wanted:
+        return ranked
+    return [ranked[round(place)] for place in np.linspace(0, len(ranked) - 1, wanted)]
+
+
+def _picture(row: dict[str, Any], preprocess: Preprocess, labels: Labels) -> tuple[str, bytes]:
+    """Caption and PNG."""
+    slice = read_slice(storage.read(row["uri"]), row["frame"], preprocess.color)
+    assert not isinstance(slice, Reject), "was read a moment ago"
+    rows, columns = slice.shape
+    classes = read_truth(row, slice, labels)
+    assert not isinstance(classes, Reject), "was read a moment ago"
+    # The same grey values that the network sees, on the slice's own grid.
+    grey_HW = dataclasses.replace(preprocess, size=(rows, columns), neighbours=0).apply(slice)[..., 0]
+    prediction = np.frombuffer(zlib.decompress(row["prediction"]), np.uint8).reshape(rows, columns)
+    of_slice = Counts(row["tp"], row["fp"], row["fn"], row["tn"]).dice
+    caption = f"case {row['patient_key'][:10]} · Dice {row['case_dice']:.2f} · of this slice {of_slice:.2f}"
+    return caption, figures.overlay(grey_HW, classes, prediction, caption)
+
+
+def _worst_first(table: pa.Table) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(cases.to_csv(table).decode())))
+
+
+def _groups_table(findings: Findings) -> bytes:
+    """CSV: a line for each group and metric."""
+    return _csv(
+        ("class", "by", "group", "patients", "metric", "value", "low", "high"),
+        [
+            (group.name, group.by, group.group, group.patients, metric, *(_six(one) for one in _ends(estimate)))
+            for group in findings.groups
+            for metric, estimate in group.metrics.items()
+        ],
+    )
+
+
+def _rejects_table(rejects: Sequence[Mapping[str, Any]]) -> bytes:
+    """CSV without the URIs: a path can name a patient, and who may see the run need not know them."""
+    names = "row_id", "patient_key", "reason", "detail"
+    return _csv(names, [[row[name] for name in names] for row in sorted(rejects, key=lambda row: str(row["row_id"]))])
+
+
+def _csv(names: Sequence[str], lines: Sequence[Sequence[Any]]) -> bytes:
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerows([names, *lines])
+    return table.getvalue().encode()
+
+
+def _ends(one: Estimate) -> card.Ends:
+    return one.value, one.low, one.high
+
+
+def _six(value: float | None) -> str:
+    return "" if value is None else f"{value:.6f}"
+
+
+def _evaluation(record: Record, held_out: PreparedSet, findings: Findings) -> card.Evaluation:
+    """What the card tells."""
+    return card.Evaluation(
+        split=record.split,
+        digest=held_out.digest[:16],
+        patients=record.patients,
+        slices=record.slices,
+        rejected=len(record.rejects),
+        metrics={name: _ends(one) for name, one in findings.together.items()},
+        classes={name: {key: _ends(one) for key, one in of.items()} for name, of in findings.classes.items()},
+        groups=[
+            card.Group(
+                group.name,
+                group.by,
+                group.group,
+                group.patients,
+                {key: _ends(one) for key, one in group.metrics.items()},
+            )
+            for group in findings.groups
+        ],
+    )

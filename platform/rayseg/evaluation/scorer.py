@@ -1,0 +1,209 @@
+"""One patient at a time: its slices read again, segmented and compared with the truth. Knows no Ray."""
+
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from rayseg import storage
+from rayseg.data.labels import Labels
+from rayseg.data.manifest import read_failure
+from rayseg.data.masks import truth
+from rayseg.dicom.reading import Geometry, Slice, read_slice
+from rayseg.evaluation.calibration import Probabilities
+from rayseg.evaluation.cases import CASES, Case, Image, Tolerance, images, slice_distance_mm
+from rayseg.evaluation.scores import Counts, counts
+from rayseg.inference.predictor import Predictor
+from rayseg.records import PREPARED, Reason, Reject
+
+COLUMNS = ("row_id", "patient_key", "series_key", "uri", "frame", "masks", "neighbours")  # of a prepared set's rows
+_REJECT = pa.struct([(name, pa.string()) for name in ("row_id", "patient_key", "reason", "detail")])
+# The slice of a patient with most to find: `tp` to `tn` of all its classes together, `prediction` its label map (uint8,
+# rows x columns, zlib).
+_SHOWN = pa.struct(
+    [
+        *(PREPARED.field(name) for name in COLUMNS),
+        *((name, pa.int64()) for name in ("tp", "fp", "fn", "tn")),
+        ("prediction", pa.binary()),
+    ]
+)
+# A patient.
+SCORED = pa.schema(
+    [
+        ("patient_key", pa.string()),
+        ("cases", pa.list_(pa.struct(list(CASES)))),  # of each class; none where all slices were rejected
+        # Of each class, the arrays of `calibration.Probabilities`.
+        ("negative", pa.list_(pa.binary())),
+        ("positive", pa.list_(pa.binary())),
+        ("reliability", pa.list_(pa.binary())),
+        ("row_ids", pa.list_(pa.string())),  # of the slices that were scored
+        ("rejects", pa.list_(_REJECT)),
+        ("shown", _SHOWN),  # null where nothing is to find and nothing was found
+    ]
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Judged:
+    """A slice with its label maps, uint8 (rows, columns), and probabilities (channels, rows, columns)."""
+
+    slice: Slice
+    prediction: np.ndarray
+    truth: np.ndarray
+    probabilities: np.ndarray
+
+    @property
+    def place(self) -> Geometry | None:
+        """Where the slice lies, as far as its object says."""
+        if self.slice.geometry is not None or self.slice.header is None:
+            return self.slice.geometry
+        return self.slice.header.geometry
+
+
+class Scorer:
+    """Scores patients with one model. What it holds at a time are the label maps of one series."""
+
+    def __init__(self, predictor: Predictor, labels: Labels, tolerance: Tolerance) -> None:
+        self._predictor, self._labels, self._tolerance = predictor, labels, tolerance
+        self._object: tuple[str, bytes] = ("", b"")  # the last one: the next slice may be another frame of it
+        # The next row's stack has all but one of these slices.
+        self._slice = lru_cache(maxsize=2 * predictor.neighbours + 1)(self._read)
+
+    def score(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """A row of `SCORED`, of all rows of a patient; those of a series stand together."""
+        return _Patient(self._labels, self._tolerance).finished(rows, self.judged)
+
+    def judged(self, row: dict[str, Any]) -> Judged | Reject:
+        """What the model makes of a row of a prepared set, beside the truth."""
+        try:
+            return self._judged(row)
+        except FileNotFoundError:
+            return Reject(Reason.NOT_FOUND)
+        except OSError as error:
+            return Reject(Reason.READ_FAILED, type(error).__name__)
+
+    def _judged(self, row: dict[str, Any]) -> Judged | Reject:
+        neighbours, around = self._predictor.neighbours, row["neighbours"]
+        middle = len(around) // 2
+        stack = [*around[middle - neighbours : middle], row, *around[middle : middle + neighbours]]
+        result = self._predictor.judge_stack(
+            [None if one is None else self._slice(one["uri"], one["frame"]) for one in stack]
+        )
+        if isinstance(result, Reject):
+            return result
+        prediction, probabilities_KHW = result
+        true = read_truth(row, prediction.slice, self._labels)
+        if isinstance(true, Reject):
+            return true
+        return Judged(prediction.slice, prediction.mask, true, probabilities_KHW)
+
+    def _read(self, uri: str, frame: int | None) -> Slice | Reject:
+        try:
+            if self._object[0] != uri:
+                self._object = uri, storage.read(uri)
+        except OSError as error:
+            return read_failure(error)
+        return read_slice(self._object[1], frame, self._predictor.bundle.preprocess.color)
+
+
+class _Patient:
+    def __init__(self, labels: Labels, tolerance: Tolerance) -> None:
+        self._labels = labels
+        self._cases = [Case(tolerance) for _ in labels.names]
+        self._images = 0
+        self._row_ids: list[str] = []
+        self._rejects: list[dict[str, Any]] = []
+        self._shown: dict[str, Any] | None = None
+        self._modalities: Counter[str] = Counter()
+        self._spacings_mm: list[float] = []
+        self._distances_mm: list[float] = []
+
+    def finished(
+        self, rows: Sequence[dict[str, Any]], judged: Callable[[dict[str, Any]], Judged | Reject]
+    ) -> dict[str, Any]:
+        for _, series in groupby(rows, key=lambda row: row["series_key"]):
+            made = list(self._slices(series, judged))
+            if made:
+                self._add_series(images(*zip(*made, strict=True)))
+        patient_key = rows[0]["patient_key"]
+        subgroups = {
+            "modality": self._modalities.most_common(1)[0][0] if self._modalities else None,
+            "pixel_spacing_mm": _mean(self._spacings_mm),
+            "slice_distance_mm": _mean(self._distances_mm),
+        }
+        slices = {"patient_key": patient_key, "slices": len(self._row_ids), "images": self._images}
+        named = zip(self._labels.names, self._cases, strict=True) if self._row_ids else ()
+        sums = [case.probabilities for case in self._cases]
+        return {
+            "patient_key": patient_key,
+            "cases": [{**slices, "class": name, **case.row(), **subgroups} for name, case in named],
+            "negative": [one.negative.tobytes() for one in sums],
+            "positive": [one.positive.tobytes() for one in sums],
+            "reliability": [one.reliability.tobytes() for one in sums],
+            "row_ids": self._row_ids,
+            "rejects": self._rejects,
+            "shown": self._shown,
+        }
+
+    def _slices(
+        self, series: Iterator[dict[str, Any]], judged: Callable[[dict[str, Any]], Judged | Reject]
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, Geometry | None]]:
+        """Prediction, truth and place of each slice; its probabilities are added up and gone."""
+        for row in series:
+            found = judged(row)
+            if isinstance(found, Reject):
+                told = {"reason": found.reason.value, "detail": found.detail}
+                self._rejects.append({"row_id": row["row_id"], "patient_key": row["patient_key"], **told})
+                continue
+            self._row_ids.append(row["row_id"])
+            several = len(found.probabilities) > 1
+            for index, case in enumerate(self._cases, start=1):
+                probability = found.probabilities[index if several else 0]
+                case.probabilities += Probabilities.of(probability, found.truth == index)
+            self._show(row, found)
+            self._place(found)
+            yield found.prediction, found.truth, found.place
+
+    def _show(self, row: dict[str, Any], found: Judged) -> None:
+        """Keeps the slice with most truth, then most false alarm; the id decides between equals."""
+        classes = range(1, len(self._cases) + 1)
+        together = sum((counts(found.prediction == index, found.truth == index) for index in classes), Counts())
+        if not together.tp + together.fp + together.fn:
+            return
+        size = together.tp + together.fn, together.fp, row["row_id"]
+        best = self._shown
+        if best is None or size > (best["tp"] + best["fn"], best["fp"], best["row_id"]):
+            prediction = zlib.compress(found.prediction.tobytes(), 1)
+            self._shown = {**row, **vars(together), "prediction": prediction}
+
+    def _place(self, found: Judged) -> None:
+        if found.slice.header is not None and found.slice.header.modality:
+            self._modalities[found.slice.header.modality] += 1
+        if found.place is not None and found.place.pixel_spacing_mm is not None:
+            self._spacings_mm.append(float(np.mean(found.place.pixel_spacing_mm)))
+
+    def _add_series(self, made: Sequence[Image]) -> None:
+        self._images += len(made)
+        for index, case in enumerate(self._cases, start=1):
+            case.add_series(made, index)
+        self._distances_mm += [distance for image in made if (distance := slice_distance_mm(image.grid)) is not None]
+
+
+def read_truth(row: Mapping[str, Any], slice: Slice, labels: Labels) -> np.ndarray | Reject:
+    """The true classes of a slice, uint8 (rows, columns), by `masks` and `frame` of its prepared row.
+
+    Raises:
+        OSError: a mask cannot be read.
+    """
+    masks = [(storage.read(mask["uri"]), mask["label"]) for mask in row["masks"]]
+    return truth(masks, slice.shape, labels, slice.header, row["frame"], slice.geometry)
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return float(np.mean(values)) if values else None
