@@ -118,6 +118,11 @@ REJECTS = pa.schema(
     ]
 )
 
+# The files of a series; `profile` is one of `inference.outputs.Profile`.
+OUTPUTS = pa.list_(
+    pa.struct([("profile", pa.string()), ("uri", pa.string()), ("sha256", pa.string()), ("bytes", pa.int64())])
+)
+
 # One row per series of an archive run.
 LEDGER = pa.schema(
     [
@@ -134,9 +139,8 @@ LEDGER = pa.schema(
         ("rejected_slices", pa.int32()),
         ("foreground_pixels", pa.int64()),
         ("volume_ml", pa.float64()),  # null where positions do not give a slice distance
-        ("output_uri", pa.string()),
-        ("output_sha256", pa.string()),
-        ("output_bytes", pa.int64()),
+        ("input_digest", pa.string()),  # of the objects that were to be segmented, by URI, frame and ETag
+        ("outputs", OUTPUTS),  # empty: rejected, or nothing found where such series get no files
         ("seconds", pa.float64()),
     ]
 )

@@ -25,7 +25,7 @@ from rayseg.dicom.series import SAME_DIRECTION
 from rayseg.dicom.sources import PLAIN_CLASS, Source, attributes, name_sources
 from rayseg.records import Reason, Reject
 
-Kind = Literal["BINARY", "LABELMAP"]
+Kind = Literal["BINARY", "LABELMAP", "FRACTIONAL"]
 
 _ROUNDING = 2.001 * SAME_DIRECTION  # any two of the slices that a series' verdict keeps together
 _NO_DATE, _NO_TIME = "19700101", "000000"  # of a source without dates; the attributes are mandatory
@@ -51,12 +51,13 @@ def encode(
     digest: str,
     kind: Kind = "BINARY",
     frames: Sequence[int | None] | None = None,
+    probabilities: Sequence[np.ndarray] | None = None,
 ) -> bytes | Reject:
     """Encodes the masks of one series, in any order, as one DICOM Segmentation object.
 
     Every slice gets its frames, empty ones too. Frames lie on their source's own plane, so tilted stacks, gaps and
     uneven steps are as good as others. BINARY is uncompressed, one frame a slice and label; LABELMAP is RLE
-    compressed, one frame a slice.
+    compressed, one frame a slice. FRACTIONAL holds probabilities, RLE compressed, one frame a slice and label.
 
     Args:
         sources: the slices, as bytes or data sets (their pixel data is not needed).
@@ -64,6 +65,7 @@ def encode(
         labels: the segments' names.
         model_name, model_version: the registered model.
         digest: of the model and all settings that decide about a mask.
+        probabilities: of FRACTIONAL, one uint8 (rows, columns, labels) a slice: 255 is certain.
         frames: for each slice which frame of its source it is, from 0; None where the source is one image, as by
             default. A multi-frame source is given once a frame, best as the same data set.
 
@@ -79,8 +81,10 @@ def encode(
         raise ValueError(f"{len(masks)} masks for {len(sources)} slices: give one a slice, and at least one")
     silence_libraries()
     frames = frames or [None] * len(sources)
+    assert (kind == "FRACTIONAL") <= (probabilities is not None)
     slices = []
-    for source, frame, mask in zip(sources, frames, masks, strict=True):
+    chances = probabilities if kind == "FRACTIONAL" and probabilities is not None else [None] * len(masks)
+    for source, frame, mask, chance in zip(sources, frames, masks, chances, strict=True):
         dataset = attributes(source, frame)
         if isinstance(dataset, Reject):
             return dataset
@@ -88,7 +92,15 @@ def encode(
             raise ValueError(f"mask {mask.dtype} {mask.shape}: expected uint8 {(dataset.Rows, dataset.Columns)}")
         if mask.max() > len(labels):
             raise ValueError(f"mask holds {mask.max()}, labels name 1 to {len(labels)}")
-        slices.append(Source(dataset, mask, str(dataset.SOPClassUID), str(dataset.SOPInstanceUID), frame))
+        slices.append(
+            Source(
+                dataset,
+                mask if chance is None else chance,
+                str(dataset.SOPClassUID),
+                str(dataset.SOPInstanceUID),
+                frame,
+            )
+        )
     datasets = [one.dataset for one in slices]
     if len({(s.StudyInstanceUID, s.SeriesInstanceUID, s.FrameOfReferenceUID, s.Rows, s.Columns) for s in datasets}) > 1:
         return Reject(Reason.SERIES_MIXED, "slices of several series, frames of reference or sizes")
@@ -112,7 +124,7 @@ def encode(
     try:
         segmentation = highdicom.seg.Segmentation(
             source_images=datasets,
-            pixel_array=np.stack([one.mask for one in slices]),
+            pixel_array=_pixels(slices, kind),
             segmentation_type=kind,
             segment_descriptions=_descriptions(labels, name, version, digest),
             series_instance_uid=hashed_uid("series", identity),
@@ -130,12 +142,19 @@ def encode(
             series_description=long_string(f"{model_name} v{model_version} segmentation"),
             specific_character_set="ISO_IR 192",
             omit_empty_frames=False,
-            transfer_syntax_uid=uid.RLELossless if kind == "LABELMAP" else uid.ExplicitVRLittleEndian,
+            transfer_syntax_uid=uid.ExplicitVRLittleEndian if kind == "BINARY" else uid.RLELossless,
+            max_fractional_value=255,
         )
         name_sources(segmentation, slices)
         return _fixed_bytes(segmentation, identity)
     except Exception as error:  # highdicom refuses what it cannot express by many types; its text may identify
         return Reject(Reason.WRITE_FAILED, f"the segmentation cannot be made: {type(error).__name__}")
+
+
+def _pixels(slices: Sequence[Source], kind: Kind) -> np.ndarray:
+    """The slices' masks together, or their probabilities as float32 fractions."""
+    stacked = np.stack([one.mask for one in slices])
+    return stacked.astype(np.float32) / 255 if kind == "FRACTIONAL" else stacked
 
 
 def decode(data: bytes) -> dict[str, np.ndarray]:

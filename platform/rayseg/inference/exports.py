@@ -24,6 +24,12 @@ _COLOURS = np.array(  # of the classes: Okabe and Ito's, which are told apart by
 )
 
 
+def colour(number: int) -> np.ndarray:
+    """Red, green and blue, uint8 (3,), of the class of this number, from 1."""
+    found: np.ndarray = _COLOURS[(number - 1) % len(_COLOURS)]
+    return found
+
+
 def nifti(stack: Stack, labels: Sequence[str]) -> bytes | Reject:
     """The label maps as a gzipped NIfTI-1 volume, uint8 (columns, rows, slices), in the source's frame.
 
@@ -55,10 +61,8 @@ def surfaces(stack: Stack, labels: Sequence[str]) -> dict[str, trimesh.Trimesh]:
         corner = np.array([extent.start for extent in where[0]])
         padded = np.pad(inside_SHW[where[0]], 1).astype(np.float32)
         vertices, faces, _, _ = marching_cubes(padded, 0.5)
-        colour = [*_COLOURS[(number - 1) % len(_COLOURS)].tolist(), 255]
-        mesh = trimesh.Trimesh(
-            stack.points_mm(vertices - 1 + corner), faces, vertex_colors=[colour] * len(vertices), process=False
-        )
+        points_mm, rgba = stack.points_mm(vertices - 1 + corner), [*colour(number).tolist(), 255]
+        mesh = trimesh.Trimesh(points_mm, faces, vertex_colors=[rgba] * len(vertices), process=False)
         if mesh.volume < 0:
             mesh.invert()
         found[name] = mesh
