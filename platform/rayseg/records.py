@@ -33,6 +33,7 @@ class Reason(StrEnum):
     LOCALIZER = "localizer"  # a scout view, no part of a stack
     SERIES_MIXED = "series_mixed"  # a series with several sizes or orientations
     SERIES_DUPLICATES = "series_duplicates"  # a copy, or several different slices at one position
+    UNEVEN_SLICES = "uneven_slices"  # slices at uneven distances, which the format of the output cannot say (NIfTI)
     NEEDS_NEIGHBOURS = "needs_neighbours"  # a slice alone, for a model that looks at those beside it too (HTTP, MLflow)
     WRITE_FAILED = "write_failed"  # the result could not be made or stored
     INTERNAL = "internal"  # anything unforeseen: the detail names the exception's type only
@@ -117,6 +118,11 @@ REJECTS = pa.schema(
     ]
 )
 
+# The files of a series; `profile` is one of `inference.outputs.Profile`.
+OUTPUTS = pa.list_(
+    pa.struct([("profile", pa.string()), ("uri", pa.string()), ("sha256", pa.string()), ("bytes", pa.int64())])
+)
+
 # One row per series of an archive run.
 LEDGER = pa.schema(
     [
@@ -133,9 +139,8 @@ LEDGER = pa.schema(
         ("rejected_slices", pa.int32()),
         ("foreground_pixels", pa.int64()),
         ("volume_ml", pa.float64()),  # null where positions do not give a slice distance
-        ("output_uri", pa.string()),
-        ("output_sha256", pa.string()),
-        ("output_bytes", pa.int64()),
+        ("input_digest", pa.string()),  # of the objects that were to be segmented, by URI, frame and ETag
+        ("outputs", OUTPUTS),  # empty: rejected, or nothing found where such series get no files
         ("seconds", pa.float64()),
     ]
 )

@@ -12,11 +12,13 @@ from typing import Any
 
 import highdicom
 import keras
+import nibabel as nib
 import numpy as np
 import pyarrow.dataset as ds
 import pydicom
 import pytest
 import ray
+import trimesh
 from PIL import Image
 
 from rayseg import storage
@@ -27,7 +29,8 @@ from rayseg.data.layouts import Layout
 from rayseg.data.preprocess import Preprocess, Window
 from rayseg.dicom import segmentation
 from rayseg.inference import ledger
-from rayseg.inference.archive import SegmentConfig, segment
+from rayseg.inference.archive import Estimate, SegmentConfig, segment
+from rayseg.inference.postprocess import Postprocess
 from rayseg.inference.predictor import Prediction, Predictor
 from rayseg.tracking import registry, runs
 
@@ -138,12 +141,16 @@ def test_the_archive_holds_the_masks_of_the_predictor(archive: SegmentConfig, mo
     rows = ledger.read(archive.output).to_pylist()
     assert len(rows) == PATIENTS
     for row in rows:
-        data = Path(row["output_uri"]).read_bytes()
+        [file] = row["outputs"]
+        data = Path(file["uri"]).read_bytes()
         masks = list(segmentation.decode(data).values())
         first = pydicom.dcmread(files[next(iter(segmentation.decode(data)))], stop_before_pixels=True)
-        assert row["output_uri"] == f"{archive.output}/brain-v1/{row['series_key']}.dcm"
-        assert row["output_sha256"] == hashlib.sha256(data).hexdigest()
-        assert row["output_bytes"] == len(data)
+        assert file == {
+            "profile": "seg",
+            "uri": f"{archive.output}/brain-v1/{row['series_key']}.dcm",
+            "sha256": hashlib.sha256(data).hexdigest(),
+            "bytes": len(data),
+        }
         assert (row["verdict"], row["slices"], row["rejected_slices"]) == ("segmented", SLICES, 0)
         assert row["foreground_pixels"] == sum(int(mask.sum()) for mask in masks)
         # The phantom's slices are evenly spaced, so the volume is voxels times their size.
@@ -193,12 +200,14 @@ def test_a_multi_frame_object_gets_the_masks_of_the_slices_it_was_made_of(
 
 
 def test_every_seg_passes_dciodvfy(archive: SegmentConfig) -> None:
-    for kind in ("BINARY", "LABELMAP"):
-        for path in segment(replace(archive, kind=kind, output=f"{archive.output}-{kind}")).seg_paths:
-            validator = Path(sys.executable).with_name("dciodvfy")
-            done = subprocess.run([validator, path], capture_output=True, text=True, check=False)
-            assert done.returncode == 0
-            assert "Error" not in done.stderr
+    segment(replace(archive, profiles=("seg", "seg-labelmap", "seg-fractional", "report")))
+    made = sorted(Path(archive.output).rglob("*.dcm"))
+    assert len(made) == 4 * PATIENTS
+    validator = Path(sys.executable).with_name("dciodvfy")
+    for path in made[:8]:
+        done = subprocess.run([validator, path], capture_output=True, text=True, check=False)
+        assert done.returncode == 0
+        assert "Error" not in done.stderr
 
 
 def test_a_second_run_reads_and_writes_nothing(archive: SegmentConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,7 +221,7 @@ def test_a_second_run_reads_and_writes_nothing(archive: SegmentConfig, monkeypat
     assert {path: path.stat().st_mtime_ns for path in Path(archive.output).rglob("*") if path.is_file()} == before
 
 
-def test_another_version_or_kind_is_done_anew_and_leaves_the_old(archive: SegmentConfig) -> None:
+def test_another_version_or_setting_is_done_anew_and_leaves_the_old(archive: SegmentConfig) -> None:
     first = segment(archive)
     before = contents(archive)
     second = segment(replace(archive, model_uri="models:/brain/2"))
@@ -222,7 +231,7 @@ def test_another_version_or_kind_is_done_anew_and_leaves_the_old(archive: Segmen
     assert {path.split("/")[0] for path in after} == {"brain-v1", "brain-v2"}
     assert not set(before.values()) & {digest for path, digest in after.items() if path.startswith("brain-v2")}
     assert ledger.read(archive.output).num_rows == 2 * PATIENTS
-    third = segment(replace(archive, kind="LABELMAP"))
+    third = segment(replace(archive, postprocess=Postprocess(fill_holes=True)))
     assert (third.segmented, third.skipped) == (PATIENTS, 0)
     assert third.seg_paths == first.seg_paths
 
@@ -277,7 +286,7 @@ archive.segment(archive.{archive!r})
     assert (result.segmented, result.skipped, result.rejected) == (PATIENTS - survived, survived, 0)
     assert contents(archive) == contents(undisturbed)
     assert len(result.seg_paths) == PATIENTS
-    varying = {"seconds", "output_uri"}
+    varying = {"seconds", "outputs"}
     ledgers = [
         [{name: value for name, value in row.items() if name not in varying} for row in ledger.read(run).to_pylist()]
         for run in (archive.output, undisturbed.output)
@@ -305,7 +314,7 @@ def test_what_cannot_be_read_costs_its_slice_or_its_series_and_no_other(archive:
     rows = ledger.read(archive.output).to_pylist()
     (rejected,) = [row for row in rows if row["verdict"] == "rejected"]
     assert (rejected["reason"], rejected["slices"], rejected["rejected_slices"]) == ("empty_object", 0, 4)
-    assert rejected["output_uri"] is None
+    assert rejected["outputs"] == []
     assert sorted(row["rejected_slices"] for row in rows) == [0, 0, 0, 1, 1, 4]
     assert len(masks_of(result.seg_paths)) == PATIENTS * SLICES - 6
     spoiled, whole = contents(archive), contents(undisturbed)
@@ -359,3 +368,73 @@ def test_two_actors_do_as_one(archive: SegmentConfig) -> None:
     twice = replace(archive, output=f"{archive.output}-2", concurrency=2)
     assert storage.exists(segment(twice).ledger)
     assert contents(twice) == contents(archive)
+
+
+def test_every_profile_is_written_and_tells_the_same(archive: SegmentConfig) -> None:
+    profiles = ("seg", "seg-labelmap", "seg-fractional", "report", "nifti", "stl", "glb", "overlays")
+    result = segment(replace(archive, profiles=profiles))
+    assert (result.segmented, result.rejected) == (PATIENTS, 0)
+    row = ledger.read(archive.output).to_pylist()[0]
+    for file in row["outputs"]:
+        data = Path(file["uri"]).read_bytes()
+        assert (file["sha256"], file["bytes"]) == (hashlib.sha256(data).hexdigest(), len(data))
+    by_profile = {profile: ledger.uris(row, profile) for profile in profiles}
+    assert [len(uris) for uris in by_profile.values()] == [1, 1, 1, 1, 1, 1, 1, SLICES]
+    masks = segmentation.decode(Path(by_profile["seg"][0]).read_bytes())
+    labelmap = segmentation.decode(Path(by_profile["seg-labelmap"][0]).read_bytes())
+    assert {name: mask.tobytes() for name, mask in masks.items()} == {n: m.tobytes() for n, m in labelmap.items()}
+    fractions = pydicom.dcmread(by_profile["seg-fractional"][0])
+    assert (fractions.SegmentationFractionalType, fractions.MaximumFractionalValue) == ("PROBABILITY", 255)
+    assert (fractions.pixel_array >= 128).sum() == pytest.approx(row["foreground_pixels"], rel=0.01)
+    volume = nib.load(by_profile["nifti"][0])
+    voxel_ml = abs(np.linalg.det(volume.affine[:3, :3])) / 1000
+    assert np.count_nonzero(np.asarray(volume.dataobj)) == row["foreground_pixels"]
+    assert row["foreground_pixels"] * voxel_ml == pytest.approx(row["volume_ml"], rel=1e-3)
+    measured = highdicom.sr.Comprehensive3DSR.from_dataset(pydicom.dcmread(by_profile["report"][0]))
+    [group] = measured.content.get_volumetric_roi_measurement_groups()
+    assert group.referenced_segment.referenced_sop_instance_uid == pydicom.dcmread(by_profile["seg"][0]).SOPInstanceUID
+    assert group.get_measurements()[0].value == pytest.approx(1000 * row["volume_ml"], rel=1e-6)
+    assert trimesh.load(by_profile["stl"][0]).volume == pytest.approx(1000 * row["volume_ml"], rel=0.5)
+    assert Image.open(by_profile["overlays"][0]).mode == "RGB"
+
+
+def test_a_profile_that_cannot_say_it_rejects_the_series_by_name(archive: SegmentConfig, models: Models) -> None:
+    folder = Path(archive.manifest).parent
+    first = sorted((folder / "archive" / "images").iterdir())[0]
+    next(path for path in sorted(first.iterdir())[1:]).unlink()  # a gap
+    result = segment(replace(cataloged(models, folder), profiles=("seg", "nifti")))
+    assert (result.segmented, result.rejected, result.reasons) == (PATIENTS - 1, 1, {"uneven_slices": SLICES - 1})
+    again = segment(replace(cataloged(models, folder), profiles=("seg", "nifti")))
+    assert (again.segmented, again.skipped) == (0, PATIENTS), "it would be rejected again"
+    tried = segment(replace(cataloged(models, folder), profiles=("seg", "nifti"), retry="rejected"))
+    assert (tried.skipped, tried.rejected) == (PATIENTS - 1, 1)
+
+
+def test_a_dry_run_tells_what_there_is_to_do_and_does_nothing(archive: SegmentConfig) -> None:
+    nothing = segment(replace(archive, dry_run=True)).estimate
+    assert nothing is not None
+    assert (nothing.series, nothing.slices, nothing.seconds) == (PATIENTS, PATIENTS * SLICES, None)
+    assert not Path(archive.output).exists()
+    segment(archive)
+    after = segment(replace(archive, model_uri="models:/brain/2", dry_run=True, cost_per_hour=36.0, concurrency=2))
+    assert after.estimate is not None
+    spent = sum(row["seconds"] for row in ledger.read(archive.output).to_pylist())
+    assert after.estimate.seconds == pytest.approx(spent / 2)
+    assert after.estimate.cost == pytest.approx(spent / 200)
+    left = segment(replace(archive, dry_run=True))
+    assert (left.skipped, left.estimate) == (PATIENTS, Estimate(0, 0, 0.0, None))
+
+
+def test_small_lesions_and_empty_series_leave_no_files(archive: SegmentConfig) -> None:
+    everything = replace(archive, postprocess=Postprocess(min_lesion_mm3=1e9), nothing_found="ledger")
+    result = segment(everything)
+    assert (result.segmented, result.seg_paths) == (PATIENTS, [])
+    assert {row["foreground_pixels"] for row in ledger.read(archive.output).to_pylist()} == {0}
+    assert not contents(archive)
+    assert segment(everything).skipped == PATIENTS
+    assert segment(replace(everything, only_changed=False)).segmented == PATIENTS
+
+
+def test_a_report_needs_a_segmentation_to_be_about() -> None:
+    with pytest.raises(ValueError, match=r"segment\.profiles: a report"):
+        SegmentConfig("m", "u", "t", "o", profiles=("report", "seg"))

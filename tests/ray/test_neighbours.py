@@ -180,7 +180,7 @@ def test_bulk_scoring_and_a_local_call_give_the_same_bytes(world: World, tmp_pat
         )
         assert (done["verdict"], done["slices"]) == ("segmented", len(seen(patient)))
         assert [place_of(reject["uri"]) for reject in done["rejects"]] == [UNREADABLE] * (patient == "B")
-        bulk |= segmentation.decode(Path(done["output_uri"]).read_bytes())
+        bulk |= segmentation.decode(Path(done["outputs"][0]["uri"]).read_bytes())
         slices = [read_slice(Path(row["uri"]).read_bytes()) for row in rows]
         for result in map(predictor.predict_stack, along(slices, 1)):
             if isinstance(result, Prediction):

@@ -7,10 +7,12 @@ import pyarrow.dataset as ds
 from rayseg.inference import ledger
 from rayseg.records import LEDGER, REJECTS
 
+FILES = [{"profile": "seg", "uri": "out/a.dcm"}]
+
 
 def row(series_key: str, model_digest: str = "m1", **values: Any) -> dict[str, Any]:
     base = {"series_key": series_key, "verdict": "segmented", "model_digest": model_digest, "config_digest": "c"}
-    return base | {"slices": 3, "rejected_slices": 0, "output_uri": f"out/{series_key}.dcm"} | values
+    return base | {"slices": 3, "rejected_slices": 0, "outputs": FILES} | values
 
 
 def reject(uri: str) -> dict[str, Any]:
@@ -19,7 +21,7 @@ def reject(uri: str) -> dict[str, Any]:
 
 def test_an_archive_without_a_ledger_has_an_empty_one(tmp_path: Path) -> None:
     assert ledger.read(str(tmp_path)).schema.equals(LEDGER)
-    assert ledger.segmented(str(tmp_path), "m1", "c") == {}
+    assert ledger.rows_of(str(tmp_path), "m1", "c") == {}
 
 
 def test_rows_come_back_from_several_parts_and_pyarrow_alone_can_read_them(tmp_path: Path) -> None:
@@ -56,11 +58,13 @@ def test_the_latest_row_of_a_series_counts(tmp_path: Path) -> None:
     assert ledger.read(output)["slices"].to_pylist() == [4, 3]
 
 
-def test_only_what_this_model_and_configuration_segmented_is_done(tmp_path: Path) -> None:
+def test_only_what_this_model_and_configuration_did_is_told(tmp_path: Path) -> None:
     output = str(tmp_path)
     rows = [row("a"), row("a", "m2", slices=9), row("b", config_digest="other"), row("c", verdict="rejected")]
     ledger.append(output, rows, [])
-    assert {key: done["slices"] for key, done in ledger.segmented(output, "m1", "c").items()} == {"a": 3}
+    assert {key: done["slices"] for key, done in ledger.rows_of(output, "m1", "c").items()} == {"a": 3, "c": 3}
+    assert ledger.uris(row("a"), "seg") == ["out/a.dcm"]
+    assert ledger.uris(row("a"), "nifti") == []
 
 
 def test_rejects_of_no_series_need_no_ledger_row(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from rayseg.data.preprocess import Preprocess, Window
 from rayseg.dicom.reading import Slice, read_slice
 from rayseg.dicom.segmentation import decode
 from rayseg.inference import predictor as predictor_module
+from rayseg.inference.postprocess import Postprocess
 from rayseg.inference.predictor import Prediction, Predictor, mask_png
 from rayseg.inference.series import Task, segment_series
 from rayseg.records import Reason, Reject
@@ -168,17 +169,19 @@ def test_of_several_classes_the_most_probable_one_is_the_label() -> None:
     assert np.array_equal(mask == 2, edge == 255)
 
 
-@pytest.mark.parametrize("kind", ["BINARY", "LABELMAP"])
-def test_an_archives_segmentation_has_a_segment_a_class(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("profile", ["seg", "seg-labelmap"])
+def test_an_archives_segmentation_has_a_segment_a_class(tmp_path: Path, profile: str) -> None:
     labels, preprocess = Labels(("first", "second")), Preprocess((64, 64), Window(40, 80), None)
     predictor = Predictor(bundle.Bundle(bands((64, 64)), preprocess, labels, 0.5, "", b""))
     data = synthetic.slice_bytes(0, 64)
     (tmp_path / "1.dcm").write_bytes(data)
-    task = Task(str(tmp_path / "out"), kind, ModelVersion("m", "1", "models:/m/1", "r", "d"), "c")  # type: ignore[arg-type]
+    version = ModelVersion("m", "1", "models:/m/1", "r", "d")
+    task = Task(str(tmp_path / "out"), (profile,), Postprocess(), True, version, "c")  # type: ignore[arg-type]
     row = segment_series(
         predictor, task, series_key="s", patient_key="p", uris=[str(tmp_path / "1.dcm")], frames=[None]
     )
-    encoded = Path(row["output_uri"]).read_bytes()
+    [file] = row["outputs"]
+    encoded = Path(file["uri"]).read_bytes()
     segments = pydicom.dcmread(io.BytesIO(encoded)).SegmentSequence
     assert [item.SegmentLabel for item in segments if item.SegmentNumber] == ["first", "second"]
     (found,) = predictor.segment([data])

@@ -77,9 +77,9 @@ def example(**changes: Any) -> Report:
         ],
         "series": [
             {"series_key": "aaaa", "verdict": "segmented", "reason": None, "slices": 23, "rejected_slices": 1,
-             "volume_ml": 41.26, "output_uri": "s3://bucket/rayseg-v1/aaaa.dcm"},
+             "volume_ml": 41.26, "outputs": [{"profile": "seg", "uri": "s3://bucket/rayseg-v1/aaaa.dcm"}]},
             {"series_key": "bbbb", "verdict": "rejected", "reason": "series_mixed", "slices": 0, "rejected_slices": 5,
-             "volume_ml": None, "output_uri": None},
+             "volume_ml": None, "outputs": []},
         ],
         "rejects": {"truncated": 2},
         "gallery": [Picture(picture, "aaaa · 3 of 23")],
@@ -168,13 +168,15 @@ def test_gallery_shows_each_series_with_the_masks_of_its_segmentation(
         encoded = segmentation.encode([path.read_bytes() for path in paths], masks, ("lesion",), "m", "1", "0" * 64)
         assert isinstance(encoded, bytes)
         storage.write(output, encoded)
-        ledger.append({"series_key": series_key, "verdict": "segmented", "output_uri": output})
+        ledger.append(
+            {"series_key": series_key, "verdict": "segmented", "outputs": [{"profile": "seg", "uri": output}]}
+        )
         rows += [
             {"uri": str(path), "verdict": "ok", "series_key": series_key,
              "instance_key": key("instance", header.SOPInstanceUID)}
             for path, header in zip(paths, headers, strict=True)
         ]  # fmt: skip
-    ledger.append({"series_key": "none", "verdict": "rejected", "output_uri": None})
+    ledger.append({"series_key": "none", "verdict": "rejected", "outputs": []})
     manifest = str(tmp_path / "manifest.parquet")
     storage.write_table(manifest, pa.Table.from_pylist(rows, schema=MANIFEST))
 

@@ -11,6 +11,7 @@ from rayseg.data.preprocess import Preprocess
 from rayseg.demo.report import Picture
 from rayseg.dicom import pseudonyms, segmentation
 from rayseg.dicom.reading import read_slice, slice_uid
+from rayseg.inference.ledger import uris
 from rayseg.records import Reject
 from rayseg.tracking import figures
 
@@ -32,7 +33,8 @@ def pictures(
     made = []
     for row in segmented:
         masks = {}
-        for name, mask in segmentation.decode(storage.read(row["output_uri"])).items():
+        (seg,) = uris(row, "seg")
+        for name, mask in segmentation.decode(storage.read(seg)).items():
             uid, hash_sign, frame = name.partition("#")
             masks[f"{key('instance', uid)}{hash_sign}{frame}"] = mask
         slices = [

@@ -133,7 +133,7 @@ def demo(config: DemoConfig) -> DemoResult:
         with _stage("serve", seconds), online.service(config.serve, directory / "serve.log") as url:
             # The service takes one slice a request, so a series of single images.
             largest = _largest([row for row in series if row["series_key"] in uris_by_series])
-            answers = online.ask(url, uris_by_series[largest["series_key"]], largest["output_uri"])
+            answers = online.ask(url, uris_by_series[largest["series_key"]], ledger.uris(largest, "seg")[0])
         with _stage("report", seconds):
             results = summary.Results(
                 data, archive, cataloged, prepared, trained, evaluated, promoted, segmented, series, answers, url

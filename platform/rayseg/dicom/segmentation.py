@@ -25,7 +25,7 @@ from rayseg.dicom.series import SAME_DIRECTION
 from rayseg.dicom.sources import PLAIN_CLASS, Source, attributes, name_sources
 from rayseg.records import Reason, Reject
 
-Kind = Literal["BINARY", "LABELMAP"]
+Kind = Literal["BINARY", "LABELMAP", "FRACTIONAL"]
 
 _ROUNDING = 2.001 * SAME_DIRECTION  # any two of the slices that a series' verdict keeps together
 _NO_DATE, _NO_TIME = "19700101", "000000"  # of a source without dates; the attributes are mandatory
@@ -51,12 +51,13 @@ def encode(
     digest: str,
     kind: Kind = "BINARY",
     frames: Sequence[int | None] | None = None,
+    probabilities: Sequence[np.ndarray] | None = None,
 ) -> bytes | Reject:
     """Encodes the masks of one series, in any order, as one DICOM Segmentation object.
 
     Every slice gets its frames, empty ones too. Frames lie on their source's own plane, so tilted stacks, gaps and
     uneven steps are as good as others. BINARY is uncompressed, one frame a slice and label; LABELMAP is RLE
-    compressed, one frame a slice.
+    compressed, one frame a slice. FRACTIONAL holds probabilities, RLE compressed, one frame a slice and label.
 
     Args:
         sources: the slices, as bytes or data sets (their pixel data is not needed).
@@ -64,6 +65,7 @@ def encode(
         labels: the segments' names.
         model_name, model_version: the registered model.
         digest: of the model and all settings that decide about a mask.
+        probabilities: of FRACTIONAL, one uint8 (rows, columns, labels) a slice: 255 is certain.
         frames: for each slice which frame of its source it is, from 0; None where the source is one image, as by
             default. A multi-frame source is given once a frame, best as the same data set.
 
@@ -79,8 +81,10 @@ def encode(
         raise ValueError(f"{len(masks)} masks for {len(sources)} slices: give one a slice, and at least one")
     silence_libraries()
     frames = frames or [None] * len(sources)
+    assert (kind == "FRACTIONAL") <= (probabilities is not None)
     slices = []
-    for source, frame, mask in zip(sources, frames, masks, strict=True):
+    chances = probabilities if kind == "FRACTIONAL" and probabilities is not None else [None] * len(masks)
+    for source, frame, mask, chance in zip(sources, frames, masks, chances, strict=True):
         dataset = attributes(source, frame)
         if isinstance(dataset, Reject):
             return dataset
@@ -88,7 +92,15 @@ def encode(
             raise ValueError(f"mask {mask.dtype} {mask.shape}: expected uint8 {(dataset.Rows, dataset.Columns)}")
         if mask.max() > len(labels):
             raise ValueError(f"mask holds {mask.max()}, labels name 1 to {len(labels)}")
-        slices.append(Source(dataset, mask, str(dataset.SOPClassUID), str(dataset.SOPInstanceUID), frame))
+        slices.append(
+            Source(
+                dataset,
+                mask if chance is None else chance,
+                str(dataset.SOPClassUID),
+                str(dataset.SOPInstanceUID),
+                frame,
+            )
+        )
     datasets = [one.dataset for one in slices]
     if len({(s.StudyInstanceUID, s.SeriesInstanceUID, s.FrameOfReferenceUID, s.Rows, s.Columns) for s in datasets}) > 1:
         return Reject(Reason.SERIES_MIXED, "slices of several series, frames of reference or sizes")
@@ -101,41 +113,48 @@ def encode(
         dataset.ImageOrientationPatient = datasets[0].ImageOrientationPatient  # the frames share it
     if "SliceThickness" not in datasets[0]:
         datasets[0].SliceThickness = _nominal_thickness(datasets)
-    name, version = _long_string(model_name), _long_string(model_version)
+    name, version = long_string(model_name), long_string(model_version)
     named = sorted(slice_uid(one.sop_instance_uid, one.frame) for one in slices)
     identity = [named, model_name, model_version, digest, kind]
     content_date, content_time = _content_time(datasets)
     for one in slices:
         one.dataset.SOPClassUID = PLAIN_CLASS
         if one.frame is not None:
-            one.dataset.SOPInstanceUID = _uid("frame", [one.sop_instance_uid, one.frame])
+            one.dataset.SOPInstanceUID = hashed_uid("frame", [one.sop_instance_uid, one.frame])
     try:
         segmentation = highdicom.seg.Segmentation(
             source_images=datasets,
-            pixel_array=np.stack([one.mask for one in slices]),
+            pixel_array=_pixels(slices, kind),
             segmentation_type=kind,
             segment_descriptions=_descriptions(labels, name, version, digest),
-            series_instance_uid=_uid("series", identity),
+            series_instance_uid=hashed_uid("series", identity),
             series_number=9001,
-            sop_instance_uid=_uid("instance", identity),
+            sop_instance_uid=hashed_uid("instance", identity),
             instance_number=1,
             manufacturer="rayseg",
             manufacturer_model_name=name,
             software_versions=version,
-            device_serial_number=_long_string(digest),
+            device_serial_number=long_string(digest),
             content_label="SEGMENTATION",
             content_description="Made by a research model, not for diagnosis",
             content_date=content_date,
             content_time=content_time,
-            series_description=_long_string(f"{model_name} v{model_version} segmentation"),
+            series_description=long_string(f"{model_name} v{model_version} segmentation"),
             specific_character_set="ISO_IR 192",
             omit_empty_frames=False,
-            transfer_syntax_uid=uid.RLELossless if kind == "LABELMAP" else uid.ExplicitVRLittleEndian,
+            transfer_syntax_uid=uid.ExplicitVRLittleEndian if kind == "BINARY" else uid.RLELossless,
+            max_fractional_value=255,
         )
         name_sources(segmentation, slices)
         return _fixed_bytes(segmentation, identity)
     except Exception as error:  # highdicom refuses what it cannot express by many types; its text may identify
         return Reject(Reason.WRITE_FAILED, f"the segmentation cannot be made: {type(error).__name__}")
+
+
+def _pixels(slices: Sequence[Source], kind: Kind) -> np.ndarray:
+    """The slices' masks together, or their probabilities as float32 fractions."""
+    stacked = np.stack([one.mask for one in slices])
+    return stacked.astype(np.float32) / 255 if kind == "FRACTIONAL" else stacked
 
 
 def decode(data: bytes) -> dict[str, np.ndarray]:
@@ -213,9 +232,9 @@ def _descriptions(labels: tuple[str, ...], name: str, version: str, digest: str)
     return [
         SegmentDescription(
             segment_number=number,
-            segment_label=_long_string(label),
+            segment_label=long_string(label),
             segmented_property_category=_ALTERED,
-            segmented_property_type=_PROPERTY_TYPES.get(label.lower(), _LESION),
+            segmented_property_type=finding(label),
             algorithm_type="AUTOMATIC",
             algorithm_identification=algorithm,
         )
@@ -223,12 +242,17 @@ def _descriptions(labels: tuple[str, ...], name: str, version: str, digest: str)
     ]
 
 
-def _long_string(text: str) -> str:
+def finding(label: str) -> Code:
+    """The standard's code for what a label names; a lesion where it knows none."""
+    return _PROPERTY_TYPES.get(label.lower(), _LESION)
+
+
+def long_string(text: str) -> str:
     """As a value of VR LO: one line, at most 64 characters, no backslash (it separates values)."""
     return " ".join(text.replace("\\", "/").split())[:64] or "unnamed"
 
 
-def _uid(purpose: str, identity: list[Any]) -> str:
+def hashed_uid(purpose: str, identity: list[Any]) -> str:
     """A UID of the form 2.25.<UUID as integer> (PS3.5 B.2) whose UUID is a hash."""
     hashed = hashlib.sha256(json.dumps([purpose, *identity]).encode()).digest()
     return f"2.25.{uuid.UUID(bytes=hashed[:16], version=5).int}"
@@ -240,7 +264,7 @@ def _fixed_bytes(segmentation: Dataset, identity: list[Any]) -> bytes:
     segmentation.InstanceCreationTime = segmentation.ContentTime
     for item in segmentation.ContributingEquipmentSequence:
         item.ContributionDateTime = f"{segmentation.ContentDate}{segmentation.ContentTime}"
-    organization_uid = _uid("dimensions", identity)
+    organization_uid = hashed_uid("dimensions", identity)
     for item in (*segmentation.DimensionOrganizationSequence, *segmentation.DimensionIndexSequence):
         item.DimensionOrganizationUID = organization_uid
     stream = BytesIO()

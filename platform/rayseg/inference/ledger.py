@@ -5,7 +5,7 @@ Parts lie at `OUTPUT/ledger/part-<digest>.parquet`, the objects that were refuse
 the same part.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -47,13 +47,18 @@ def read(output: str) -> pa.Table:
     return pa.Table.from_pylist([latest[key] for key in sorted(latest)], schema=LEDGER)
 
 
-def segmented(output: str, model_digest: str, config_digest: str) -> dict[str, dict[str, Any]]:
-    """Rows by series key of what this model with this configuration has segmented."""
+def rows_of(output: str, model_digest: str, config_digest: str) -> dict[str, dict[str, Any]]:
+    """Rows by series key of what this model with this configuration has done, segmented and rejected."""
     return {
         row["series_key"]: row
         for row in read(output).to_pylist()
-        if (row["verdict"], row["model_digest"], row["config_digest"]) == ("segmented", model_digest, config_digest)
+        if (row["model_digest"], row["config_digest"]) == (model_digest, config_digest)
     }
+
+
+def uris(row: Mapping[str, Any], profile: str) -> list[str]:
+    """Where a series' files of a profile lie."""
+    return [file["uri"] for file in row["outputs"] or () if file["profile"] == profile]
 
 
 def _write_part(folder: str, rows: Sequence[dict[str, Any]], schema: pa.Schema, key: Sequence[str]) -> None:

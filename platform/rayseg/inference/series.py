@@ -1,23 +1,26 @@
-"""One series: its slices read, segmented and written as one DICOM SEG; the outcome is a row of the ledger."""
+"""One series: its slices read, segmented and written in all profiles; the outcome is a row of the ledger."""
 
+import dataclasses
 import hashlib
 import io
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pydicom
 
 from rayseg import storage
 from rayseg.data.manifest import read_failure
+from rayseg.data.preprocess import Preprocess
 from rayseg.data.stacks import along
-from rayseg.dicom import segmentation
 from rayseg.dicom.reading import Header, Slice, read_slices
+from rayseg.inference.outputs import Profile, Segmented, files, overlay_png
+from rayseg.inference.postprocess import Postprocess
 from rayseg.inference.predictor import Prediction, Predictor
-from rayseg.inference.volume import volume_ml
+from rayseg.inference.volume import volume_ml, voxels_mm3
 from rayseg.records import Reason, Reject
 from rayseg.tracking.registry import ModelVersion
 
@@ -30,8 +33,10 @@ _Place = tuple[str, int | None]  # URI and frame of a slice
 class Task:
     """What all series of a run have in common, beside the model itself."""
 
-    folder: str  # URI of where SEGs go
-    kind: Literal["BINARY", "LABELMAP"]  # of the DICOM SEG
+    folder: str  # URI of where files go
+    profiles: tuple[Profile, ...]
+    postprocess: Postprocess
+    write_empty: bool  # whether a series with nothing found gets files
     model: ModelVersion
     config_digest: str
 
@@ -44,11 +49,13 @@ def segment_series(
     patient_key: str,
     uris: Sequence[str],
     frames: Sequence[int | None],
+    input_digest: str = "",
 ) -> dict[str, Any]:
-    """Segments the slices of a series, given in order, and writes `FOLDER/<series_key>.dcm`; never raises.
+    """Segments the slices of a series, given in order, and writes its files `FOLDER/<series_key>...`; never raises.
 
-    A slice is an object at one of `uris`, or the frame of it that `frames` has at the same place. One that cannot be
-    used gets no frame in the SEG; a series without any other is rejected.
+    A slice is an object at one of `uris`, or the frame of it that `frames` has at the same place; `input_digest` of all
+    of them goes into the row as it is. A slice that cannot be used is in no file; a series without any other is
+    rejected, and so is one that a profile cannot express.
 
     Returns:
         A row of the schema `records.LEDGER`, with `rejects` beside: rows of the schema `records.REJECTS`.
@@ -64,6 +71,7 @@ def segment_series(
         refused = {place: refused.get(place, made) for place in wanted}
     row = ledger_row(task, series_key, patient_key, made if isinstance(made, Reject) else None)
     row |= {
+        "input_digest": input_digest,
         "rejected_slices": len(refused),
         "rejects": [reject_row(*place, STAGE, reject, patient_key, series_key) for place, reject in refused.items()],
         "seconds": time.monotonic() - began,
@@ -86,6 +94,7 @@ def ledger_row(task: Task, series_key: str, patient_key: str | None, reject: Rej
         "slices": 0,
         "rejected_slices": 0,
         "foreground_pixels": 0,
+        "outputs": [],
     }
 
 
@@ -107,55 +116,89 @@ def reject_row(
 def _make(
     predictor: Predictor, task: Task, series_key: str, wanted: Sequence[_Place], refused: dict[_Place, Reject]
 ) -> dict[str, Any] | Reject:
-    """Writes the SEG of the usable slices and returns what the ledger row says of it; fills `refused`."""
-    # Masks and headers of the whole series are kept, its pixels are not.
+    """Writes the files of the usable slices and returns what the ledger row says of them; fills `refused`."""
+    series = _segmented(predictor, task, series_key, wanted, refused)
+    if not series.masks:
+        first = refused[wanted[0]]
+        return Reject(
+            first.reason, f"none of {len(wanted)} slices can be used; the first: {first.detail or first.reason}"
+        )
+    geometries = [header.geometry for header in series.headers]
+    if task.postprocess != Postprocess():
+        try:
+            masks = task.postprocess.apply(np.stack(series.masks), voxels_mm3(geometries))
+        except ValueError as error:
+            return Reject(Reason.MISSING_ATTRIBUTE, str(error))
+        series = dataclasses.replace(series, masks=list(masks))
+    foreground = [int(np.count_nonzero(mask)) for mask in series.masks]
+    made = []
+    if any(foreground) or task.write_empty:
+        encoded = files(series, task.profiles, predictor.bundle.labels.names, task.model)
+        if isinstance(encoded, Reject):
+            return encoded
+        made = encoded
+    outputs = []
+    for file in made:
+        uri = storage.join(task.folder, file.name)
+        try:
+            storage.write(uri, file.data)
+        except OSError as error:
+            return Reject(Reason.WRITE_FAILED, type(error).__name__)
+        outputs.append(
+            {
+                "profile": file.profile,
+                "uri": uri,
+                "sha256": hashlib.sha256(file.data).hexdigest(),
+                "bytes": len(file.data),
+            }
+        )
+    return {
+        "slices": len(series.masks),
+        "foreground_pixels": sum(foreground),
+        "volume_ml": volume_ml(foreground, geometries),
+        "outputs": outputs,
+    }
+
+
+def _segmented(
+    predictor: Predictor, task: Task, series_key: str, wanted: Sequence[_Place], refused: dict[_Place, Reject]
+) -> Segmented:
+    """The usable slices with their masks; of pixels only what the profiles ask for is kept."""
     sources: list[pydicom.Dataset] = []
     masks: list[np.ndarray] = []
     headers: list[Header] = []
+    probabilities: list[np.ndarray] = []
+    pictures: list[tuple[int, bytes]] = []
     datasets: dict[str, pydicom.Dataset | Reject] = {}
     stacks = along(_read(wanted, datasets), predictor.neighbours)
-    for (uri, frame), stack in zip(wanted, stacks, strict=True):
+    for number, ((uri, frame), stack) in enumerate(zip(wanted, stacks, strict=True)):
         result = _predict(predictor, stack)
         source = result if isinstance(result, Reject) else datasets[uri]
         if isinstance(result, Reject) or isinstance(source, Reject):
             refused[uri, frame] = source
             continue
-        assert result.slice.header is not None
+        prediction, probabilities_KHW = result
+        assert prediction.slice.header is not None
         sources.append(source)
-        masks.append(result.mask)
-        headers.append(result.slice.header)
-    if not masks:
-        first = refused[wanted[0]]
-        return Reject(
-            first.reason, f"none of {len(wanted)} slices can be used; the first: {first.detail or first.reason}"
-        )
-    model = task.model
-    encoded = segmentation.encode(
-        sources,
-        masks,
-        predictor.bundle.labels.names,
-        model.name,
-        model.version,
-        model.digest,
-        kind=task.kind,
-        frames=[header.frame for header in headers],
-    )
-    if isinstance(encoded, Reject):
-        return encoded
-    output_uri = storage.join(task.folder, f"{series_key}.dcm")
-    try:
-        storage.write(output_uri, encoded)
-    except OSError as error:
-        return Reject(Reason.WRITE_FAILED, type(error).__name__)
-    foreground = [int(np.count_nonzero(mask)) for mask in masks]
-    return {
-        "slices": len(masks),
-        "foreground_pixels": sum(foreground),
-        "volume_ml": volume_ml(foreground, [header.geometry for header in headers]),
-        "output_uri": output_uri,
-        "output_sha256": hashlib.sha256(encoded).hexdigest(),
-        "output_bytes": len(encoded),
-    }
+        masks.append(prediction.mask)
+        headers.append(prediction.slice.header)
+        if "seg-fractional" in task.profiles:
+            probabilities.append(_as_bytes(probabilities_KHW))
+        if "overlays" in task.profiles and prediction.mask.any():
+            pictures.append((number, _picture(predictor.bundle.preprocess, prediction)))
+    return Segmented(series_key, sources, headers, masks, probabilities or None, pictures)
+
+
+def _as_bytes(probabilities_KHW: np.ndarray) -> np.ndarray:
+    """Of the classes without the background, uint8 (rows, columns, classes)."""
+    foreground_KHW = probabilities_KHW if len(probabilities_KHW) == 1 else probabilities_KHW[1:]
+    return np.rint(np.moveaxis(foreground_KHW, 0, -1) * 255).clip(0, 255).astype(np.uint8)
+
+
+def _picture(preprocess: Preprocess, prediction: Prediction) -> bytes:
+    """With the grey values of the network's first channel, on the slice's own grid."""
+    alone = dataclasses.replace(preprocess, size=prediction.slice.shape, neighbours=0)
+    return overlay_png(alone.apply(prediction.slice)[..., 0], prediction.mask)
 
 
 def _read(wanted: Sequence[_Place], datasets: dict[str, pydicom.Dataset | Reject]) -> Iterator[Slice | Reject]:
@@ -184,8 +227,8 @@ def _without_pixels(data: bytes) -> pydicom.Dataset | Reject:
         return Reject(Reason.INTERNAL, type(error).__name__)
 
 
-def _predict(predictor: Predictor, stack: Sequence[Slice | Reject | None]) -> Prediction | Reject:
+def _predict(predictor: Predictor, stack: Sequence[Slice | Reject | None]) -> tuple[Prediction, np.ndarray] | Reject:
     try:
-        return predictor.predict_stack(stack)
+        return predictor.judge_stack(stack)
     except Exception as error:  # a defect of ours must cost this slice only
         return Reject(Reason.INTERNAL, type(error).__name__)

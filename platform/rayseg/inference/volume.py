@@ -25,17 +25,18 @@ def volume_ml(foreground_pixels: Sequence[int], geometries: Sequence[Geometry]) 
         Millilitres; None where spacing, positions or orientation are missing, planes are not parallel or coincide.
     """
     assert len(foreground_pixels) == len(geometries)
-    if any(geometry.pixel_spacing_mm is None for geometry in geometries):
-        return None
-    widths_mm = _widths_mm(geometries)
+    voxels = voxels_mm3(geometries)
+    return None if voxels is None else float(np.dot(foreground_pixels, voxels) / 1000)
+
+
+def voxels_mm3(geometries: Sequence[Geometry]) -> np.ndarray | None:
+    """The volume that a pixel of each slice stands for, float64 (slices,), as `volume_ml` has it; None likewise."""
+    widths_mm = None if any(one.pixel_spacing_mm is None for one in geometries) else _widths_mm(geometries)
     if widths_mm is None:
         return None
-    areas_mm2 = [
-        pixels * geometry.pixel_spacing_mm[0] * geometry.pixel_spacing_mm[1]
-        for pixels, geometry in zip(foreground_pixels, geometries, strict=True)
-        if geometry.pixel_spacing_mm is not None
-    ]
-    return float(np.dot(areas_mm2, widths_mm) / 1000)
+    spacings_mm = [one.pixel_spacing_mm for one in geometries if one.pixel_spacing_mm is not None]
+    areas_mm2: np.ndarray = np.prod(np.array(spacings_mm, float), axis=1)
+    return areas_mm2 * widths_mm
 
 
 def _widths_mm(geometries: Sequence[Geometry]) -> np.ndarray | None:

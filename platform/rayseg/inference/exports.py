@@ -1,0 +1,95 @@
+"""A stack of masks in other formats: NIfTI volumes, and surfaces as STL and glTF. Equal stacks give equal bytes."""
+
+import gzip
+from collections.abc import Sequence
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import trimesh
+from scipy import ndimage
+from scipy.spatial import ConvexHull
+from scipy.spatial.distance import pdist
+from skimage.measure import marching_cubes
+
+from rayseg.inference.stack import Stack
+from rayseg.records import Reject
+
+_LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+# glTF is in metres with Y up and the viewer on +Z: left stays right in the picture, as radiologists look at a patient.
+_LPS_MM_TO_GLTF = np.array([[0.001, 0, 0, 0], [0, 0, 0.001, 0], [0, -0.001, 0, 0], [0, 0, 0, 1]])
+_COLOURS = np.array(  # of the classes: Okabe and Ito's, which are told apart by the colour-blind
+    [[213, 94, 0], [0, 114, 178], [0, 158, 115], [204, 121, 167], [230, 159, 0], [86, 180, 233], [240, 228, 66]],
+    np.uint8,
+)
+
+
+def colour(number: int) -> np.ndarray:
+    """Red, green and blue, uint8 (3,), of the class of this number, from 1."""
+    found: np.ndarray = _COLOURS[(number - 1) % len(_COLOURS)]
+    return found
+
+
+def nifti(stack: Stack, labels: Sequence[str]) -> bytes | Reject:
+    """The label maps as a gzipped NIfTI-1 volume, uint8 (columns, rows, slices), in the source's frame.
+
+    The affine is of the source's own grid, sheared where it is tilted; sform and qform say scanner coordinates, as far
+    as a quaternion can. UNEVEN_SLICES where slices do not lie at even distances: the format cannot say so.
+    """
+    affine = stack.affine_lps()
+    if isinstance(affine, Reject):
+        return affine
+    image = nib.Nifti1Image(stack.masks.transpose(2, 1, 0), _LPS_TO_RAS @ affine)
+    image.header.set_xyzt_units("mm")
+    image.set_sform(_LPS_TO_RAS @ affine, code="scanner")
+    image.header["descrip"] = f"rayseg, research only: {', '.join(labels)}".encode("ascii", "replace")[:79]
+    return gzip.compress(image.to_bytes(), mtime=0)
+
+
+def surfaces(stack: Stack, labels: Sequence[str]) -> dict[str, trimesh.Trimesh]:
+    """The surface of each class that has any voxel, by name, in patient millimetres (LPS), normals outward.
+
+    Marching cubes (Lewiner et al. 2003) through the middle between foreground and background.
+    """
+    found = {}
+    for number, name in enumerate(labels, start=1):
+        inside_SHW = stack.masks == number
+        where = ndimage.find_objects(inside_SHW.astype(np.uint8))
+        if not where:
+            continue
+        # Only the box around it, with a layer of background: what touches the border is closed, too.
+        corner = np.array([extent.start for extent in where[0]])
+        padded = np.pad(inside_SHW[where[0]], 1).astype(np.float32)
+        vertices, faces, _, _ = marching_cubes(padded, 0.5)
+        points_mm, rgba = stack.points_mm(vertices - 1 + corner), [*colour(number).tolist(), 255]
+        mesh = trimesh.Trimesh(points_mm, faces, vertex_colors=[rgba] * len(vertices), process=False)
+        if mesh.volume < 0:
+            mesh.invert()
+        found[name] = mesh
+    return found
+
+
+def stl(meshes: dict[str, trimesh.Trimesh]) -> bytes:
+    """All surfaces in one binary STL, in patient millimetres (LPS); without any triangle where there is none."""
+    whole = trimesh.util.concatenate(list(meshes.values())) if meshes else trimesh.Trimesh()
+    data: bytes = trimesh.exchange.stl.export_stl(whole)
+    return data
+
+
+def glb(meshes: dict[str, trimesh.Trimesh]) -> bytes:
+    """A glTF 2.0 scene with a node a class, in metres as the format wants it, Y up."""
+    scene = trimesh.Scene()
+    for name, mesh in meshes.items():
+        scene.add_geometry(mesh, node_name=name, geom_name=name, transform=_LPS_MM_TO_GLTF)
+    options: dict[str, Any] = {"file_type": "glb", "include_normals": True}
+    data: bytes = scene.export(**options)
+    return data
+
+
+def max_diameter_mm(mesh: trimesh.Trimesh) -> float:
+    """The greatest distance between two vertices of one body of the surface, over its bodies.
+
+    The maximum 3D diameter of the IBSI reference manual (arXiv:1612.07003, code L0JK), of the largest lesion.
+    """
+    bodies = mesh.split(only_watertight=False)
+    return max(float(pdist(body.vertices[ConvexHull(body.vertices).vertices]).max()) for body in bodies)

@@ -1,0 +1,96 @@
+"""A series' masks as one stack in patient space: what volumes and surfaces are made of."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from rayseg.dicom.planes import tolerance_mm
+from rayseg.dicom.reading import Geometry
+from rayseg.records import Reason, Reject
+
+
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """Label maps in the order of their planes, and where each slice's first pixel lies.
+
+    Slices are parallel; they may be tilted against the way from one to the next, and lie at uneven distances.
+    """
+
+    masks: np.ndarray  # uint8 (slices, rows, columns)
+    positions_mm: np.ndarray  # float64 (S, 3), of the centre of each slice's first pixel (PS3.3 C.7.6.2.1.1)
+    row_mm: np.ndarray  # float64 (3,), from a pixel to the next one of its row
+    column_mm: np.ndarray  # float64 (3,), from a pixel to the next one of its column
+    beyond_mm: np.ndarray  # float64 (3,), from the last slice to where another one would lie
+    tolerance_mm: float  # what is not told apart: a quarter of a pixel
+
+    def affine_lps(self) -> np.ndarray | Reject:
+        """(column, row, slice) to millimetres, float64 (4, 4); UNEVEN_SLICES where no matrix says where slices lie."""
+        count = len(self.positions_mm)
+        step_mm = self.beyond_mm if count == 1 else (self.positions_mm[-1] - self.positions_mm[0]) / (count - 1)
+        even_mm = self.positions_mm[0] + np.arange(count)[:, np.newaxis] * step_mm
+        off_mm = float(np.linalg.norm(self.positions_mm - even_mm, axis=1).max())
+        if off_mm > self.tolerance_mm:
+            return Reject(Reason.UNEVEN_SLICES, f"slices lie up to {off_mm:.2f} mm off even distances")
+        affine = np.eye(4)
+        affine[:3] = np.column_stack([self.row_mm, self.column_mm, step_mm, self.positions_mm[0]])
+        return affine
+
+    def points_mm(self, voxels: np.ndarray) -> np.ndarray:
+        """Patient coordinates (LPS) of fractional (slice, row, column), float64 (..., 3), up to a slice outside."""
+        ends = np.vstack(
+            [self._before_mm(), self.positions_mm, self.positions_mm[-1] + self.beyond_mm]
+        )  # of slices -1 to S
+        numbers = np.arange(-1, len(self.positions_mm) + 1)
+        along_mm = np.stack([np.interp(voxels[..., 0], numbers, ends[:, axis]) for axis in range(3)], axis=-1)
+        points: np.ndarray = along_mm + voxels[..., 1:2] * self.column_mm + voxels[..., 2:] * self.row_mm
+        return points
+
+    def _before_mm(self) -> np.ndarray:
+        first_mm: np.ndarray = self.positions_mm[0]
+        return first_mm - (self.positions_mm[1] - first_mm if len(self.positions_mm) > 1 else self.beyond_mm)
+
+
+def stack(masks: Sequence[np.ndarray], geometries: Sequence[Geometry]) -> Stack | Reject:
+    """Puts the slices of a series, in any order, together.
+
+    Args:
+        masks: uint8 label maps (rows, columns).
+        geometries: where they lie.
+
+    Returns:
+        MISSING_ATTRIBUTE where a slice has no place, or one alone no thickness; SERIES_DUPLICATES where two are at one
+        position; SERIES_MIXED where sizes or orientations differ, which a series' verdict does not let pass.
+    """
+    assert masks
+    assert len(masks) == len(geometries)
+    places = []
+    for geometry in geometries:
+        if geometry.image_position_mm is None or geometry.image_orientation is None or not geometry.pixel_spacing_mm:
+            return Reject(Reason.MISSING_ATTRIBUTE, "ImagePositionPatient, ImageOrientationPatient and PixelSpacing")
+        places.append((geometry.image_position_mm, geometry.image_orientation, geometry.pixel_spacing_mm))
+    if len({mask.shape for mask in masks}) > 1:
+        return Reject(Reason.SERIES_MIXED, "slices of several sizes")
+    _, orientation, spacing_mm = places[0]
+    along_row, along_column = np.array(orientation, float).reshape(2, 3)
+    normal = np.cross(along_row, along_column)
+    positions_mm = np.array([position for position, _, _ in places], float)
+    order = np.argsort(positions_mm @ normal, kind="stable")
+    positions_mm = positions_mm[order]
+    tolerance = tolerance_mm(geometries[0])
+    if len(places) > 1:
+        if np.diff(positions_mm @ normal).min() <= 0.01:
+            return Reject(Reason.SERIES_DUPLICATES, "several slices at one position")
+        beyond_mm = positions_mm[-1] - positions_mm[-2]
+    elif geometries[0].slice_thickness_mm:
+        beyond_mm = normal * geometries[0].slice_thickness_mm
+    else:
+        return Reject(Reason.MISSING_ATTRIBUTE, "SliceThickness of a slice alone")
+    return Stack(
+        np.stack([masks[place] for place in order]),
+        positions_mm,
+        along_row * spacing_mm[1],
+        along_column * spacing_mm[0],
+        beyond_mm,
+        tolerance,
+    )
