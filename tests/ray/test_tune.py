@@ -12,6 +12,7 @@ import keras
 import pytest
 import ray
 import yaml
+from mlflow.entities import ViewType
 
 from rayseg.config import build, load, plain
 from rayseg.data.prepared import describe
@@ -75,7 +76,7 @@ def test_a_sweep_whose_driver_is_killed_goes_on_as_if_undisturbed(
     assert result.trials[3].val_dice == result.val_dice
 
     [experiment] = [found for found in mlflow.search_experiments() if found.name == "rayseg"]
-    found = mlflow.search_runs([experiment.experiment_id])
+    found = mlflow.search_runs([experiment.experiment_id], run_view_type=ViewType.ALL)  # deleted ones, too
     parents = [run for run in found if "mlflow.parentRunId" not in run.data.tags]
     trials = {int(run.data.tags["rayseg.trial"]): run for run in found if run not in parents}
     assert ([run.info.run_id for run in parents], len(found)) == ([result.run_id], 5), "none lost, none twice"
