@@ -108,7 +108,7 @@ def test_scores_are_those_of_the_source_objects_on_their_own_grid(world: World) 
     cases = {row["patient_key"]: row for row in read(storage.read(f"{result.cases_table[:-4]}.parquet")).to_pylist()}
     compared = 0
     for patient, case in cases.items():
-        assert (case["images"], case["modality"], case["hd95_px"]) == (1, "CT", None)
+        assert (case["images"], case["modality"], case["scanner"], case["hd95_px"]) == (1, "CT", "rayseg phantom", None)
         series = [pydicom.dcmread(row["uri"]) for row in rows if row["patient_key"] == patient]
         order = np.argsort([slice.ImagePositionPatient[2] for slice in series])
         truth, found = (

@@ -156,11 +156,12 @@ def test_intervals_hold_the_value_and_need_patients() -> None:
     assert few["dice_pooled"].low is None
 
 
-def test_groups_by_size_modality_and_spacing() -> None:
+def test_groups_by_size_modality_scanner_and_spacing() -> None:
     truths = [10, 20, 30, 40, 50, 60]
     rows = [row(7, Counts(tn=9), truth_ml=0.0, predicted_ml=0.0, pixel_spacing_mm=0.9)]
     for number, true in enumerate(truths):
         told = {"truth_ml": float(true), "modality": "CT" if number % 2 else "MR", "pixel_spacing_mm": 0.4}
+        told["scanner"] = "A 1" if number < 4 else "B 2"
         rows.append(row(number, Counts(tp=true, tn=9), predicted_ml=1.0, lesions_true=2, lesions_found=1, **told))
     table = pa.Table.from_pylist(rows, schema=CASES)
     found = {(one.by, one.group): one for one in groups(table, ["a"], resamples=200, min_patients=3)}
@@ -171,6 +172,8 @@ def test_groups_by_size_modality_and_spacing() -> None:
         ("size", "43.3 mL and more"): 2,
         ("modality", "CT"): 3,
         ("modality", "MR"): 3,
+        ("scanner", "A 1"): 4,
+        ("scanner", "B 2"): 2,
         ("pixel spacing", "below 0.5 mm"): 6,
         ("pixel spacing", "0.5 to 1 mm"): 1,
     }

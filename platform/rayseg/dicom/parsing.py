@@ -35,6 +35,8 @@ _KEYWORDS = {
     0x00080016: "SOPClassUID",
     0x00080018: "SOPInstanceUID",
     0x00080060: "Modality",
+    0x00080070: "Manufacturer",
+    0x00081090: "ManufacturerModelName",
     0x00100020: "PatientID",
     0x00180050: "SliceThickness",
     0x0020000D: "StudyInstanceUID",

@@ -66,6 +66,7 @@ class Header:
     geometry: Geometry
     frame: int | None = None  # of a multi-frame object, from 0; None where the object is one image
     localizer: bool = False  # a scout view: no part of a stack
+    scanner: str = ""  # Manufacturer and ManufacturerModelName, empty where the object has neither
 
     @property
     def slice_uid(self) -> str:
@@ -149,6 +150,7 @@ class _Object:
             geometry=_geometry(elements, self.layout.rows, self.layout.columns, placed=self.grouped or frame is None),
             frame=frame,
             localizer="LOCALIZER" in (elements.text("FrameType") + "\\" + elements.text("ImageType")).split("\\"),
+            scanner=" ".join(f"{elements.text('Manufacturer')} {elements.text('ManufacturerModelName')}".split()),
         )
         return header, slope, intercept
 

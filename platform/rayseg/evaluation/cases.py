@@ -60,6 +60,7 @@ CASES = pa.schema(
         ("truth_ml", pa.float64()),  # volumes; null where a slice has no place, or one alone no thickness
         ("predicted_ml", pa.float64()),
         ("modality", pa.string()),  # what subgroups go by: of most of the patient's slices; null for image files
+        ("scanner", pa.string()),  # its maker and model, likewise
         ("pixel_spacing_mm", pa.float64()),  # the mean of that between rows and that between columns, over the slices
         ("slice_distance_mm", pa.float64()),  # the median within volumes; null without any
     ]

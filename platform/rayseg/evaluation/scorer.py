@@ -123,6 +123,7 @@ class _Patient:
         self._rejects: list[dict[str, Any]] = []
         self._shown: dict[str, tuple[tuple[int, int, str], dict[str, Any]]] = {}  # by the names in SCORED
         self._modalities: Counter[str] = Counter()
+        self._scanners: Counter[str] = Counter()
         self._spacings_mm: list[float] = []
         self._distances_mm: list[float] = []
 
@@ -140,7 +141,8 @@ class _Patient:
                 self._add_series(images(*zip(*placed, strict=True)))
         patient_key = rows[0]["patient_key"]
         subgroups = {
-            "modality": self._modalities.most_common(1)[0][0] if self._modalities else None,
+            "modality": _most(self._modalities),
+            "scanner": _most(self._scanners),
             "pixel_spacing_mm": _mean(self._spacings_mm),
             "slice_distance_mm": _mean(self._distances_mm),
         }
@@ -193,8 +195,9 @@ class _Patient:
                 self._shown[name] = size, {**row, **vars(together), "prediction": prediction}
 
     def _place(self, found: Judged) -> None:
-        if found.slice.header is not None and found.slice.header.modality:
+        if found.slice.header is not None:
             self._modalities[found.slice.header.modality] += 1
+            self._scanners[found.slice.header.scanner] += 1
         if found.place is not None and found.place.pixel_spacing_mm is not None:
             self._spacings_mm.append(float(np.mean(found.place.pixel_spacing_mm)))
 
@@ -217,3 +220,8 @@ def read_truth(row: Mapping[str, Any], slice: Slice, labels: Labels) -> np.ndarr
 
 def _mean(values: Sequence[float]) -> float | None:
     return float(np.mean(values)) if values else None
+
+
+def _most(counted: Counter[str]) -> str | None:
+    """What most slices have; None where that is nothing."""
+    return counted.most_common(1)[0][0] or None if counted else None

@@ -1,6 +1,6 @@
 """Metrics of groups of cases: by size of the lesion, kind of scanner and spacing. numpy, scipy and pyarrow only."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,8 +37,9 @@ def groups(cases: pa.Table, names: Sequence[str], *, resamples: int, min_patient
     made = []
     for name in names:
         columns = columns_of(cases, name)
-        modalities = np.array(cases.filter(pc.field("class") == name)["modality"].to_pylist(), object)
-        for by, told in _divided(columns, modalities):
+        rows = cases.filter(pc.field("class") == name)
+        devices = {by: np.array(rows[by].to_pylist(), object) for by in ("modality", "scanner")}
+        for by, told in _divided(columns, devices):
             for group, chosen in told:
                 of_group = [subset(columns, chosen)]
                 found = {
@@ -50,12 +51,15 @@ def groups(cases: pa.Table, names: Sequence[str], *, resamples: int, min_patient
     return made
 
 
-def _divided(columns: Columns, modalities: np.ndarray) -> Iterator[tuple[str, list[tuple[str, np.ndarray]]]]:
+def _divided(columns: Columns, devices: Mapping[str, np.ndarray]) -> Iterator[tuple[str, list[tuple[str, np.ndarray]]]]:
     """What the cases are divided by, and the groups that have any, where there are several."""
     spacings = {"pixel spacing": _PIXEL_SPACING_MM, "slice distance": _SLICE_DISTANCE_MM}
     divisions = {
         "size": _sizes(columns),
-        "modality": [(kind, modalities == kind) for kind in sorted({kind for kind in modalities if kind is not None})],
+        **{
+            by: [(kind, kinds == kind) for kind in sorted({kind for kind in kinds if kind is not None})]
+            for by, kinds in devices.items()
+        },
         **{by: _ranges(columns[f"{by.replace(' ', '_')}_mm"], cuts, "mm") for by, cuts in spacings.items()},
     }
     for by, found in divisions.items():
