@@ -163,6 +163,8 @@ def test_several_classes_are_told_one_by_one_and_together(tmp_path: Path, tracki
     metrics = metrics_of(tracking, version)
     assert metrics["test/dice_pooled/a"] == pytest.approx(2 / 3)
     assert metrics["test/dice_pooled/b"] == 1
+    assert metrics["test/brier/a"] == pytest.approx((0.81 * 16 + 0.01 * (512 - 16)) / 512)  # 16 pixels of 512 missed
+    assert metrics["test/average_precision/b"] == 1
     assert metrics["test/dice_pooled"] == pytest.approx(5 / 6)
     assert (metrics["test/cases_true_negative/b"], metrics["test/cases_scored"]) == (1, 3)
     told = csv.DictReader(io.StringIO(storage.read(artifacts.cases_table).decode()))
