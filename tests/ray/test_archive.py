@@ -259,6 +259,7 @@ def test_a_killed_run_is_taken_up_and_ends_as_an_undisturbed_one(archive: Segmen
 import os
 from rayseg import cluster
 from rayseg.inference import archive, ledger
+from rayseg.inference.postprocess import Postprocess
 
 append = ledger.append
 
