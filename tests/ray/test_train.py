@@ -103,6 +103,11 @@ def test_the_run_tells_what_it_was(undisturbed: tuple[TrainConfig, TrainResult],
     run = mlflow.get_run(result.run_id)
     assert run.info.status == "FINISHED"
     assert run.data.params["plateau.min_delta"] == "0.5"
+    assert run.data.params["preprocess.size"] == "[32, 32]"
+    glance = {name: run.data.tags[f"rayseg.{name}"] for name in ("model", "input", "augment", "parameters")}
+    weights = registry.load(registry.fetch(job.tracking_uri, result.model_uri)[0]).model.get_weights()
+    parameters = f"{sum(weight.size for weight in weights):,}"
+    assert glance == {"model": "unet-small 4-8", "input": "32x32x1", "augment": "none", "parameters": parameters}
     [given] = run.inputs.dataset_inputs
     assert (given.dataset.digest, given.dataset.source) == ("0" * 36, job.prepared)
     steps = [metric.step for metric in mlflow.get_metric_history(result.run_id, "val/dice_pooled")]

@@ -13,9 +13,10 @@ from rayseg.data.prepared import describe
 from rayseg.data.preprocess import Preprocess
 from rayseg.models.network import portable
 from rayseg.models.presets import NetworkConfig
-from rayseg.tracking import bundle, registry
-from rayseg.training import start
+from rayseg.tracking import bundle, registry, runs
+from rayseg.training import record, start
 from rayseg.training.settings import TrainConfig
+from tests.unit.evaluated_models import register
 
 SMALL = NetworkConfig(widths=(4, 8), convolutions=1)
 
@@ -56,6 +57,14 @@ def test_a_run_goes_on_from_a_registered_model(discs: str, tmp_path: Path, monke
     wider = config(discs, init_from="models:/discs/1", model=NetworkConfig(widths=(4, 16), convolutions=1))
     with pytest.raises(ValueError, match=r"train\.init_from: layer"):
         start.bring_initial(wider, describe(discs), str(tmp_path / "other"))
+
+
+def test_the_run_tells_which_version_it_went_on_from(discs: str, tracking_uri: str) -> None:
+    uri = register(tracking_uri, "before", None)
+    registry.set_alias(tracking_uri, "before", "champion", "1")
+    settings = config(discs, init_from="models:/before@champion", tracking_uri=tracking_uri)
+    run = runs.client(tracking_uri).get_run(record.begin(settings, describe(discs)))
+    assert run.data.tags[registry.INITIAL_TAG] == uri, "the alias may be elsewhere when it is promoted"
 
 
 def test_workers_take_a_pretrained_encoder_from_the_folder(discs: str, tmp_path: Path) -> None:
