@@ -169,7 +169,7 @@ def test_bulk_scoring_and_a_local_call_give_the_same_bytes(world: World, tmp_pat
     bulk: dict[str, np.ndarray] = {}
     for patient in VALUES:
         rows = [row for row in manifest if place_of(row["uri"])[0] == patient]
-        task = Task(str(tmp_path / "out"), "LABELMAP", ModelVersion("m", "1", "models:/m/1", "r", "d"), "c")
+        task = Task(str(tmp_path / "out"), ModelVersion("m", "1", "models:/m/1", "r", "d"), "c", ("seg-labelmap",))
         done = segment_series(
             predictor,
             task,

@@ -16,7 +16,6 @@ from rayseg.data.preprocess import Preprocess, Window
 from rayseg.dicom.reading import Slice, read_slice
 from rayseg.dicom.segmentation import decode
 from rayseg.inference import predictor as predictor_module
-from rayseg.inference.postprocess import Postprocess
 from rayseg.inference.predictor import Prediction, Predictor, mask_png
 from rayseg.inference.series import Task, segment_series
 from rayseg.records import Reason, Reject
@@ -176,7 +175,7 @@ def test_an_archives_segmentation_has_a_segment_a_class(tmp_path: Path, profile:
     data = synthetic.slice_bytes(0, 64)
     (tmp_path / "1.dcm").write_bytes(data)
     version = ModelVersion("m", "1", "models:/m/1", "r", "d")
-    task = Task(str(tmp_path / "out"), (profile,), Postprocess(), True, version, "c")  # type: ignore[arg-type]
+    task = Task(str(tmp_path / "out"), version, "c", (profile,))  # type: ignore[arg-type]
     row = segment_series(
         predictor, task, series_key="s", patient_key="p", uris=[str(tmp_path / "1.dcm")], frames=[None]
     )

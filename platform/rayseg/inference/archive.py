@@ -125,11 +125,11 @@ def segment(config: SegmentConfig) -> SegmentResult:
     bundle_dir, model = registry.fetch(config.tracking_uri, config.model_uri)
     task = Task(
         storage.join(output, f"{model.name}-v{model.version}"),
+        model,
+        _config_digest(config),
         config.profiles,
         config.postprocess,
         config.nothing_found == "write",
-        model,
-        _config_digest(config),
     )
     plan, unusable, rejects = _plan(config.manifest, task)
     known = ledger.rows_of(output, model.digest, task.config_digest)

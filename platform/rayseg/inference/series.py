@@ -5,7 +5,7 @@ import hashlib
 import io
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
@@ -34,11 +34,11 @@ class Task:
     """What all series of a run have in common, beside the model itself."""
 
     folder: str  # URI of where files go
-    profiles: tuple[Profile, ...]
-    postprocess: Postprocess
-    write_empty: bool  # whether a series with nothing found gets files
     model: ModelVersion
     config_digest: str
+    profiles: tuple[Profile, ...] = ("seg",)
+    postprocess: Postprocess = field(default_factory=Postprocess)
+    write_empty: bool = True  # whether a series with nothing found gets files
 
 
 def segment_series(
