@@ -63,7 +63,7 @@ def test_the_run_tells_which_version_it_went_on_from(discs: str, tracking_uri: s
     uri = register(tracking_uri, "before", None)
     registry.set_alias(tracking_uri, "before", "champion", "1")
     settings = config(discs, init_from="models:/before@champion", tracking_uri=tracking_uri)
-    run = runs.client(tracking_uri).get_run(record.begin(settings, describe(discs)))
+    run = runs.client(tracking_uri).get_run(record.begin(settings, describe(discs), {}))
     assert run.data.tags[registry.INITIAL_TAG] == uri, "the alias may be elsewhere when it is promoted"
 
 
