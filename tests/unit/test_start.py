@@ -14,7 +14,7 @@ from rayseg.data.preprocess import Preprocess
 from rayseg.models.network import portable
 from rayseg.models.presets import NetworkConfig
 from rayseg.tracking import bundle, registry, runs
-from rayseg.training import record, start
+from rayseg.training import record, start, trainer
 from rayseg.training.settings import TrainConfig
 from tests.unit.evaluated_models import register
 
@@ -108,3 +108,18 @@ def test_a_rate_is_scaled_to_the_batch(discs: str) -> None:
     assert config(discs, **of_batch).scaled_learning_rate == pytest.approx(0.004)
     assert config(discs, **of_batch, scaling_rule="sqrt").scaled_learning_rate == pytest.approx(0.002)
     assert config(discs, batch_size=32).scaled_learning_rate == pytest.approx(0.001)
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"freeze_epochs": 1}, "train.freeze_epochs"),
+        ({"jit_compile": True, "model": NetworkConfig(widths=(4, 8), normalization="batch")}, "train.jit_compile"),
+    ],
+)
+def test_what_does_not_fit_the_network_is_refused_before_any_worker_starts(
+    discs: str, changes: dict[str, Any], key: str
+) -> None:
+    trainer.check(config(discs, jit_compile=True), describe(discs))
+    with pytest.raises(ValueError, match=key):
+        trainer.check(config(discs, **changes), describe(discs))

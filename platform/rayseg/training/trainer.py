@@ -111,6 +111,11 @@ def check(config: TrainConfig, prepared: PreparedSet) -> None:
     model = start.network(config, prepared)
     if config.freeze_epochs and not encoder_layers(model):
         raise ValueError(f"train.freeze_epochs: {config.model.preset} has no encoder to freeze")
+    if config.jit_compile and any(getattr(layer, "synchronized", False) for layer in model.layers):
+        raise ValueError(
+            "train.jit_compile: XLA cannot compile batch normalisation that is synchronised over workers; give another "
+            "model.normalization (none, group), or jit_compile: false"
+        )
 
 
 def _unfinished(uri: str, tracking_uri: str) -> str | None:
