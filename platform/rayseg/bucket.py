@@ -1,7 +1,7 @@
 """Listings of S3 buckets with each object's ETag, which pyarrow's listings do not tell, through boto3."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
@@ -51,9 +51,8 @@ def page(bucket: str, prefix: str, after: str | None) -> tuple[list[Entry], str 
     )
 
     more = {} if after is None else {"ContinuationToken": after}
-    environment = tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))
     try:
-        answer = _client(environment).list_objects_v2(Bucket=bucket, Prefix=prefix, **more)
+        answer = _client(environment()).list_objects_v2(Bucket=bucket, Prefix=prefix, **more)
     except ClientError as error:
         code = error.response.get("Error", {}).get("Code", "")
         kind = FileNotFoundError if code in _MISSING else PermissionError if code in _FORBIDDEN else OSError
@@ -79,17 +78,27 @@ def objects(bucket: str, prefix: str, attempt: Any) -> Iterator[Entry]:
             return
 
 
+def environment() -> tuple[tuple[str, str], ...]:
+    """The AWS_* variables, which say where the store is and who asks: a client is made for each set of them."""
+    return tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))
+
+
+def place(variables: Mapping[str, str]) -> tuple[str | None, str]:
+    """The store's endpoint, None for Amazon's own, and its region."""
+    endpoint = variables.get("AWS_ENDPOINT_URL_S3") or variables.get("AWS_ENDPOINT_URL") or None
+    return endpoint, variables.get("AWS_REGION") or variables.get("AWS_DEFAULT_REGION") or "us-east-1"
+
+
 @lru_cache(maxsize=4)
-def _client(environment: tuple[tuple[str, str], ...]) -> Any:
+def _client(variables: tuple[tuple[str, str], ...]) -> Any:
     """One client a process and a set of AWS_* variables, which boto3 reads itself."""
     import boto3
     from botocore.config import Config
 
-    variables = dict(environment)
-    endpoint = variables.get("AWS_ENDPOINT_URL_S3") or variables.get("AWS_ENDPOINT_URL")
+    endpoint, region = place(dict(variables))
     return boto3.session.Session().client(
         "s3",
-        region_name=variables.get("AWS_REGION") or variables.get("AWS_DEFAULT_REGION") or "us-east-1",
+        region_name=region,
         config=Config(
             connect_timeout=CONNECT_TIMEOUT_S,
             read_timeout=REQUEST_TIMEOUT_S,

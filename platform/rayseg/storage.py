@@ -31,7 +31,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from rayseg.bucket import CONNECT_TIMEOUT_S, REQUEST_TIMEOUT_S, objects
+from rayseg.bucket import CONNECT_TIMEOUT_S, REQUEST_TIMEOUT_S, environment, objects, place
 
 logger = logging.getLogger(__name__)
 
@@ -84,8 +84,7 @@ def filesystem(uri: str, attempts: int = 1) -> tuple[pafs.FileSystem, str]:
     if scheme == "s3":
         if not rest.strip("/"):
             raise ValueError(f"URI {uri}: expected s3://BUCKET/KEY")
-        environment = tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))
-        return _s3(environment, attempts), rest.strip("/")
+        return _s3(environment(), attempts), rest.strip("/")
     raise ValueError(f"URI {uri}: unknown scheme {scheme}; known: file, s3, or a plain path")
 
 
@@ -364,14 +363,14 @@ def _write_local(path: Path, data: bytes | Path) -> None:
 
 
 @lru_cache(maxsize=4)
-def _s3(environment: tuple[tuple[str, str], ...], attempts: int) -> pafs.S3FileSystem:
+def _s3(variables: tuple[tuple[str, str], ...], attempts: int) -> pafs.S3FileSystem:
     """One client a process and a set of AWS_* variables; pyarrow reads the credentials from those itself."""
-    variables = dict(environment)
-    endpoint = urlsplit(variables.get("AWS_ENDPOINT_URL_S3") or variables.get("AWS_ENDPOINT_URL") or "https://")
+    url, region = place(dict(variables))
+    endpoint = urlsplit(url or "https://")
     return pafs.S3FileSystem(
         endpoint_override=endpoint.netloc or None,
         scheme=endpoint.scheme,
-        region=variables.get("AWS_REGION") or variables.get("AWS_DEFAULT_REGION") or "us-east-1",
+        region=region,
         # A small object is then put with one request instead of three, each of which could fail.
         allow_delayed_open=True,
         connect_timeout=CONNECT_TIMEOUT_S,

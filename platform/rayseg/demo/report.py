@@ -1,16 +1,13 @@
 """The demo's report: one HTML file that holds everything it shows, with no script and nothing to fetch."""
 
-import base64
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 from typing import Any
 
-import jinja2
 import yaml
 
-from rayseg import storage
+from rayseg import pages, storage
 from rayseg.tracking import figures
 
 _CHART_W, _CHART_H = 460, 220  # user units of the SVG
@@ -74,12 +71,11 @@ def write_report(path: str, report: Report) -> None:
 
 def render(report: Report) -> str:
     """The report as HTML text."""
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"data_uri": _data_uri, "score": _score, "duration": _duration, "count": _count}
-    template = environment.from_string(resources.files(__package__).joinpath("report.html").read_text("utf-8"))
-    return template.render(
+    filters = {"score": _score, "duration": _duration, "count": _count}
+    return pages.render(
+        __package__,
+        "report.html",
+        filters,
         report=report,
         charts=[chart for part in ("dice", "loss") if (chart := _chart(report, part))],
         stages=_shares(report.stages),
@@ -170,10 +166,6 @@ def _shares(stages: Mapping[str, float]) -> list[tuple[str, float, float]]:
     """Name, seconds and share in percent of each stage."""
     total = sum(stages.values()) or 1.0
     return [(name, seconds, 100 * seconds / total) for name, seconds in stages.items()]
-
-
-def _data_uri(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
 def _score(value: Any) -> str:

@@ -83,8 +83,8 @@ def encode(
     frames = frames or [None] * len(sources)
     assert (kind == "FRACTIONAL") <= (probabilities is not None)
     slices = []
-    chances = probabilities if kind == "FRACTIONAL" and probabilities is not None else [None] * len(masks)
-    for source, frame, mask, chance in zip(sources, frames, masks, chances, strict=True):
+    encoded = probabilities if kind == "FRACTIONAL" and probabilities is not None else masks
+    for source, frame, mask, pixels in zip(sources, frames, masks, encoded, strict=True):
         dataset = attributes(source, frame)
         if isinstance(dataset, Reject):
             return dataset
@@ -92,15 +92,7 @@ def encode(
             raise ValueError(f"mask {mask.dtype} {mask.shape}: expected uint8 {(dataset.Rows, dataset.Columns)}")
         if mask.max() > len(labels):
             raise ValueError(f"mask holds {mask.max()}, labels name 1 to {len(labels)}")
-        slices.append(
-            Source(
-                dataset,
-                mask if chance is None else chance,
-                str(dataset.SOPClassUID),
-                str(dataset.SOPInstanceUID),
-                frame,
-            )
-        )
+        slices.append(Source(dataset, pixels, str(dataset.SOPClassUID), str(dataset.SOPInstanceUID), frame))
     datasets = [one.dataset for one in slices]
     if len({(s.StudyInstanceUID, s.SeriesInstanceUID, s.FrameOfReferenceUID, s.Rows, s.Columns) for s in datasets}) > 1:
         return Reject(Reason.SERIES_MIXED, "slices of several series, frames of reference or sizes")

@@ -1,12 +1,9 @@
 """A comparison's report: one HTML file that holds everything it shows, with no script and nothing to fetch."""
 
-import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 
-import jinja2
-
+from rayseg import pages
 from rayseg.evaluation.paired import LOWER_IS_BETTER, Difference
 
 _UNDEFINED = "\u2013"  # en dash
@@ -36,13 +33,14 @@ class Comparison:
 
 def render(page: Comparison) -> str:
     """The report as HTML text."""
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"data_uri": _data_uri, "number": _number, "signed": _signed, "p_value": _p_value}
-    template = environment.from_string(resources.files(__package__).joinpath("comparison.html").read_text("utf-8"))
-    return template.render(
-        page=page, low=LOWER_IS_BETTER, headlines=[(one, _headline(page, one)) for one in page.challengers]
+    filters = {"number": _number, "signed": _signed, "p_value": _p_value}
+    return pages.render(
+        __package__,
+        "comparison.html",
+        filters,
+        page=page,
+        low=LOWER_IS_BETTER,
+        headlines=[(one, _headline(page, one)) for one in page.challengers],
     )
 
 
@@ -50,10 +48,6 @@ def _headline(page: Comparison, one: Challenger) -> tuple[str, Difference] | Non
     """The metric of the pictures, or the first one that is defined."""
     name = page.metric if page.metric in one.together else next(iter(one.together), None)
     return None if name is None else (name, one.together[name])
-
-
-def _data_uri(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
 def _number(value: float | None) -> str:

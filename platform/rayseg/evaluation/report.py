@@ -1,12 +1,9 @@
 """An evaluation's report: one HTML file that holds everything it shows, with no script and nothing to fetch."""
 
-import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 
-import jinja2
-
+from rayseg import pages
 from rayseg.evaluation.metrics import COUNTS, METRICS, Estimate
 from rayseg.evaluation.record import Findings
 
@@ -49,16 +46,15 @@ class Report:
 
 def render(report: Report) -> str:
     """The report as HTML text."""
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"data_uri": _data_uri, "number": _number, "interval": _interval, "cell": _cell}
-    template = environment.from_string(resources.files(__package__).joinpath("report.html").read_text("utf-8"))
     together, classes = report.findings.together, report.findings.classes
     shown = [{"together": together}, classes][len(classes) > 1]
     if len(classes) > 1:
         shown = {"all classes": together, **classes}
-    return template.render(
+    filters = {"number": _number, "interval": _interval, "cell": _cell}
+    return pages.render(
+        __package__,
+        "report.html",
+        filters,
         report=report,
         headlines=[(name, together[name]) for name in _HEADLINES if name in together],
         shown=shown,
@@ -76,10 +72,6 @@ def _named(begins: Sequence[str], defined: Mapping[str, Estimate]) -> list[str]:
 def _columns(cases: Sequence[Mapping[str, str]]) -> list[str]:
     """Those of the table in which anything stands."""
     return [name for name in cases[0] if any(case[name] != "" for case in cases)] if cases else []
-
-
-def _data_uri(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
 def _number(one: Estimate | None) -> str:

@@ -142,7 +142,14 @@ def segment(config: SegmentConfig) -> SegmentResult:
     logger.info("segment: %d series to do, %d done, %d unusable", len(todo), len(done), len(unusable))
     if config.dry_run:
         return SegmentResult(
-            *(len(plan) + len(unusable), 0, 0, len(done), 0, 0, {}, []),
+            series=len(plan) + len(unusable),
+            segmented=0,
+            rejected=0,
+            skipped=len(done),
+            slices=0,
+            rejected_slices=0,
+            reasons={},
+            seg_paths=[],
             ledger=storage.join(output, ledger.FOLDER),
             model_uri=model.uri,
             seconds=time.monotonic() - began,
