@@ -71,11 +71,10 @@ def write_report(path: str, report: Report) -> None:
 
 def render(report: Report) -> str:
     """The report as HTML text."""
-    filters = {"score": _score, "duration": _duration, "count": _count}
     return pages.render(
         __package__,
         "report.html",
-        filters,
+        {"score": _score, "duration": _duration, "count": _count},
         report=report,
         charts=[chart for part in ("dice", "loss") if (chart := _chart(report, part))],
         stages=_shares(report.stages),

@@ -33,11 +33,10 @@ class Comparison:
 
 def render(page: Comparison) -> str:
     """The report as HTML text."""
-    filters = {"number": _number, "signed": _signed, "p_value": _p_value}
     return pages.render(
         __package__,
         "comparison.html",
-        filters,
+        {"number": _number, "signed": _signed, "p_value": _p_value},
         page=page,
         low=LOWER_IS_BETTER,
         headlines=[(one, _headline(page, one)) for one in page.challengers],

@@ -50,11 +50,10 @@ def render(report: Report) -> str:
     shown = [{"together": together}, classes][len(classes) > 1]
     if len(classes) > 1:
         shown = {"all classes": together, **classes}
-    filters = {"number": _number, "interval": _interval, "cell": _cell}
     return pages.render(
         __package__,
         "report.html",
-        filters,
+        {"number": _number, "interval": _interval, "cell": _cell},
         report=report,
         headlines=[(name, together[name]) for name in _HEADLINES if name in together],
         shown=shown,
