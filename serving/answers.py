@@ -1,20 +1,25 @@
-"""What a mask becomes on the wire: the choice by `Accept`, and PNG, JSON and DICOM SEG."""
+"""What a slice's mask becomes on the wire: the choice by `Accept`, PNG and JSON. Of series: see `findings`."""
 
 import base64
 import dataclasses
 import io
+from collections.abc import Mapping
 
 import numpy as np
 from PIL import Image
 from pydantic import BaseModel, Field
 
 from rayseg.data.preprocess import Preprocess
-from rayseg.dicom import segmentation
 from rayseg.dicom.reading import Slice
-from rayseg.records import Reason, Reject
-from serving.replica import ModelInfo, Segmented
+from rayseg.inference import quality
+from rayseg.inference.outputs import overlay_png
+from rayseg.inference.volume import volume_ml
+from rayseg.records import QualityFlag
+from serving.messages import ModelInfo, Segmented
 
 JSON, PNG, DICOM = "application/json", "image/png", "application/dicom"
+NIFTI, GLB, FORM = "application/nifti", "model/gltf-binary", "multipart/form-data"
+KINDS = (JSON, PNG, DICOM, NIFTI, GLB, FORM)
 
 
 class LabelArea(BaseModel):
@@ -24,6 +29,18 @@ class LabelArea(BaseModel):
     name: str
     pixels: int
     area_mm2: float | None = Field(description="null where the source tells no pixel spacing")
+
+
+class Quality(BaseModel):
+    """What makes the input or the prediction worth a look; nothing is stopped by it."""
+
+    flags: list[str]
+    detail: str | None
+
+    @classmethod
+    def of(cls, flags: Mapping[QualityFlag, str]) -> "Quality":
+        """What the bulk job's ledger has."""
+        return cls(flags=[flag.value for flag in flags], detail=quality.describe(flags))
 
 
 class Preview(BaseModel):
@@ -44,6 +61,7 @@ class ModelAnswer(BaseModel):
     labels: tuple[str, ...] = Field(description="foreground classes; value i + 1 of a mask is labels[i]")
     preprocess: Preprocess
     threshold: float
+    engine: str = Field(description="what runs the network, with its version and precision")
 
 
 class SegmentAnswer(BaseModel):
@@ -55,17 +73,19 @@ class SegmentAnswer(BaseModel):
     foreground_pixels: int
     area_mm2: float | None = Field(description="of the foreground; null where the source tells no pixel spacing")
     labels: list[LabelArea]
+    quality: Quality
     model: str
     version: str
     digest: str
-    batch_size: int = Field(description="slices that shared the forward pass")
+    engine: str = Field(description="what ran the network, with its version and precision")
+    batch_size: int = Field(description="slices at work in the replica at the same time")
     timings_ms: dict[str, float] = Field(
-        description="receive: body; segment: model with its queue; forward: the batch alone; total"
+        description="receive: body; segment: model with its queue; forward: decoding and model alone; total"
     )
     preview: Preview | None = Field(default=None, description="with `?preview=true`")
 
 
-def negotiate(accept: str | None, offers: tuple[str, ...] = (JSON, PNG, DICOM)) -> str | None:
+def negotiate(accept: str | None, offers: tuple[str, ...] = KINDS) -> str | None:
     """The offer that the `Accept` header likes best (RFC 9110, 12.5.1); None where it likes none.
 
     Of ranges that match an offer the most specific one gives its quality; of offers with equal quality the first wins.
@@ -104,20 +124,6 @@ def png(image_HW: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def dicom_seg(source: bytes, result: Segmented) -> bytes | Reject:
-    """A DICOM SEG for the one slice; a reject where the source lacks the geometry that a SEG must state."""
-    if result.geometry is None:
-        return Reject(Reason.MISSING_ATTRIBUTE, "an image file has no DICOM geometry: ask for image/png or JSON")
-    return segmentation.encode(
-        [source],
-        [result.mask],
-        labels=result.model.labels,
-        model_name=result.model.name,
-        model_version=result.model.version,
-        digest=result.model.digest,
-    )
-
-
 def measure(result: Segmented, timings_ms: dict[str, float], preview: Preview | None = None) -> SegmentAnswer:
     """Pixel counts and areas of a mask; areas in mm² where the pixel spacing is known."""
     spacing = result.geometry.pixel_spacing_mm if result.geometry else None
@@ -133,6 +139,8 @@ def measure(result: Segmented, timings_ms: dict[str, float], preview: Preview | 
     ]
     foreground = int(counts[1:].sum())
     rows, columns = result.mask.shape
+    volume = volume_ml([foreground], [result.geometry]) if result.geometry else None
+    flags = quality.judge(result.model.range, [result.look], volume)
     return SegmentAnswer(
         rows=rows,
         columns=columns,
@@ -140,23 +148,33 @@ def measure(result: Segmented, timings_ms: dict[str, float], preview: Preview | 
         foreground_pixels=foreground,
         area_mm2=area(foreground),
         labels=labels,
+        quality=Quality.of(flags),
         model=result.model.name,
         version=result.model.version,
         digest=result.model.digest,
+        engine=result.model.engine,
         batch_size=result.batch_size,
         timings_ms=timings_ms,
         preview=preview,
     )
 
 
-def preview(source: Slice, result: Segmented) -> Preview:
+def preview(source: Slice, mask: np.ndarray, preprocess: Preprocess) -> Preview:
     """The slice with the model's intensities and its label map, both on the source grid."""
-    rows, columns = result.mask.shape
-    grey_HWC = dataclasses.replace(result.model.preprocess, size=(rows, columns)).apply(source)
     return Preview(
-        slice_png=base64.b64encode(png(grey_HWC[..., 0])).decode(),
-        mask_png=base64.b64encode(png(result.mask)).decode(),
+        slice_png=base64.b64encode(png(_grey(source, preprocess))).decode(),
+        mask_png=base64.b64encode(png(mask)).decode(),
     )
+
+
+def overlay(source: Slice, mask: np.ndarray, preprocess: Preprocess) -> bytes:
+    """PNG of the slice with the model's intensities and the outlines of what was found."""
+    return overlay_png(_grey(source, preprocess), mask)
+
+
+def _grey(source: Slice, preprocess: Preprocess) -> np.ndarray:
+    grey_HWC = dataclasses.replace(preprocess, size=source.shape, neighbours=0).apply(source)
+    return grey_HWC[..., 0]
 
 
 def model_headers(model: ModelInfo) -> dict[str, str]:

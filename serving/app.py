@@ -1,4 +1,4 @@
-"""The Serve application, a light ingress in front of the model deployment, and the job that runs it."""
+"""The model deployment with what speaks HTTP in front of it, and the job that runs both."""
 
 import dataclasses
 import json
@@ -6,26 +6,57 @@ import logging
 import math
 import os
 import signal
-import socket
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
-import httpx
 import ray
 from ray import serve
-from ray.serve.config import HTTPOptions
 
-from rayseg import cluster, config
+from rayseg import build, cluster, config
+from rayseg.models.engine import Engine
 from rayseg.tracking import registry
-from serving.ingress import Ingress
+from serving import auth, front
+from serving.guard import Protection
+from serving.ingress import Ingress, IngressReplica
+from serving.jobs import JobsConfig, ServedModel
+from serving.limits import Limits
 from serving.replica import LOGGING, Model
+from serving.segment import Settings
 
 logger = logging.getLogger(__name__)
 
 APP_NAME = "rayseg"
-READY_S = 60.0
+_KEYS = {"CPU": "cpus_per_replica", "GPU": "gpus_per_replica", "count": "num_replicas"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Autoscaling:
+    """The section `serve.autoscaling` of a recipe, in Ray Serve's words: replicas come and go with what is asked."""
+
+    min_replicas: int = 1
+    max_replicas: int = 2
+    # Slices, or groups of a series' slices, at work or waiting in a replica on average: above it others are started.
+    target_ongoing_requests: float = 8.0
+    upscale_delay_s: float = 30.0
+    downscale_delay_s: float = 600.0
+
+    def __post_init__(self) -> None:
+        if self.min_replicas < 1:
+            raise ValueError(f"autoscaling.min_replicas: 1 or more expected, got {self.min_replicas}")
+        if self.max_replicas < self.min_replicas:
+            raise ValueError(
+                f"autoscaling.max_replicas: at least min_replicas ({self.min_replicas}) expected, "
+                f"got {self.max_replicas}"
+            )
+        if not self.target_ongoing_requests > 0:
+            raise ValueError(
+                f"autoscaling.target_ongoing_requests: more than 0 expected, got {self.target_ongoing_requests}"
+            )
+        for key in ("upscale_delay_s", "downscale_delay_s"):
+            if not getattr(self, key) >= 0:
+                raise ValueError(f"autoscaling.{key}: 0 or more expected, got {getattr(self, key)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,20 +67,43 @@ class ServeConfig:
     model_uri: str = "models:/rayseg@champion"
     host: str = "127.0.0.1"
     port: int = 8000  # 0: any free one
-    max_batch_size: int = 8
-    batch_wait_ms: float = 5.0  # how long a batch waits for more slices
-    max_body_mb: float = 64.0
+    engine: Engine = field(default_factory=Engine)
+    max_body_mb: float = 256.0
+    max_queue: int = 256  # slices that wait in a replica; more get a 503
+    deadline_s: float = 60.0  # of a slice
+    series_deadline_s: float = 600.0
+    poll_s: float = 10.0  # how often a replica looks where the alias is
+    shadow: str | None = None  # alias of a challenger, which segments a share of the single slices, too
+    shadow_share: float = 0.1
     num_replicas: int = 1
-    cpus_per_replica: float = 1.0
+    autoscaling: Autoscaling | None = None  # instead of num_replicas
+    cpus_per_replica: float = 1.0  # as many slices at once
+    gpus_per_replica: float = 0.0
+    limits: Limits = field(default_factory=Limits)
+    ssl_keyfile: str | None = None  # PEM files, for TLS
+    ssl_certfile: str | None = None
+    behind_proxy: bool = False  # what comes from outside comes through a proxy that speaks TLS, and asks who is there
+    audit: str | None = None  # file for a JSON line a request, on each node with an ingress
+    pacs: str | None = None  # URL of a DICOMweb service, for jobs and single series
+    jobs: JobsConfig | None = None  # where jobs may read and write; without it there are none
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:
             raise ValueError(f"port: 0 to 65535 expected, got {self.port}")
-        if self.batch_wait_ms < 0:
-            raise ValueError(f"batch_wait_ms: not negative expected, got {self.batch_wait_ms}")
-        for key in ("max_batch_size", "max_body_mb", "num_replicas", "cpus_per_replica"):
+        if not 0 <= self.shadow_share <= 1:
+            raise ValueError(f"shadow_share: 0 to 1 expected, got {self.shadow_share}")
+        for key in (
+            *("max_body_mb", "max_queue", "deadline_s", "series_deadline_s", "poll_s"),
+            *("num_replicas", "cpus_per_replica"),
+        ):
             if not getattr(self, key) > 0:
                 raise ValueError(f"{key}: more than 0 expected, got {getattr(self, key)}")
+        if self.autoscaling is not None and self.num_replicas != 1:
+            raise ValueError("num_replicas, autoscaling: give one of them")
+        if self.gpus_per_replica < 0:
+            raise ValueError(f"gpus_per_replica: 0 or more expected, got {self.gpus_per_replica}")
+        if (self.ssl_keyfile is None) != (self.ssl_certfile is None):
+            raise ValueError("ssl_keyfile, ssl_certfile: give both or none")
 
 
 @dataclass(frozen=True)
@@ -57,105 +111,143 @@ class ServeResult:
     """What was served, once it has ended."""
 
     url: str
-    model_uri: str  # the version that was served
+    model_uri: str  # the version that was served first
     seconds: float
 
 
-def build(config: ServeConfig) -> serve.Application:
-    """The application of one registered version: an alias is resolved here, once, so that all replicas agree.
-
-    Raises:
-        ValueError: the registry has no such model, version or alias.
-    """
-    return _bind(config, registry.resolve(config.tracking_uri, config.model_uri))
-
-
-def _bind(config: ServeConfig, version: registry.ModelVersion) -> serve.Application:
-    _, _, alias = config.model_uri.partition("@")
-    model = Model.options(
-        num_replicas=config.num_replicas,
-        ray_actor_options={"num_cpus": config.cpus_per_replica},
-        # One batch at work, the next ones gathering.
-        max_ongoing_requests=4 * config.max_batch_size,
-    ).bind(
+def _model(config: ServeConfig, version: registry.ModelVersion) -> serve.Application:
+    follows = "@" in config.model_uri
+    scale: dict[str, Any] = {"num_replicas": config.num_replicas}
+    if config.autoscaling is not None:
+        scale = {"autoscaling_config": dataclasses.asdict(config.autoscaling)}
+    resources = {"num_cpus": config.cpus_per_replica, "num_gpus": config.gpus_per_replica}
+    return Model.options(ray_actor_options=resources, **scale).bind(
         tracking_uri=config.tracking_uri,
-        model_uri=version.uri,
-        alias=alias or None,
-        max_batch_size=config.max_batch_size,
-        batch_wait_ms=config.batch_wait_ms,
+        model_uri=config.model_uri if follows else version.uri,
+        fallback=version.version if follows else None,
+        engine=config.engine,
+        max_queue=config.max_queue,
+        poll_s=config.poll_s,
+        shadow=config.shadow,
+        shadow_share=config.shadow_share,
+        code=build.current("serving").told(),
     )
-    return Ingress.bind(model=model, max_body_bytes=math.floor(config.max_body_mb * 1024 * 1024))
+
+
+def _ingress(config: ServeConfig, version: registry.ModelVersion, tokens: tuple[auth.Token, ...]) -> dict[str, Any]:
+    """What the ingress is made of, but for its model."""
+    settings = Settings(
+        max_body_bytes=math.floor(config.max_body_mb * 1024 * 1024),
+        deadline_s=config.deadline_s,
+        series_deadline_s=config.series_deadline_s,
+        pacs=config.pacs,
+    )
+    protection = Protection(
+        tokens=tokens,
+        limits=config.limits,
+        max_body_bytes=settings.max_body_bytes,
+        audit=config.audit,
+        local=not config.behind_proxy,
+        tls=config.ssl_keyfile is not None,
+    )
+    served = ServedModel(name=version.name, uri=config.model_uri, tracking_uri=config.tracking_uri)
+    return {
+        "settings": settings,
+        "protection": protection,
+        "jobs": config.jobs,
+        "served": served,
+        "pacs": config.pacs,
+    }
 
 
 def application(args: dict[str, Any]) -> serve.Application:
-    """What `serve deploy serving/config.yaml` builds; `args` are `ServeConfig`'s keys."""
-    return build(config.build(ServeConfig, args))
+    """What `serve deploy` of `serving/config.yaml` builds; `args` are `ServeConfig`'s keys.
+
+    Raises:
+        ValueError: the registry has no such model, version or alias, the tokens are wrong, the cluster could never hold
+            the replicas, or nobody asks who is there. The host is Serve's own setting, so it cannot be known to be
+            loopback.
+    """
+    built = config.build(ServeConfig, args)
+    tokens = auth.from_environment()
+    if not (built.behind_proxy or tokens):
+        raise ValueError(f"behind_proxy: set {auth.FILE}, or true where a proxy asks who is there")
+    version = registry.resolve(built.tracking_uri, built.model_uri)
+    _require(built)
+    return Ingress.bind(
+        model=_model(built, version), code=build.current("serving").told(), **_ingress(built, version, tokens)
+    )
 
 
 def run(config: ServeConfig) -> ServeResult:
     """Serves the model over HTTP until SIGTERM or SIGINT; a line {"url": ...} says when it is ready.
 
-    Joins the Ray cluster of RAY_ADDRESS, where it ends only its own application, or starts a private one.
+    Joins the Ray cluster of RAY_ADDRESS, where it ends only its own application, or starts a private one. HTTP is
+    spoken in this process, whatever Serve's proxies do on that cluster.
     """
     started = time.perf_counter()
     private = not ray.is_initialized() and not os.environ.get("RAY_ADDRESS")
+    tokens = auth.from_environment()
+    _check_exposure(config, tokens)
+    if config.ssl_keyfile and config.ssl_certfile:
+        front.check_certificate(config.ssl_keyfile, config.ssl_certfile)
     version = registry.resolve(config.tracking_uri, config.model_uri)
-    if private:
-        config = dataclasses.replace(config, port=_free_port(config))
+    listener = front.bound(config.host, config.port)
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    url = f"{'https' if config.ssl_certfile else 'http'}://{host}:{listener.getsockname()[1]}"
     cluster.connect()
-    if not private and not serve.status().proxies:
-        config = dataclasses.replace(config, port=_free_port(config))
-    url = f"http://{config.host}:{config.port}"
-    serve.start(http_options=HTTPOptions(host=config.host, port=config.port), logging_config=LOGGING)
+    _require(config)
+    serve.start(proxy_location="Disabled", logging_config=LOGGING)
+    first = version.version
+
+    def ready(number: str) -> None:
+        nonlocal first
+        first = number
+        print(json.dumps({"url": url}), flush=True)
+
     previous = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        serve.run(_bind(config, version), name=APP_NAME, route_prefix="/")
-        _await_ready(url, version)
-        print(json.dumps({"url": url}), flush=True)
-        while True:
-            signal.pause()
+        handle = serve.run(_model(config, version), name=APP_NAME, route_prefix=None)
+        ingress = IngressReplica(model=handle, **_ingress(config, version, tokens))
+        front.run(ingress, listener, config.ssl_keyfile, config.ssl_certfile, ready)
     except KeyboardInterrupt:
-        logger.info("stopping")
+        pass
     finally:
+        logger.info("stopping")
         for number in previous:  # a second signal must not cut the clean end short
             signal.signal(number, signal.SIG_IGN)
-        serve.delete(APP_NAME)  # lets requests at work end
+        listener.close()
+        serve.delete(APP_NAME)
         if private:
             ray.shutdown()
         for number, handler in previous.items():
             signal.signal(number, handler)
-    return ServeResult(url=url, model_uri=version.uri, seconds=round(time.perf_counter() - started, 1))
+    return ServeResult(
+        url=url, model_uri=f"models:/{version.name}/{first}", seconds=round(time.perf_counter() - started, 1)
+    )
+
+
+def _require(config: ServeConfig) -> None:
+    bundle = {"CPU": config.cpus_per_replica, "GPU": config.gpus_per_replica}
+    least = config.autoscaling.min_replicas if config.autoscaling else config.num_replicas
+    cluster.require("serve", bundle, least, _KEYS)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _free_port(config: ServeConfig) -> int:
-    """The configured port, or any where that is 0.
-
-    Raises:
-        ValueError: it is taken. Serve would not notice: its listeners share a port, and each gets some of the requests.
-    """
-    with socket.socket() as probe:
-        try:
-            probe.bind((config.host, config.port))
-        except OSError as error:
-            raise ValueError(f"port: {config.host}:{config.port} cannot be used ({error.strerror})") from None
-        return int(probe.getsockname()[1])
-
-
-def _await_ready(url: str, version: registry.ModelVersion) -> None:
-    """Waits until the proxy routes to the application, and the model that answers there is ours and healthy."""
-    deadline = time.monotonic() + READY_S
-    problem = "no answer"
-    while time.monotonic() < deadline:
-        try:
-            answer = httpx.get(f"{url}/healthz", timeout=READY_S)
-            if answer.status_code == 200 and answer.headers.get("X-Model-Digest") == version.digest:
-                return
-            problem = f"status {answer.status_code}, model {answer.headers.get('X-Model-Version', 'unknown')}"
-        except httpx.TransportError as error:
-            problem = type(error).__name__
-        time.sleep(0.1)
-    raise RuntimeError(f"{url}/healthz: {version.uri} is not ready there after {READY_S:.0f} s ({problem})")
+def _check_exposure(config: ServeConfig, tokens: tuple[auth.Token, ...]) -> None:
+    """Raises ValueError where other machines would get to a service that asks nobody, or speaks in the clear."""
+    if auth.is_loopback(config.host) or config.behind_proxy:
+        return
+    if not tokens:
+        raise ValueError(
+            f"host: {config.host} is reached from other machines, and nobody is asked who is there: set {auth.FILE} or "
+            f"{auth.VALUE}, or behind_proxy=true where a proxy asks"
+        )
+    if not config.ssl_certfile:
+        raise ValueError(
+            f"host: at {config.host} tokens and images would cross the network in the clear: set ssl_keyfile and "
+            "ssl_certfile, or behind_proxy=true where a proxy speaks TLS"
+        )

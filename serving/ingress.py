@@ -1,50 +1,111 @@
-"""The deployment that speaks HTTP: reads and limits bodies, asks the model, answers. Needs no TensorFlow, no MLflow."""
+"""What speaks HTTP: reads and limits bodies, asks the model, answers. Needs no TensorFlow, no MLflow.
 
+`jobs.serve` runs it in its own process (`front`), `serve deploy` as a deployment behind Ray's proxies.
+"""
+
+import asyncio
+import time
 from typing import Any
 
-from fastapi import FastAPI
+from grpc.aio import AioRpcError
 from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
+from starlette.types import ASGIApp
 
+from rayseg import build, logs
+from rayseg.dicom.reading import Slice
 from rayseg.records import Reject
-from serving import routes
-from serving.replica import LOGGING, Health, ModelInfo, Segmented
+from serving import guard, routes
+from serving.guard import Protection
+from serving.jobs import Jobs, JobsConfig, ServedModel
+from serving.messages import Ask, Health, ModelInfo, Refusal, Segmented, Stacked, State
+from serving.metrics import Metrics
+from serving.refusals import RefusalError
+from serving.replica import HEALTH_S, LOGGING
+from serving.runner import RayRunners
+from serving.segment import Settings
 
 # It holds the bodies of its requests in memory: the most at once, and the most that may wait before others get a 503.
 REQUESTS = 64
 QUEUE = 256
+# A message straight to the replica, by gRPC, takes a third of the time of one through Ray's object store. It may have
+# 4 MiB; what is larger, and what failed, goes through the store.
+_DIRECT: dict[str, Any] = {
+    "_by_reference": False,
+    "request_serialization": "pickle",
+    "response_serialization": "pickle",
+}
+_DIRECT_BYTES = 3 * 2**20
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 1.0
 
 
 class IngressReplica:
     """The routes, with a handle to the model deployment as their segmenter."""
 
-    def __init__(self, *, model: DeploymentHandle, max_body_bytes: int) -> None:
-        self._model = model
-        self._max_body_bytes = max_body_bytes
+    def __init__(
+        self,
+        *,
+        model: DeploymentHandle,
+        settings: Settings,
+        protection: Protection,
+        jobs: JobsConfig | None,
+        served: ServedModel,
+        pacs: str | None,
+        code: str | None = None,
+    ) -> None:
+        if code:
+            build.require(code, "serving")
+        logs.adopt({"stage": "serve"})
+        self._model, self._settings, self._protection = model, settings, protection
+        self._metrics = Metrics()
+        self._jobs = Jobs(jobs, served, RayRunners(), pacs) if jobs else None
 
-    def __serve_build_asgi_app__(self) -> FastAPI:
-        return routes.create(self, self._max_body_bytes)
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        app = routes.create(self, self._settings)
+        return guard.around(app, self._protection, self._metrics, self._jobs, self.state)
 
-    async def segment(self, body: bytes) -> Segmented | Reject:
+    async def segment(self, body: bytes, ask: Ask) -> Segmented | Reject | Refusal:
         """One object's bytes to its mask or the reason there is none."""
-        return await self._ask("segment", body)
+        return await self._ask(ask.until, "segment", body, ask, direct=len(body) <= _DIRECT_BYTES)
 
-    async def describe(self) -> ModelInfo:
-        """The model in use."""
-        return await self._ask("describe")
+    async def segment_stacks(self, slices: list[Slice | None], ask: Ask) -> Stacked | Refusal:
+        """The masks of all slices but the first and last few, which are only there as the others' neighbours."""
+        return await self._ask(ask.until, "segment_stacks", slices, ask, direct=False)
+
+    async def describe(self, model: str | None = None) -> ModelInfo | Refusal:
+        """The version in use, or the one that a version number or alias names."""
+        return await self._ask(time.time() + HEALTH_S, "describe", model)
+
+    async def state(self) -> State:
+        """What one of the replicas holds."""
+        return await self._ask(time.time() + HEALTH_S, "state")
 
     async def check(self) -> Health:
         """Outcome of the bundle's example."""
-        return await self._ask("check")
+        return await self._ask(time.time() + HEALTH_S, "check")
 
-    async def _ask(self, method: str, *arguments: Any) -> Any:
-        try:
-            return await getattr(self._model, method).remote(*arguments)
-        except (RayActorError, BackPressureError, DeploymentUnavailableError) as error:
-            detail = f"no model replica can answer ({type(error).__name__})"
-            raise routes.RefusalError(503, "unavailable", detail) from None
+    async def _ask(self, until: float, method: str, *arguments: Any, direct: bool = True) -> Any:
+        """A model replica's answer; another one's, until there is no time left, where the first one dies over it."""
+        pause_s = _FIRST_PAUSE_S
+        way = _DIRECT if direct else {}
+        while True:
+            response = self._model.options(method_name=method, **way).remote(*arguments)
+            try:
+                return await response
+            except asyncio.CancelledError:  # the client is gone, or its time over
+                response.cancel()
+                raise
+            except BackPressureError:
+                raise RefusalError(503, "busy", "too many requests wait") from None
+            except (RayActorError, DeploymentUnavailableError, AioRpcError) as error:
+                way = {}
+                if time.time() + pause_s > until:
+                    detail = f"no model replica can answer ({type(error).__name__})"
+                    raise RefusalError(503, "unavailable", detail) from None
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
 
 Ingress = serve.deployment(

@@ -1,132 +1,268 @@
-"""The deployment that holds the model: slices of concurrent requests share its forward batches."""
+"""The deployment that holds the model: slices of all requests go through its threads, the urgent ones first."""
 
 import asyncio
+import dataclasses
 import logging
-import tempfile
+import os
+import random
+import threading
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import ray
 from ray import serve
 from ray.serve.schema import LoggingConfig
 
-from rayseg.data.preprocess import Preprocess
-from rayseg.dicom.reading import Geometry
-from rayseg.records import Reject
+from rayseg import build, logs
+from rayseg.dicom.reading import Slice, read_slice
+from rayseg.inference.predictor import Judgement
+from rayseg.inference.quality import look
+from rayseg.models.engine import Engine
+from rayseg.records import Reason, Reject
+from serving.messages import (
+    Agreement,
+    Ask,
+    Health,
+    Masked,
+    ModelInfo,
+    Priority,
+    Refusal,
+    Segmented,
+    Stacked,
+    State,
+)
+from serving.workers import BusyError, Workers
+
+# The ingress imports this module too, and needs no MLflow.
+if TYPE_CHECKING:
+    from serving.swap import Loaded
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
 # Ray's access log writes the request id, which a client may choose: it could be a name.
-LOGGING = LoggingConfig(enable_access_log=False)
-
-
-@dataclass(frozen=True)
-class ModelInfo:
-    """What answers say about the model that made them."""
-
-    name: str
-    version: str
-    alias: str | None  # the one that was asked for, where the model was asked for by alias
-    digest: str
-    run_id: str
-    labels: tuple[str, ...]  # foreground classes; value `i + 1` of a mask is `labels[i]`
-    preprocess: Preprocess
-    threshold: float
-
-
-@dataclass(frozen=True)
-class Segmented:
-    """A slice's mask: uint8 class indices (rows, columns) on the source grid."""
-
-    mask: np.ndarray
-    geometry: Geometry | None  # None for an image file
-    model: ModelInfo
-    batch_size: int  # slices that shared the forward pass
-    forward_ms: float  # of the whole batch
-
-
-@dataclass(frozen=True)
-class Health:
-    """Outcome of running the bundle's example: `matches` says whether its mask is the recorded one."""
-
-    model: ModelInfo
-    matches: bool
-    seconds: float
+LOGGING = LoggingConfig(encoding=os.environ.get(logs.ENCODING, "TEXT"), enable_access_log=False)
+HEALTH_S = 20.0
+IDLE_S = 10.0  # where no slice passes the example is run so often
+SHADOW_S = 30.0  # a challenger's slice that has not begun by then is left out
+_SHADOWS_PER_LINE = 100  # of the log
 
 
 class ModelReplica:
-    """Loads one registered version and segments batches in a thread of its own, off the event loop."""
+    """Holds the version in use, and segments slices and stacks of slices in as many threads as it has CPUs."""
 
     def __init__(
-        self, *, tracking_uri: str, model_uri: str, alias: str | None, max_batch_size: int, batch_wait_ms: float
+        self,
+        *,
+        tracking_uri: str,
+        model_uri: str,
+        fallback: str | None = None,
+        engine: Engine = Engine(),  # noqa: B008, it is frozen
+        max_queue: int = 256,
+        poll_s: float = 10.0,
+        shadow: str | None = None,
+        shadow_share: float = 0.0,
+        code: str | None = None,
     ) -> None:
-        # Here and not above: the ingress imports this module too, and needs neither TensorFlow nor MLflow.
-        from rayseg.inference.predictor import Predictor, limit_threads
-        from rayseg.tracking import bundle, registry
+        if code:
+            build.require(code, "serving")
+        from serving.swap import Shadowing, Versions
 
-        cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1.0)
-        limit_threads(max(1, int(cpus)))
-        with tempfile.TemporaryDirectory() as cache:
-            bundle_dir, version = registry.fetch(tracking_uri, model_uri, cache)
-            loaded = bundle.load(bundle_dir)
-            self._example_sha256 = bundle.describe(bundle_dir)["example_mask_sha256"]
-        self._mask_sha256 = bundle.mask_sha256
-        self._predictor = Predictor(loaded)
-        self._info = ModelInfo(
-            name=version.name,
-            version=version.version,
-            alias=alias,
-            digest=loaded.digest,
-            run_id=version.run_id,
-            labels=loaded.labels.names,
-            preprocess=loaded.preprocess,
-            threshold=loaded.threshold,
+        logs.adopt({"stage": "serve"})
+        self._replica, threads = _place()
+        self._versions = Versions(
+            tracking_uri=tracking_uri,
+            model_uri=model_uri,
+            engine=engine,
+            threads=threads,
+            shadow=shadow,
+            fallback=fallback,
         )
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
-        self.segment.set_max_batch_size(max_batch_size)
-        self.segment.set_batch_wait_timeout_s(batch_wait_ms / 1000)
-        logger.info("model %s version %s is ready", version.name, version.version)
+        self._workers = Workers(threads, max_queue)
+        self._shadowing, self._shadow_share = Shadowing(), shadow_share
+        self._counting = threading.Lock()
+        self._done_before, self._checked = 0, -IDLE_S
+        self._stop_watching = self._versions.watch(poll_s)
 
-    @serve.batch
-    async def segment(self, bodies: Sequence[bytes | None]) -> list[Segmented | Reject]:
-        """One request's bytes to its mask or the reason there is none; called singly, run in batches.
+    async def segment(self, body: bytes, ask: Ask) -> Segmented | Reject | Refusal:
+        """One object's bytes to its mask or the reason there is none."""
+        loaded = await self._version(ask)
+        if isinstance(loaded, Refusal):
+            return loaded
 
-        None stands for the bundle's example, which is segmented whatever the model looks at beside a slice.
+        def work() -> Segmented | Reject:
+            return self._slice(loaded, body, ask.threshold)
+
+        return await self._work(work, ask.priority, ask.seconds)
+
+    async def segment_stacks(self, slices: list[Slice | None], ask: Ask) -> Stacked | Refusal:
+        """The masks of all slices but the first and last few, which are only there as the others' neighbours.
+
+        As many on each side as the model looks at; None where the series ends, or a slice cannot be used.
         """
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._forward, bodies)
+        loaded = await self._version(ask)
+        if isinstance(loaded, Refusal):
+            return loaded
+        size = 2 * loaded.predictor.neighbours + 1
+        started = time.perf_counter()
+        stacks = [slices[first : first + size] for first in range(len(slices) - size + 1)]
+        works = [
+            self._work(partial(_mask, loaded, stack, ask.threshold), ask.priority, ask.seconds) for stack in stacks
+        ]
+        masks = []
+        for made in await asyncio.gather(*works):
+            if isinstance(made, Refusal):
+                return made
+            masks.append(made)
+        return Stacked(masks, loaded.info, 1000 * (time.perf_counter() - started))
 
-    async def describe(self) -> ModelInfo:
-        """The model in use."""
-        return self._info
+    async def describe(self, model: str | None = None) -> ModelInfo | Refusal:
+        """The version in use, or the one that a version number or alias names."""
+        loaded = await self._version(Ask(model))
+        if isinstance(loaded, Refusal):
+            return loaded
+        alias = self._versions.alias if model is None else None if model.isdigit() else model
+        return dataclasses.replace(loaded.info, alias=alias)
+
+    async def state(self) -> State:
+        """What this replica holds."""
+        versions, workers, shadowing = self._versions, self._workers, self._shadowing
+        agreement = None
+        if shadowing.slices:
+            dice = 2 * shadowing.both / shadowing.sizes if shadowing.sizes else None
+            agreement = Agreement(shadowing.version, shadowing.slices, shadowing.identical, dice)
+        return State(
+            replica=self._replica,
+            held=versions.held(),
+            failure=versions.failure,
+            swaps=versions.swaps,
+            failures=versions.failures,
+            waiting=workers.waiting,
+            running=workers.running,
+            dropped=workers.dropped,
+            agreement=agreement,
+        )
 
     async def check(self) -> Health:
-        """Runs the bundle's example the way that requests go, queue and batch included."""
+        """Runs the bundle's example the way that requests go, queue included."""
         started = time.perf_counter()
-        result = await self.segment(None)
-        matches = isinstance(result, Segmented) and self._mask_sha256(result.mask) == self._example_sha256
-        return Health(model=self._info, matches=matches, seconds=time.perf_counter() - started)
+        loaded = self._versions.current
+        made = await self._work(loaded.example, "urgent", HEALTH_S)
+        return Health(loaded.info, made == loaded.example_sha256, time.perf_counter() - started)
 
-    def _forward(self, bodies: Sequence[bytes | None]) -> list[Segmented | Reject]:
+    async def check_health(self) -> None:
+        """What Serve asks every few seconds; a replica that raises is replaced. Costs a slice only where none passed.
+
+        Raises:
+            RuntimeError: the model does not give the example's mask.
+        """
+        idle = self._workers.done == self._done_before
+        if idle and time.monotonic() - self._checked > IDLE_S:
+            if not (await self.check()).matches:
+                raise RuntimeError("the bundle's example does not give the recorded mask")
+            self._checked = time.monotonic()
+        self._done_before = self._workers.done
+
+    async def _version(self, ask: Ask) -> "Loaded | Refusal":
+        loaded = self._versions.get(ask.model, load=False)
+        if loaded is None:
+            try:
+                loaded = await asyncio.to_thread(self._versions.get, ask.model)
+            except Exception as error:  # MLflow raises many types
+                return Refusal("unavailable", f"the registry does not answer ({type(error).__name__})")
+        if loaded is None:
+            return Refusal("unknown_model", "no such version or alias, or it does not pass its checks")
+        if ask.threshold is not None and len(loaded.info.labels) > 1:
+            return Refusal("invalid_parameter", "threshold: only for models of one class")
+        return loaded
+
+    async def _work(self, work: Callable[[], T], priority: Priority, seconds: float) -> T | Refusal:
+        """The work's outcome; it is dropped from the queue where the caller is cancelled."""
+        try:
+            return await asyncio.wrap_future(self._workers.submit(work, priority, seconds))
+        except BusyError:
+            return Refusal("busy", "too many slices wait")
+        except TimeoutError:
+            return Refusal("deadline", "the slice's turn did not come in time")
+
+    def _slice(self, loaded: "Loaded", body: bytes, threshold: float | None) -> Segmented | Reject:
         started = time.perf_counter()
-        results = [
-            self._predictor.segment_example() if body is None else self._predictor.segment([body])[0] for body in bodies
-        ]
-        forward_ms = 1000 * (time.perf_counter() - started)
-        return [
-            result
-            if isinstance(result, Reject)
-            else Segmented(
-                mask=result.mask,
-                geometry=result.slice.header.geometry if result.slice.header else None,
-                model=self._info,
-                batch_size=len(bodies),
-                forward_ms=forward_ms,
-            )
-            for result in results
-        ]
+        at_work = self._workers.running
+        made = _alone(loaded, body, threshold)
+        if isinstance(made, Reject):
+            return made
+        slice = made.slice
+        if threshold is None:
+            self._shadow(loaded, body, made.mask)
+        return Segmented(
+            mask=made.mask,
+            look=look(loaded.info.preprocess, made),
+            geometry=slice.header.geometry if slice.header else slice.geometry,
+            model=loaded.info,
+            batch_size=at_work,
+            forward_ms=1000 * (time.perf_counter() - started),
+            series=(slice.header.series_instance_uid,) if slice.header else (),
+        )
+
+    def _shadow(self, loaded: "Loaded", body: bytes, mask: np.ndarray) -> None:
+        """Lets the challenger segment a share of the slices, when nothing else waits; nobody waits for that."""
+        shadow = self._versions.shadow
+        if shadow is None or shadow is loaded or loaded is not self._versions.current:
+            return
+        if random.random() >= self._shadow_share:  # noqa: S311, a sample and no secret
+            return
+
+        def work() -> None:
+            made = _alone(shadow, body, None)
+            with self._counting:
+                self._shadowing.add(shadow.info.version, mask, made if isinstance(made, Reject) else made.mask)
+                told = dataclasses.replace(self._shadowing)
+            if told.slices % _SHADOWS_PER_LINE == 0:
+                logger.info("shadow version %s: %d of %d masks identical", told.version, told.identical, told.slices)
+
+        try:
+            self._workers.submit(work, "bulk", SHADOW_S)
+        except BusyError:
+            return
 
 
-Model = serve.deployment(name="model", logging_config=LOGGING)(ModelReplica)
+def _place() -> tuple[str, int]:
+    """The name of this replica and its CPUs; outside of a cluster it has one."""
+    if not ray.is_initialized():
+        return "", 1
+    context = ray.get_runtime_context()
+    return context.get_actor_id() or "", max(1, int(context.get_assigned_resources().get("CPU", 1.0)))
+
+
+def _alone(loaded: "Loaded", body: bytes, threshold: float | None) -> Judgement | Reject:
+    """A slice that is no part of a series, with its mask."""
+    try:
+        slice = read_slice(body, color=loaded.info.preprocess.color)
+        return loaded.predictor.judge_alone(slice, threshold)
+    except Exception as error:  # a defect of ours must cost this slice only
+        return Reject(Reason.INTERNAL, type(error).__name__)
+
+
+def _mask(loaded: "Loaded", stack: list[Slice | None], threshold: float | None) -> Masked | Reject:
+    if stack[len(stack) // 2] is None:
+        return Reject(Reason.INTERNAL, "no slice")  # who asked knows why
+    try:
+        made = loaded.predictor.judge_stack(stack, threshold)
+        return made if isinstance(made, Reject) else Masked(made.mask, look(loaded.info.preprocess, made))
+    except Exception as error:
+        return Reject(Reason.INTERNAL, type(error).__name__)
+
+
+Model = serve.deployment(
+    name="model",
+    logging_config=LOGGING,
+    # The queue with priorities is the replica's own: what waits before it would wait in the order of arrival.
+    max_ongoing_requests=1024,
+    max_queued_requests=1024,
+    health_check_period_s=2,
+    health_check_timeout_s=HEALTH_S + 10,
+)(ModelReplica)

@@ -1,88 +1,55 @@
 """The HTTP interface: what is asked, what is refused and why, what is answered. Knows neither Ray nor TensorFlow."""
 
 import asyncio
-import contextlib
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from http import HTTPStatus
-from pathlib import Path
-from typing import Annotated, Protocol, TypeVar
+from typing import Annotated, Literal
 
 from fastapi import FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import JSONResponse
 from fastapi_offline import FastAPIOffline
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
 import rayseg
-from rayseg.dicom.reading import read_slice
 from rayseg.records import Reason, Reject
-from serving import answers
-from serving.answers import DICOM, JSON, PNG, ModelAnswer, SegmentAnswer
-from serving.replica import Health, ModelInfo, Segmented
+from serving import answers, audit, dicomweb, page, upload, volumes
+from serving.answers import DICOM, GLB, KINDS, NIFTI, PNG, ModelAnswer, SegmentAnswer
+from serving.bodies import Bodies
+from serving.findings import SeriesAnswer
+from serving.held import ModelsAnswer, VersionAnswer, models_answer, version_answer
+from serving.messages import Priority, Segmenter
+from serving.refusals import Problem, RefusalError, accepted, deadline
+from serving.segment import Settings, Wanted, series_content, slice_content
+from serving.upload import FORM, ZIP
 
-ResultT = TypeVar("ResultT")
-
-SEGMENT_DEADLINE_S = 60.0
 HEALTH_DEADLINE_S = 20.0
-PAGE = Path(__file__).parent / "web" / "index.html"
-# The page is one file: nothing may be loaded from elsewhere, and no other site may frame it.
-PAGE_POLICY = (
-    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:; "
-    "connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+IMAGE_TYPES = ("image/png", "image/jpeg", "image/tiff")
+BODY_TYPES = (
+    *("application/dicom", "application/octet-stream", *IMAGE_TYPES),
+    *(ZIP, "application/x-zip-compressed", FORM, NIFTI, "application/gzip", "application/x-gzip"),
 )
-BODY_TYPES = ("application/dicom", "application/octet-stream", "image/png", "image/jpeg", "image/tiff")
-
-# What bytes can be read but not segmented, or are too many; any other reason means bytes that cannot be read (400).
-STATUS = {
-    Reason.TOO_LARGE: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-    Reason.NO_PIXELS: HTTPStatus.UNPROCESSABLE_ENTITY,
-    Reason.UNSUPPORTED_SOP_CLASS: HTTPStatus.UNPROCESSABLE_ENTITY,
-    Reason.UNSUPPORTED_TRANSFER_SYNTAX: HTTPStatus.UNPROCESSABLE_ENTITY,
-    Reason.UNSUPPORTED_PIXELS: HTTPStatus.UNPROCESSABLE_ENTITY,
-    Reason.UNSUPPORTED_MULTIFRAME: HTTPStatus.UNPROCESSABLE_ENTITY,
-    Reason.MISSING_ATTRIBUTE: HTTPStatus.UNPROCESSABLE_ENTITY,
-    Reason.NEEDS_NEIGHBOURS: HTTPStatus.UNPROCESSABLE_ENTITY,
-    Reason.WRITE_FAILED: HTTPStatus.INTERNAL_SERVER_ERROR,
-    Reason.INTERNAL: HTTPStatus.INTERNAL_SERVER_ERROR,
-}
 
 DESCRIPTION = """
-**Research software, not a medical device.** Send one slice, get its mask.
+**Research software, not a medical device.** Send a slice, or a series, get its masks.
 
-    curl --data-binary @slice.dcm -H 'Content-Type: application/dicom' -H 'Accept: image/png' -o mask.png URL/v1/segment
+    curl --data-binary @slice.dcm -H 'Content-Type: application/dicom' -H 'Accept: image/png' URL/v1/segment -o mask.png
+    curl --data-binary @series.zip -H 'Content-Type: application/zip' -H 'Accept: application/dicom' URL/v1/segment
+    curl -F file=@1.dcm -F file=@2.dcm URL/v1/segment
 
 | Status | When |
 |---|---|
 | 400 | the bytes cannot be read; `reason` is the code that ledgers use |
-| 406 | `Accept` allows none of JSON, PNG and DICOM |
-| 413 | the body, or the pixels that it declares, are over the limit |
+| 404 | `model` is no version or alias, or one that does not pass its checks |
+| 406 | `Accept` allows none of JSON, PNG, DICOM, NIfTI, GLB and a form; or PNG for a series without `slice` |
+| 413 | the body, or what it declares or inflates to, is over a limit |
 | 415 | the `Content-Type` or `Content-Encoding` is not one that is read |
-| 422 | a readable object that cannot be segmented, or has no geometry for a DICOM SEG; a bad parameter |
-| 422 | `needs_neighbours`: the model looks at the slices beside one too; segment the series as a bulk job |
-| 503 | the model did not answer in time, or is starting |
+| 422 | a readable object that cannot be segmented, or lacks what the format needs; several series; a bad parameter |
+| 422 | `needs_neighbours`: the model looks at the slices beside one too; send the whole series |
+| 503 | too much waits, the model did not answer in time, or is starting: `Retry-After` says when to come again |
 """
-
-
-class Segmenter(Protocol):
-    """The model as the routes see it."""
-
-    async def segment(self, body: bytes) -> Segmented | Reject:
-        """One object's bytes to its mask or the reason there is none."""
-
-    async def describe(self) -> ModelInfo:
-        """The model in use."""
-
-    async def check(self) -> Health:
-        """Outcome of the bundle's example."""
-
-
-class Problem(BaseModel):
-    """Every answer that is not a success."""
-
-    reason: str = Field(description="a code, for programs")
-    detail: str = Field(description="what exactly, for people; never anything read from the object's identity")
 
 
 class HealthAnswer(BaseModel):
@@ -94,16 +61,8 @@ class HealthAnswer(BaseModel):
     seconds: float = Field(description="that the bundle's example took, queue included")
 
 
-class RefusalError(Exception):
-    """An answer that is not a success."""
-
-    def __init__(self, status: int, reason: str, detail: str) -> None:
-        super().__init__(reason)
-        self.status, self.reason, self.detail = status, reason, detail
-
-
-def create(model: Segmenter, max_body_bytes: int) -> FastAPI:
-    """The application around a model; bodies over `max_body_bytes` are refused while they arrive."""
+def create(model: Segmenter, settings: Settings) -> FastAPI:
+    """The application around a model."""
     app = FastAPIOffline(  # Swagger UI from the package's own files: the machines that run this may have no network
         title="rayseg",
         version=rayseg.__version__,
@@ -112,66 +71,103 @@ def create(model: Segmenter, max_body_bytes: int) -> FastAPI:
     )
     _answer_errors(app)
     problem = {"model": Problem}
+    bodies = Bodies(settings.bodies_at_once * settings.max_body_bytes)
+    room = asyncio.Semaphore(settings.series_at_once)
 
-    @app.get("/", include_in_schema=False)
-    async def page() -> HTMLResponse:
-        return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers={"Content-Security-Policy": PAGE_POLICY})
+    page.add(app)
+    app.include_router(dicomweb.router(model, settings, room))
 
     @app.post(
         "/v1/segment",
-        summary="Segment one slice",
-        response_model=SegmentAnswer,
+        summary="Segment a slice or a series",
+        response_model=SegmentAnswer | SeriesAnswer,
         response_model_exclude_none=False,
         openapi_extra={
             "requestBody": {
                 "required": True,
-                "description": "one DICOM instance, or a grey PNG, JPEG or TIFF image",
+                "description": "a DICOM instance, a grey PNG, JPEG or TIFF image: a slice; a multi-frame instance, a "
+                "NIfTI volume, a zip, or a form whose parts named `file` are any of these: a series",
                 "content": {kind: {"schema": {"type": "string", "format": "binary"}} for kind in BODY_TYPES},
             }
         },
         responses={
             200: {
-                "description": "The mask: JSON figures, an 8-bit label map on the slice's own grid, or a DICOM SEG",
-                "content": {kind: {"schema": {"type": "string", "format": "binary"}} for kind in (PNG, DICOM)},
+                "description": "JSON figures, an 8-bit label map on a slice's own grid, a DICOM SEG, a gzipped NIfTI "
+                "volume of label maps, surfaces as GLB, or all that a viewer needs: a form of the parts `answer` (the "
+                "JSON of a series), `image` and `mask` (gzipped NIfTI volumes of equal grids) and `numbers`",
+                "content": {
+                    kind: {"schema": {"type": "string", "format": "binary"}} for kind in (PNG, DICOM, NIFTI, GLB, FORM)
+                },
                 "headers": {
                     name: {"schema": {"type": "string"}}
                     for name in ("X-Model-Name", "X-Model-Version", "X-Model-Digest")
                 },
             },
-            **dict.fromkeys((400, 406, 413, 415, 422, 500, 503), problem),
+            **dict.fromkeys((400, 404, 406, 413, 415, 422, 500, 503), problem),
         },
     )
     async def segment(
         request: Request,
-        preview: Annotated[bool, Query(description="put pictures of slice and mask into the JSON answer")] = False,
+        preview: Annotated[bool, Query(description="put pictures of slice and mask into a slice's JSON")] = False,
+        picture: Annotated[Literal["mask", "overlay"], Query(description="what a PNG shows")] = "mask",
+        slice: Annotated[int | None, Query(ge=0, description="of a series, from 0: that a PNG is wanted of")] = None,
+        threshold: Annotated[
+            float | None, Query(gt=0, lt=1, description="in the place of the model's own; models of one class")
+        ] = None,
+        of: Annotated[
+            str | None,
+            Query(alias="model", pattern="^[A-Za-z0-9_.-]{1,64}$", description="alias or version of the model"),
+        ] = None,
+        priority: Annotated[Priority | None, Query(description="by default a slice is urgent, a series normal")] = None,
     ) -> Response:
         started = time.perf_counter()
         kind = answers.negotiate(request.headers.get("accept"))
         if kind is None:
-            raise RefusalError(406, "not_acceptable", f"offered: {JSON}, {PNG}, {DICOM}")
-        body = await _read_body(request, max_body_bytes)
-        received = time.perf_counter()
-        async with _deadline(SEGMENT_DEADLINE_S):
-            result = _accepted(await model.segment(body))
-        timings_ms = {
-            "receive": 1000 * (received - started),
-            "segment": 1000 * (time.perf_counter() - received),
-            "forward": result.forward_ms,
-        }
-        # Encoding takes milliseconds of computing: in a thread, so that other requests go on.
-        content = await asyncio.to_thread(_encode, kind, body, result, timings_ms, preview, started)
-        return Response(content, media_type=kind, headers=answers.model_headers(result.model))
+            raise RefusalError(406, "not_acceptable", f"offered: {', '.join(KINDS)}")
+        wanted = Wanted(kind, picture, slice, preview, of, threshold, priority, started)
+        async with bodies.read(request, BODY_TYPES, settings.max_body_bytes) as (body, content_type):
+            received = time.perf_counter()
+            several = upload.is_several(body, content_type.partition(";")[0].strip().lower())
+            if not several:
+                async with deadline(settings.deadline_s, request):
+                    made = await model.segment(body, wanted.ask("urgent", settings.deadline_s))
+                several = isinstance(made, Reject) and made.reason == Reason.UNSUPPORTED_MULTIFRAME
+            if several:
+                async with deadline(settings.series_deadline_s, request), room:
+                    content, info, uids = await series_content(model, body, content_type, settings, wanted, received)
+                audit.about(request.scope, uids)
+            else:
+                result = accepted(made)
+                info = result.model
+                # Encoding takes milliseconds of computing: in a thread, so that other requests go on.
+                content = await asyncio.to_thread(slice_content, body, result, wanted, received)
+                audit.about(request.scope, result.series)
+        media_type = volumes.MEDIA_TYPE if kind == FORM else kind
+        return Response(content, media_type=media_type, headers=answers.model_headers(info))
 
     @app.get("/v1/model", summary="The model in use", responses={503: problem})
     async def describe(response: Response) -> ModelAnswer:
-        async with _deadline(HEALTH_DEADLINE_S):
-            info = await model.describe()
+        async with deadline(HEALTH_DEADLINE_S):
+            info = accepted(await model.describe())
         response.headers.update(answers.model_headers(info))
         return ModelAnswer.model_validate(info, from_attributes=True)
 
+    @app.get("/v1/models", summary="The versions that a replica holds", responses={503: problem})
+    async def models() -> ModelsAnswer:
+        async with deadline(HEALTH_DEADLINE_S):
+            return models_answer(await model.state())
+
+    @app.get("/v1/models/{which}", summary="A version that a replica holds", responses={404: problem, 503: problem})
+    async def version(which: str) -> VersionAnswer:
+        async with deadline(HEALTH_DEADLINE_S):
+            found = version_answer(await model.state(), which)
+        if found is None:
+            raise RefusalError(404, "unknown_model", "not one of those that are held: see /v1/models")
+        return found
+
     @app.get("/healthz", summary="Whether the model gives the right mask, now", responses={503: problem})
     async def healthz(response: Response) -> HealthAnswer:
-        async with _deadline(HEALTH_DEADLINE_S):
+        async with deadline(HEALTH_DEADLINE_S):
             health = await model.check()
         if not health.matches:
             raise RefusalError(503, "wrong_mask", "the bundle's example does not give the recorded mask")
@@ -180,55 +176,6 @@ def create(model: Segmenter, max_body_bytes: int) -> FastAPI:
         return HealthAnswer(status="ok", model=info.name, version=info.version, seconds=health.seconds)
 
     return app
-
-
-async def _read_body(request: Request, max_bytes: int) -> bytes:
-    """The body, refused as soon as its header or its length so far says that it must be."""
-    media_type = request.headers.get("content-type", "application/octet-stream").partition(";")[0].strip().lower()
-    if media_type not in BODY_TYPES:
-        raise RefusalError(415, "unsupported_media_type", f"Content-Type: one of {', '.join(BODY_TYPES)}")
-    if request.headers.get("content-encoding", "identity").lower() != "identity":
-        raise RefusalError(415, "unsupported_media_type", "Content-Encoding: only identity")
-    too_large = RefusalError(413, Reason.TOO_LARGE, f"the body is over {max_bytes} bytes")
-    announced = request.headers.get("content-length", "")
-    if announced.isdigit() and int(announced) > max_bytes:
-        raise too_large
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > max_bytes:
-            raise too_large
-    return bytes(body)
-
-
-def _encode(
-    kind: str, body: bytes, result: Segmented, timings_ms: dict[str, float], preview: bool, started: float
-) -> bytes:
-    if kind == PNG:
-        return answers.png(result.mask)
-    if kind == DICOM:
-        return _accepted(answers.dicom_seg(body, result))
-    pictures = (
-        answers.preview(_accepted(read_slice(body, color=result.model.preprocess.color)), result) if preview else None
-    )
-    timings_ms["total"] = 1000 * (time.perf_counter() - started)
-    rounded = {name: round(value, 2) for name, value in timings_ms.items()}
-    return answers.measure(result, rounded, pictures).model_dump_json().encode()
-
-
-def _accepted(result: ResultT | Reject) -> ResultT:
-    if isinstance(result, Reject):
-        raise RefusalError(STATUS.get(result.reason, HTTPStatus.BAD_REQUEST), result.reason, result.detail)
-    return result
-
-
-@contextlib.asynccontextmanager
-async def _deadline(seconds: float) -> AsyncIterator[None]:
-    try:
-        async with asyncio.timeout(seconds):
-            yield
-    except TimeoutError:
-        raise RefusalError(503, "deadline", f"the model did not answer within {seconds:.0f} s") from None
 
 
 def _answer_errors(app: FastAPI) -> None:

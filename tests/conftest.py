@@ -16,6 +16,8 @@ os.environ.update(
     DO_NOT_TRACK="true",
     TF_CPP_MIN_LOG_LEVEL="3",
     RAYSEG_PSEUDONYM_KEY="a key for tests only",
+    RAYSEG_DICOMWEB_USER="tests",  # of the Orthanc that tests start: processes of the Ray cluster know it, too
+    RAYSEG_DICOMWEB_PASSWORD="a password for tests only",
 )
 
 ROOT = Path(__file__).parent.parent

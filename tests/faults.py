@@ -6,7 +6,7 @@ import socketserver
 import struct
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
@@ -19,6 +19,7 @@ STALL_S = 0.5  # then the connection is closed
 class Faults:
     """What a proxy does from now on: fails `share` of the calls, in one of the ways `kinds`.
 
+    done: is told the head of each request that the store has done, before the client learns of it.
     counts: calls by what was done to them, "ok" for nothing.
     """
 
@@ -26,6 +27,7 @@ class Faults:
     share: float = 0.0
     kinds: tuple[str, ...] = KINDS
     stall_s: float = STALL_S
+    done: Callable[[bytes], None] = lambda head: None
     counts: Counter[str] = field(default_factory=Counter)
 
 
@@ -81,6 +83,7 @@ def faulty(endpoint: str, seed: int) -> Iterator[Faults]:
                 answer = _head(store_file)
             no_body = head.startswith(b"HEAD ") or answer.split(b" ", 2)[1] in (b"204", b"304")
             content = b"" if no_body else _body(store_file, answer)
+            faults.done(head)
             if kind == "lost":
                 return self._reset()
             if kind == "truncate":

@@ -4,7 +4,6 @@ import contextlib
 import os
 import secrets
 import shutil
-import socket
 import subprocess
 import tempfile
 import time
@@ -13,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psycopg
+
+from tests.ports import free_port
 
 READY_LIMIT_S = 60
 
@@ -33,9 +34,7 @@ def postgres() -> Iterator[tuple[str, dict[str, str]]]:
     owner = {"user": "postgres", "group": "postgres", "extra_groups": []} if os.getuid() == 0 else {}
     home = Path(tempfile.mkdtemp(prefix="rayseg-postgres-"))
     password, data = secrets.token_hex(16), home / "data"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     (home / "password").write_text(password)
     (home / "pgpass").write_text(f"127.0.0.1:{port}:*:mlflow:{password}\n")
     (home / "pgpass").chmod(0o600)

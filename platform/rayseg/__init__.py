@@ -18,6 +18,10 @@ for _switch, _value in {
 }.items():
     os.environ.setdefault(_switch, _value)
 
+# Processes may share a GPU (`gpus_per_worker` and its like take fractions), and TensorFlow's first one would take all
+# of its memory.
+os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
+
 # A cluster that a job starts for itself on this machine (see `cluster.connect`) stays on loopback and asks for a token
 # that only the job's own processes know. Ray reads both when it is imported, hence here; a cluster that is joined has
 # its own settings.
@@ -27,3 +31,9 @@ if "ray" not in sys.modules and not {"RAY_ADDRESS", "RAY_AUTH_MODE"} & os.enviro
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     # Named after the systems where Ray does this by default: the node's address is 127.0.0.1, not the machine's.
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+
+# A worker whose code is not its driver's must not touch a job's data. Here, as all that it is sent imports this.
+if "RAYSEG_CODE" in os.environ:
+    from rayseg import build
+
+    build.require(os.environ[build.VARIABLE])

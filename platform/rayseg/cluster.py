@@ -1,15 +1,27 @@
 """The Ray cluster that a job runs on: the one it was submitted to, or a private one on this machine."""
 
 import logging
+import math
 import os
+from collections.abc import Mapping
+from pathlib import Path
 
 import ray
 import ray.data
+import yaml
+
+from rayseg import build
 
 logger = logging.getLogger(__name__)
 
 # A laptop's object store: stages stream blocks of a few MiB, so a share of memory (Ray's default 30 %) is not needed.
 LOCAL_OBJECT_STORE_BYTES = 512 * 1024 * 1024
+
+# What `ray up` leaves in the home of the head, where drivers run that were submitted: its file, filled out.
+_LAUNCHED = "ray_bootstrap_config.yaml"
+_NODE_GROUP = "ray.io/node-group"  # label of nodes that a launcher or KubeRay has started
+_ROUNDING = 1e-9
+_NO_KEYS: Mapping[str, str] = {}
 
 
 def connect() -> None:
@@ -22,8 +34,10 @@ def connect() -> None:
     quiet()
     if ray.is_initialized():
         return
+    # Added to the runtime environment of a submitted job: Ray merges them, and refuses keys that both have.
+    environment = {"env_vars": {build.VARIABLE: build.current().told()}}
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(logging_level=logging.WARNING)
+        ray.init(logging_level=logging.WARNING, runtime_env=environment)
         return
     # Nobody takes this machine away with a notice, and the process that would wait for one costs seconds to start.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
@@ -33,7 +47,7 @@ def connect() -> None:
         object_store_memory=LOCAL_OBJECT_STORE_BYTES,
         include_dashboard=False,
         logging_level=logging.WARNING,
-        runtime_env={"worker_process_setup_hook": f"{__name__}.{hush.__name__}"},
+        runtime_env={**environment, "worker_process_setup_hook": f"{__name__}.{hush.__name__}"},
     )
     logger.info("started a Ray cluster on this machine with %s CPUs", ray.cluster_resources().get("CPU"))
 
@@ -47,3 +61,68 @@ def quiet() -> None:
 def hush() -> None:
     """Set-up hook of the private cluster's workers: Ray Train warns each second that there is no dashboard."""
     logging.getLogger("ray.train.v2._internal.execution.controller.placement_group_cleaner").setLevel(logging.ERROR)
+
+
+def require(stage: str, bundle: Mapping[str, float], count: int = 1, keys: Mapping[str, str] = _NO_KEYS) -> None:
+    """Refuses what the cluster could never give: Ray would let it wait for ever, as another node might come.
+
+    Args:
+        stage: section of the recipe.
+        bundle: what one worker, actor, task or replica asks for, all of it on one node; amounts by resource.
+        count: so many at once.
+        keys: names of the stage's keys that ask for a resource, and of that for the number under "count".
+
+    Raises:
+        ValueError: it never fits, see `room`; the key and what is missing are named.
+    """
+    fits = room(bundle)
+    if fits >= count:
+        return
+    wanted = {name: amount for name, amount in bundle.items() if amount > 0}
+    told = " + ".join(f"{amount:g} {name}" for name, amount in wanted.items())
+    for name, amount in wanted.items():
+        largest = max((shape.get(name, 0.0) for shape, _ in _most() or ()), default=0.0)
+        if largest < amount:
+            key = f"{stage}.{keys[name]}" if name in keys else stage
+            has = f"the largest node has {largest:g}" if largest else "no node has any"
+            raise ValueError(f"{key}: {told} is wanted of one node, and of {name} {has}; lower it, or add such nodes")
+    key = f"{stage}.{keys['count']}" if "count" in keys else stage
+    raise ValueError(
+        f"{key}: {count} times {told} is wanted at once, and the cluster has room for {fits:g}; lower it, or add nodes"
+    )
+
+
+def room(bundle: Mapping[str, float]) -> float:
+    """How many of such bundles the cluster holds at once when nothing else runs, each on one node.
+
+    Of a cluster that Ray's launcher scales, when it is as large as its file lets it become; infinite where something
+    else has started the nodes (KubeRay), as nothing tells how many there may be.
+    """
+    wanted = {name: amount for name, amount in bundle.items() if amount > 0}
+    shapes = _most()
+    if shapes is None or not wanted:
+        return math.inf
+    return sum(
+        number * min(math.floor(shape.get(name, 0.0) / amount + _ROUNDING) for name, amount in wanted.items())
+        for shape, number in shapes
+    )
+
+
+def _most() -> list[tuple[dict[str, float], int]] | None:
+    """Resources of nodes, and how many of such there are or can become; None: nothing tells."""
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    shapes: list[tuple[dict[str, float], int]] = [(node["Resources"], 1) for node in nodes]
+    if not any(_NODE_GROUP in node["Labels"] for node in nodes):
+        return shapes
+    file = Path.home() / _LAUNCHED
+    if not file.exists():
+        return None
+    launched = yaml.safe_load(file.read_text(encoding="utf-8"))
+    kinds = launched["available_node_types"]
+    if not any(kind.get("resources") for kind in kinds.values()):
+        return shapes  # hosts of one's own: they are as many as they are
+    head, most = launched["head_node_type"], launched.get("max_workers", 0)
+    return [
+        (kind.get("resources", {}), 1 if name == head else min(kind.get("max_workers", 0), most))
+        for name, kind in kinds.items()
+    ]

@@ -27,6 +27,7 @@ SECTIONS = frozenset(
         "compare",
         "promote",
         "segment",
+        "diff",
         "serve",
         "demo",
         "benchmark",
@@ -58,6 +59,7 @@ def load(
 def build(config_class: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
     """Makes `config_class` from plain values (as `plain` gives them); raises ValueError naming the offending key."""
     _refuse_unknown(config_class, values, "")
+    _refuse_passwords(values, "")
     try:
         # JSON mode is strict about types (no "3" for 3) yet takes a list for a tuple, which YAML needs.
         return TypeAdapter(config_class).validate_json(json.dumps(values), strict=True)
@@ -160,6 +162,21 @@ def _refuse_unknown(config_class: Any, values: Any, prefix: str) -> None:
             raise ValueError(f"config key {prefix}{key}: unknown; keys here: {', '.join(sorted(hints))}")
         for candidate in _dataclasses_of(hints[key]):
             _refuse_unknown(candidate, value, f"{prefix}{key}.")
+
+
+def _refuse_passwords(values: Any, key: str) -> None:
+    """Refuses URLs with a password, as configurations go to logs, MLflow and workers; it is not told in the error."""
+    if isinstance(values, Mapping):
+        for name, value in values.items():
+            _refuse_passwords(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(values, list | tuple):
+        for number, value in enumerate(values):
+            _refuse_passwords(value, f"{key}.{number}")
+    elif isinstance(values, str) and re.search(r"://[^/?#]*:[^/?#]*@", values):
+        raise ValueError(
+            f"config key {key}: a URL with a password in it; give it by the environment or a file instead "
+            "(MLFLOW_TRACKING_PASSWORD, PGPASSFILE, AWS_SHARED_CREDENTIALS_FILE, RAYSEG_DICOMWEB_PASSWORD_FILE)"
+        )
 
 
 def _dataclasses_of(hint: Any) -> list[Any]:

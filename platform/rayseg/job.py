@@ -8,7 +8,9 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rayseg import config
+from rayseg import build, config, logs, meters
+
+logger = logging.getLogger(__name__)
 
 
 def run(
@@ -24,7 +26,8 @@ def run(
     With `whole_recipe` the job reads all sections, not only its own.
 
     A ValueError (bad config, bad input) ends the process with code 2 and one line on standard error; anything else
-    is a defect or a lost machine and keeps its traceback.
+    is a defect or a lost machine and gives a traceback and code 1. Texts of errors that are not ours are left out:
+    they quote names of files, or what was read.
     """
     parser = argparse.ArgumentParser(prog=f"python -m jobs.{section}", description=function.__doc__)
     parser.add_argument("--config", metavar="RECIPE.yaml", help="recipe; this job reads its own section")
@@ -32,14 +35,18 @@ def run(
         "--set", metavar="KEY=VALUE", action="append", default=[], dest="overrides", help="change one value"
     )
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line a request
+    logs.begin(section)
+    logs.set_up()
+    logger.info("rayseg %s from %s", build.current(), build.where())
     try:
         result = function(
             config.load(config_class, None if whole_recipe else section, options.config, options.overrides)
         )
-    except ValueError as error:
-        print(f"{section}: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    except Exception as error:
+        refused = type(error) is ValueError  # ours; libraries and Ray's workers raise kinds of it
+        meters.add("rayseg_jobs_total", stage=section, outcome="refused" if refused else "failed")
+        print(f"{section}: {error}" if refused else logs.without_texts(error), file=sys.stderr)
+        raise SystemExit(2 if refused else 1) from None
+    meters.add("rayseg_jobs_total", stage=section, outcome="succeeded")
     print(json.dumps(dataclasses.asdict(result)), flush=True)
     return result

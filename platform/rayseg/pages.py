@@ -11,13 +11,13 @@ def render(package: str, template: str, filters: Mapping[str, Callable[..., Any]
     """The template of a package, filled; what it is given is text and never markup.
 
     Args:
-        package: whose folder has it, and what it includes.
+        package: whose folder has it, and what it includes; `style.css`, the look of reports, lies beside this module.
         template: name of the file.
         filters: by the names that it uses, beside `data_uri` of PNG bytes.
         values: by the names that it uses; one that it uses and lacks raises `jinja2.UndefinedError`.
     """
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader(package, "."),
+        loader=jinja2.ChoiceLoader([jinja2.PackageLoader(package, "."), jinja2.PackageLoader("rayseg", ".")]),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

@@ -22,7 +22,7 @@ class Reason(StrEnum):
     UNSUPPORTED_SOP_CLASS = "unsupported_sop_class"  # pixels of no slice (SEG, dose, parametric map, whole slide tiles)
     UNSUPPORTED_TRANSFER_SYNTAX = "unsupported_transfer_syntax"  # no maintained decoder
     UNSUPPORTED_PIXELS = "unsupported_pixels"  # float, or a layout that is not read; detail names the attribute
-    UNSUPPORTED_MULTIFRAME = "unsupported_multiframe"  # several frames where one slice is expected (HTTP, TIFF)
+    UNSUPPORTED_MULTIFRAME = "unsupported_multiframe"  # several frames or volumes where one is expected (TIFF, NIfTI)
     DECODE_FAILED = "decode_failed"  # the decoder refused the pixel data
     MISSING_ATTRIBUTE = "missing_attribute"  # an attribute that is needed is absent or unusable; detail names it
     TOO_LARGE = "too_large"  # over a limit of pixels, frames, inflated bytes, scans or tiles; detail names it
@@ -45,6 +45,19 @@ class Reject:
 
     reason: Reason
     detail: str = ""
+
+
+class QualityFlag(StrEnum):
+    """What makes a segmented series worth a look. The README shows this enumeration as a table, too."""
+
+    MODALITY = "modality"  # another modality than the training set's
+    BODY_PART = "body_part"  # another body part (BodyPartExamined) than the training set's
+    SPACING = "spacing"  # pixels, as the network sees them, larger or smaller than the training set's
+    INTENSITY = "intensity"  # grey values unlike the training set's: a missing rescale, another window, another scan
+    AREA = "area"  # a slice with far more foreground than any of the training set
+    VOLUME = "volume"  # a series with far more foreground than any of the training set
+    FRAGMENTS = "fragments"  # a slice whose foreground lies in far more pieces than any of validation
+    ENTROPY = "entropy"  # the model is less sure of what it found than with any patient of validation
 
 
 # The masks of an image, none or several; `label` is what the `{label}` of the layout's pattern has in its path.
@@ -99,6 +112,12 @@ PREPARED = pa.schema(
         ("neighbours", NEIGHBOURS),  # whose channels `image` has too
         ("split", pa.string()),  # "train", "val" or "test"
         ("fingerprint", pa.binary()),  # of `image`, to find near-duplicates; null where there is nothing to tell
+        ("modality", pa.string()),  # null for image files, as are the next three where the object lacks them
+        ("body_part", pa.string()),  # BodyPartExamined
+        ("pixel_spacing_mm", pa.list_(pa.float64())),  # 2, of `image`: between rows, between columns
+        ("slice_thickness_mm", pa.float64()),
+        ("intensity_mean", pa.float64()),  # of `image` without its neighbours' channels
+        ("intensity_sd", pa.float64()),
         ("foreground_pixels", pa.int64()),  # of `mask`
         ("image", pa.binary()),  # uint8, (height, width, channels)
         ("mask", pa.binary()),  # uint8 class indices, (height, width)
@@ -120,7 +139,15 @@ REJECTS = pa.schema(
 
 # The files of a series; `profile` is one of `inference.outputs.Profile`.
 OUTPUTS = pa.list_(
-    pa.struct([("profile", pa.string()), ("uri", pa.string()), ("sha256", pa.string()), ("bytes", pa.int64())])
+    pa.struct(
+        [
+            ("profile", pa.string()),
+            ("uri", pa.string()),
+            ("sha256", pa.string()),
+            ("bytes", pa.int64()),
+            ("pacs", pa.string()),  # URL of the instance in a PACS; null where it is in none
+        ]
+    )
 )
 
 # One row per series of an archive run.
@@ -139,8 +166,16 @@ LEDGER = pa.schema(
         ("rejected_slices", pa.int32()),
         ("foreground_pixels", pa.int64()),
         ("volume_ml", pa.float64()),  # null where positions do not give a slice distance
+        ("flags", pa.list_(pa.string())),  # `QualityFlag` values, sorted; null where the series is rejected
+        ("flags_detail", pa.string()),  # null where there are none
         ("input_digest", pa.string()),  # of the objects that were to be segmented, by URI, frame and ETag
         ("outputs", OUTPUTS),  # empty: rejected, or nothing found where such series get no files
-        ("seconds", pa.float64()),
+        ("engine", pa.string()),  # with its version and precision; null where nothing ran
+        ("read_s", pa.float64()),  # waiting for bytes
+        ("decode_s", pa.float64()),
+        ("forward_s", pa.float64()),  # the network, and scaling to and from its grid
+        ("encode_s", pa.float64()),  # postprocessing, and making files
+        ("write_s", pa.float64()),
+        ("seconds", pa.float64()),  # of the clock, in all
     ]
 )

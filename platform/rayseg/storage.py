@@ -1,56 +1,41 @@
 """Files by URI: plain local paths, `file://...` and `s3://BUCKET/KEY`, through pyarrow's filesystems
-(and boto3 for listings).
+(and boto3 for listings); to list and read also instances of DICOMweb services, see `pacs`.
 
 S3 settings are the standard environment variables (`AWS_ENDPOINT_URL`, `AWS_REGION`, `AWS_ACCESS_KEY_ID`, ...), which
 every process reads for itself. URIs are taken as written: nothing in them is percent-decoded. A write is atomic: a
-reader sees the old object or the new one, never half of one. A failing call is tried `ATTEMPTS` times, except where
-another try cannot help: what is missing or forbidden is reported at once.
+reader sees the old object or the new one, never half of one. A failing call is tried again, see `retry`.
 """
 
 import contextlib
 import io
 import json
-import logging
 import os
-import random
 import secrets
 import shutil
-import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import urlsplit
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from rayseg import pacs
+from rayseg.ahead import mapped
 from rayseg.bucket import CONNECT_TIMEOUT_S, REQUEST_TIMEOUT_S, environment, objects, place
+from rayseg.retry import tried
 
-logger = logging.getLogger(__name__)
-
-# A read is two requests, of the size and of the bytes: where one in ten fails, one read in 600,000 does so this often.
-ATTEMPTS = 8
-FIRST_PAUSE_S = 0.2  # doubled after each failure, with jitter
-LONGEST_PAUSE_S = 16.0
 THREADS = 8  # transfers and listings in flight of one call
 # Handing a small local file over from a thread takes longer than reading it: so many at a time, twice as many ahead.
 _LOCAL_AT_A_TIME = 4
 _COPY_BYTES = 2**23
 
-ItemT = TypeVar("ItemT")
-ResultT = TypeVar("ResultT")
-
-# What these say stays so however often it is asked; pyarrow gives an OSError with the store's error name in its text.
-_FINAL = (FileExistsError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
-_FORBIDDEN = ("ACCESS_DENIED", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH", "HTTP status 403")
-_JITTER = random.SystemRandom()
 _TEMPORARY = (".rayseg-", ".tmp")  # prefix and suffix of half-written local files
 
 
@@ -59,9 +44,9 @@ class FileInfo:
     """One object of a listing."""
 
     uri: str
-    size: int  # bytes
-    modified: datetime
-    etag: str  # another one is another content: the store's ETag, of a local file the nanosecond of its last change
+    size: int | None  # bytes; this and the rest are None of what a DICOMweb service has, which does not tell them
+    modified: datetime | None
+    etag: str | None  # another one is another content: the store's ETag, of a local file the nanosecond of its change
 
 
 def absolute(uri: str) -> str:
@@ -85,7 +70,7 @@ def filesystem(uri: str, attempts: int = 1) -> tuple[pafs.FileSystem, str]:
         if not rest.strip("/"):
             raise ValueError(f"URI {uri}: expected s3://BUCKET/KEY")
         return _s3(environment(), attempts), rest.strip("/")
-    raise ValueError(f"URI {uri}: unknown scheme {scheme}; known: file, s3, or a plain path")
+    raise ValueError(f"URI {uri}: unknown scheme {scheme}; known: file, s3, or a plain path (dicomweb+https to read)")
 
 
 def join(uri: str, *parts: str) -> str:
@@ -97,7 +82,7 @@ def join(uri: str, *parts: str) -> str:
 def exists(uri: str) -> bool:
     """Whether an object or a folder stands at `uri`."""
     files, path = filesystem(uri)
-    return _try(lambda: files.get_file_info(path)).type != pafs.FileType.NotFound
+    return tried(lambda: files.get_file_info(path)).type != pafs.FileType.NotFound
 
 
 def list_files(uri: str, suffixes: Sequence[str] = ()) -> Iterator[FileInfo]:
@@ -105,23 +90,27 @@ def list_files(uri: str, suffixes: Sequence[str] = ()) -> Iterator[FileInfo]:
 
     On S3 that is the store's own, and a page of keys is in memory at a time. On the local disk the files of a folder
     come by name, then its folders by name, recursively; the folders on the way and a few listed ahead are in memory.
+    Of a DICOMweb service's studies the order is its own.
 
     Args:
-        uri: a folder or prefix.
+        uri: a folder, a prefix, or a query of a DICOMweb service.
         suffixes: keep names that end so, letter case ignored; empty keeps all.
 
     Raises:
         FileNotFoundError: there is nothing at `uri`.
     """
     endings = tuple(suffix.lower() for suffix in suffixes)
-    found = _listed_s3(uri) if uri.startswith("s3://") else _listed_local(uri)
+    if pacs.is_dicomweb(uri):
+        found: Iterator[FileInfo] = (FileInfo(instance, None, None, None) for instance in pacs.instances(uri))
+    else:
+        found = _listed_s3(uri) if uri.startswith("s3://") else _listed_local(uri)
     return (info for info in found if not endings or info.uri.lower().endswith(endings))
 
 
 def _listed_s3(uri: str) -> Iterator[FileInfo]:
     bucket, _, prefix = filesystem(uri)[1].partition("/")
     empty = True
-    for entry in objects(bucket, f"{prefix}/" if prefix else "", _try):
+    for entry in objects(bucket, f"{prefix}/" if prefix else "", tried):
         empty = False
         if not entry.key.endswith("/"):  # what some tools leave for a folder
             yield FileInfo(f"s3://{bucket}/{entry.key}", entry.size, entry.modified, entry.etag)
@@ -134,8 +123,13 @@ def _listed_local(uri: str) -> Iterator[FileInfo]:
     prefix = uri if "://" in uri else root
 
     def entries(path: str) -> list[pafs.FileInfo]:
-        found = _try(lambda: files.get_file_info(pafs.FileSelector(path)))
-        return sorted(found, key=lambda info: info.path)
+        found = tried(lambda: files.get_file_info(pafs.FileSelector(path)))
+        try:
+            return sorted(found, key=lambda info: info.path)
+        except UnicodeDecodeError:
+            raise ValueError(
+                "a file has a name that is not UTF-8; find . | LC_ALL=C.UTF-8 grep -axv '.*' shows it there: rename it"
+            ) from None
 
     def walk(listing: list[pafs.FileInfo]) -> Iterator[FileInfo]:
         for info in listing:
@@ -143,7 +137,7 @@ def _listed_local(uri: str) -> Iterator[FileInfo]:
             if info.is_file and not temporary:
                 yield FileInfo(join(prefix, info.path[len(root) :]), info.size, info.mtime, f"{info.mtime_ns:x}")
         folders = (info.path for info in listing if info.type == pafs.FileType.Directory)
-        for below in _ahead(pool, entries, folders):
+        for below in mapped(pool, entries, folders, THREADS):
             yield from walk(below)
 
     pool = ThreadPoolExecutor(THREADS, thread_name_prefix="rayseg-list")
@@ -154,19 +148,21 @@ def _listed_local(uri: str) -> Iterator[FileInfo]:
 
 
 def read(uri: str, length: int | None = None) -> bytes:
-    """The object's bytes, or its first `length` at most (a ranged request on S3).
+    """The object's bytes, or its first `length` at most (a ranged request on S3; DICOMweb knows none).
 
     Raises:
         FileNotFoundError: no such object.
         OSError: the store kept failing; PermissionError where it refuses.
     """
+    if pacs.is_dicomweb(uri):
+        return pacs.read(uri)[:length]
     files, path = filesystem(uri)
 
     def call() -> bytes:
         with files.open_input_file(path) as file:
             return file.read() if length is None else file.read(length)
 
-    return _try(call)
+    return tried(call)
 
 
 def read_each(uris: Iterable[str], length: int | None = None) -> Iterator[bytes | OSError]:
@@ -183,12 +179,12 @@ def read_each(uris: Iterable[str], length: int | None = None) -> Iterator[bytes 
 
     rest = iter(uris)
     first = list(islice(rest, 1))
-    local = bool(first) and isinstance(filesystem(first[0])[0], pafs.LocalFileSystem)
+    local = bool(first) and "://" not in first[0].removeprefix("file://")
     size, ahead = (_LOCAL_AT_A_TIME, 2) if local else (1, THREADS)
     rest = chain(first, rest)
     pool = ThreadPoolExecutor(ahead, thread_name_prefix="rayseg-read")
     try:
-        for found in _ahead(pool, each, iter(lambda: list(islice(rest, size)), []), ahead):
+        for found in mapped(pool, each, iter(lambda: list(islice(rest, size)), []), ahead):
             yield from found
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
@@ -198,7 +194,7 @@ def write(uri: str, data: bytes) -> None:
     """Writes the object whole or not at all; folders on the way are made; an object that was there is replaced."""
     files, path = filesystem(uri)
     if isinstance(files, pafs.LocalFileSystem):
-        _try(lambda: _write_local(Path(path), data))
+        tried(lambda: _write_local(Path(path), data))
         return
 
     def call() -> None:
@@ -206,7 +202,7 @@ def write(uri: str, data: bytes) -> None:
         with files.open_output_stream(path, compression=None) as file:
             file.write(data)
 
-    _try(call)
+    tried(call)
 
 
 def write_file(uri: str, path: Path) -> None:
@@ -220,14 +216,14 @@ def write_file(uri: str, path: Path) -> None:
         with path.open("rb") as source, files.open_output_stream(target, compression=None) as file:
             shutil.copyfileobj(source, file, _COPY_BYTES)
 
-    _try(call)
+    tried(call)
 
 
 def delete(uri: str) -> None:
     """Removes the object at `uri` if it is there."""
     files, path = filesystem(uri)
     try:
-        _try(lambda: files.delete_file(path))
+        tried(lambda: files.delete_file(path))
     except FileNotFoundError:
         return
 
@@ -241,7 +237,7 @@ def delete_tree(uri: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             files.delete_dir(path)
 
-    _try(call)
+    tried(call)
 
 
 def read_table(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
@@ -252,7 +248,7 @@ def read_table(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
         with files.open_input_file(path) as file:
             return pq.ParquetFile(file).read(columns=None if columns is None else list(columns))
 
-    return _try(call)
+    return tried(call)
 
 
 def read_footer(uri: str) -> pq.FileMetaData:
@@ -263,7 +259,7 @@ def read_footer(uri: str) -> pq.FileMetaData:
         with files.open_input_file(path) as file:
             return pq.read_metadata(file)
 
-    return _try(call)
+    return tried(call)
 
 
 def read_row_groups(uri: str, columns: Sequence[str]) -> Iterator[pa.Table]:
@@ -281,7 +277,7 @@ def read_row_group(uri: str, number: int, columns: Sequence[str], footer: pq.Fil
         with files.open_input_file(path) as file:
             return pq.ParquetFile(file, metadata=footer, pre_buffer=True).read_row_group(number, list(columns))
 
-    return _try(call)
+    return tried(call)
 
 
 def write_table(uri: str, table: pa.Table, row_group_rows: int | None = None) -> None:
@@ -323,21 +319,8 @@ def _copy(source: str, destination: str) -> None:
         write(join(destination, filesystem(info.uri)[1][len(root) :]), read(info.uri))
 
     with ThreadPoolExecutor(THREADS, thread_name_prefix="rayseg-copy") as pool:
-        for _ in _ahead(pool, copy, list_files(source)):
+        for _ in mapped(pool, copy, list_files(source), THREADS):
             pass
-
-
-def _ahead(
-    pool: ThreadPoolExecutor, function: Callable[[ItemT], ResultT], items: Iterable[ItemT], ahead: int = THREADS
-) -> Iterator[ResultT]:
-    """Like `map`, in order, with at most `ahead` calls ahead of what has been taken."""
-    running: deque[Future[ResultT]] = deque()
-    for item in items:
-        running.append(pool.submit(function, item))
-        if len(running) >= ahead:
-            yield running.popleft().result()
-    while running:
-        yield running.popleft().result()
 
 
 def _local(path: str) -> str:
@@ -375,23 +358,6 @@ def _s3(variables: tuple[tuple[str, str], ...], attempts: int) -> pafs.S3FileSys
         allow_delayed_open=True,
         connect_timeout=CONNECT_TIMEOUT_S,
         request_timeout=REQUEST_TIMEOUT_S,
-        # For what this module calls one place counts attempts: `_try`.
+        # For what this module calls one place counts attempts: `retry`.
         retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=attempts),
     )
-
-
-def _try(call: Callable[[], ResultT]) -> ResultT:
-    for attempt in range(1, ATTEMPTS + 1):
-        try:
-            return call()
-        except _FINAL:
-            raise
-        except OSError as error:
-            if any(name in str(error) for name in _FORBIDDEN):
-                raise PermissionError(f"the object store refuses access: {error}") from error
-            if attempt == ATTEMPTS:
-                raise
-            # The text may name an object, and its name a patient: only the type is logged.
-            logger.warning("storage call failed (%s), attempt %d of %d", type(error).__name__, attempt, ATTEMPTS)
-            time.sleep(min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** (attempt - 1)) * _JITTER.uniform(0.5, 1.5))
-    raise AssertionError("the loop returns or raises")

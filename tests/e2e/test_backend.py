@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ from rayseg.data.labels import Labels
 from rayseg.data.preprocess import Preprocess
 from rayseg.tracking import registry, runs
 from rayseg.training.journal import Journal
+from tests.ports import free_port
 from tests.postgres import postgres, programs
 
 pytestmark = pytest.mark.e2e
@@ -70,20 +70,22 @@ def server(environment: dict[str, str], folder: Path) -> Iterator[int]:
         process.wait()
 
 
+def save(folder: Path) -> registry.Bundle:
+    layers = [keras.layers.Rescaling(1 / 255), keras.layers.Conv2D(1, 1, activation="sigmoid")]
+    model = keras.Sequential([keras.Input((32, 32, 1), dtype="uint8"), *layers])
+    return registry.save(folder, model, Preprocess(size=(32, 32)), Labels(), 0.5, synthetic.slice_bytes())
+
+
 @pytest.mark.skipif(programs() is None, reason="PostgreSQL is not installed (Debian: apt-get install postgresql)")
 def test_runs_survive_a_killed_server_and_artifacts_do_not_pass_it(
     s3_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setattr(registry, "verify_folder", lambda folder: None)  # another process; test_registry has it
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     tracking_uri = f"http://127.0.0.1:{port}"
-    layers = [keras.layers.Rescaling(1 / 255), keras.layers.Conv2D(1, 1, activation="sigmoid")]
-    model = keras.Sequential([keras.Input((32, 32, 1), dtype="uint8"), *layers])
     bundle_dir = tmp_path / "bundle"
-    saved = registry.save(bundle_dir, model, Preprocess(size=(32, 32)), Labels(), 0.5, synthetic.slice_bytes())
+    saved = save(bundle_dir)
     with postgres() as (backend, password):
         environment = settings(backend, s3_store, port) | password
         with server(environment, tmp_path):
@@ -114,3 +116,37 @@ def test_runs_survive_a_killed_server_and_artifacts_do_not_pass_it(
     calls = (tmp_path / "server.log").read_text()
     assert "mlflow-artifacts/artifacts" in calls, "it tells what it is asked for"
     assert "artifacts" not in calls.replace("mlflow-artifacts/artifacts", ""), "nor was it asked for any"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(programs() is None, reason="PostgreSQL is not installed (Debian: apt-get install postgresql)")
+def test_a_dump_of_the_database_brings_runs_and_aliases_back(
+    s3_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Into another PostgreSQL, beside the same artifacts: the way of docs/operations.md."""
+    monkeypatch.setattr(registry, "verify_folder", lambda folder: None)  # another process; test_registry has it
+    dump, found = tmp_path / "mlflow.dump", {}
+    saved = save(tmp_path / "bundle")
+    for name, arguments in (
+        ("pg_dump", ("--format=custom", f"--file={dump}")),
+        ("pg_restore", ("--no-owner", "--exit-on-error", str(dump))),
+    ):
+        with postgres() as (backend, password):
+            port = free_port()
+            tracking_uri = f"http://127.0.0.1:{port}"
+            command = [programs() / name, f"--dbname={backend.replace('+psycopg', '')}", *arguments]
+            if name == "pg_restore":
+                subprocess.run(command, check=True, env=os.environ | password)
+            with server(settings(backend, s3_store, port) | password, tmp_path):
+                if name == "pg_dump":
+                    run_id = runs.start(tracking_uri, "team", "run", {"epochs": 3})
+                    assert Journal(tracking_uri, run_id).publish({"val/loss": 3.0}, HISTORY)
+                    version = registry.register(tracking_uri, run_id, tmp_path / "bundle", "brain")
+                    registry.set_alias(tracking_uri, "brain", "champion", version.version)
+                    subprocess.run(command, check=True, env=os.environ | password)  # while it works
+                fetched, of = registry.fetch(tracking_uri, "models:/brain@champion", tmp_path / f"cache-{name}")
+                told = runs.client(tracking_uri).get_metric_history(run_id, "val/loss")
+                found[name] = (registry.load(fetched).digest, of.version, [one.value for one in told])
+    assert found["pg_restore"] == found["pg_dump"]
+    assert found["pg_dump"][0] == saved.digest
+    assert len(found["pg_dump"][2]) == 4

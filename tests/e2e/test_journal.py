@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ import pytest
 from rayseg.tracking import runs
 from rayseg.training.journal import Journal
 from tests.faults import faulty
+from tests.ports import free_port
 
 pytestmark = pytest.mark.e2e
 
@@ -24,9 +24,7 @@ HISTORY = [{"epoch": epoch, "val/loss": 2 / epoch, "val/dice_pooled": None} for 
 @contextmanager
 def server(folder: Path) -> Iterator[str]:
     """MLflow on loopback, its store in `folder`."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     store = ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder)]
     environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}

@@ -6,7 +6,6 @@ import io
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -25,6 +24,7 @@ from rayseg.data.labels import Labels
 from rayseg.data.preprocess import Preprocess
 from rayseg.inference.predictor import Prediction, Predictor
 from rayseg.tracking import registry, runs
+from tests.ports import free_port
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
@@ -66,9 +66,7 @@ def environment(store: str) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def server(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """`mlflow models serve` on a free port; yields its URL once it answers."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [str(Path(sys.executable).with_name("mlflow")), "models", "serve", "--model-uri", "models:/brain/1"]
     folder = tmp_path_factory.mktemp("server")
     log = folder / "log.txt"

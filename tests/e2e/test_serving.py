@@ -1,31 +1,40 @@
 """The service as its clients see it: a real process, a real registry, real requests."""
 
+import contextlib
 import io
 import json
+import math
 import os
 import re
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+import time
+import zipfile
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
+import psutil
 import pydicom
 import pytest
 from PIL import Image
 
 from rayseg.data.synthetic import slice_bytes
 from rayseg.records import Reject
+from tests import bundles
 
 ROOT = Path(__file__).parents[2]
 DICOM = {"content-type": "application/dicom"}
 MAX_BODY = 1024 * 1024
+REQUESTS = 300  # while versions come and go; tried with 20,000 by hand
 
 pytestmark = [pytest.mark.e2e, pytest.mark.ray]
 
@@ -90,12 +99,12 @@ def register(folder: Path, tracking_uri: str) -> tuple[Any, Any]:
 
 
 def start(folder: Path, tracking_uri: str) -> tuple[subprocess.Popen[str], Path]:
-    """The job as its user starts it, on a cluster of its own; batches wait long enough to be shared."""
+    """The job as its user starts it, on a cluster of its own."""
     settings = {
         "tracking_uri": tracking_uri,
         "model_uri": "models:/tiny@champion",
         "port": 0,
-        "batch_wait_ms": 100,
+        "poll_s": 0.5,
         "max_body_mb": MAX_BODY / 1024**2,
     }
     log = folder / "serve.log"
@@ -217,23 +226,63 @@ def test_image_files_are_segmented_but_have_no_place_for_a_seg(service: Service,
     assert refused.json()["reason"] == "missing_attribute"
 
 
-def test_concurrent_clients_share_batches_and_get_their_own_masks(service: Service):
+def test_a_mask_too_large_for_a_direct_message_comes_all_the_same(service: Service):
+    """A small file of a large image: gRPC takes 4 MiB, and the mask is more."""
+    image = np.zeros((2100, 2100), np.uint8)
+    image[500:1500, 300:900] = 200
+    body = png(image)
+    assert len(body) < MAX_BODY < 4 * 2**20 < image.size
+    answer = post(service, body, "image/png", "image/png")
+    assert answer.status_code == 200, answer.text
+    mask = read_png(answer.content)
+    assert mask.shape == image.shape
+    assert mask.tobytes() == service.mask(body).tobytes()
+
+
+def test_concurrent_clients_get_their_own_masks(service: Service):
     bodies = [slice_bytes(seed, 64 + 8 * (seed % 3)) for seed in range(16)]
     expected = [service.mask(body) for body in bodies]
     assert len({mask.tobytes() for mask in expected}) == 16, "masks that cannot be mistaken for each other"
-
-    def ask(body: bytes) -> tuple[np.ndarray, int]:
-        mask = read_png(post(service, body, "image/png").content)
-        return mask, post(service, body, "application/json").json()["batch_size"]
-
     with ThreadPoolExecutor(16) as clients:
-        answers = list(clients.map(ask, bodies))
-    for (mask, _), own in zip(answers, expected, strict=True):
+        answers = list(clients.map(lambda body: read_png(post(service, body, "image/png").content), bodies))
+    for mask, own in zip(answers, expected, strict=True):
         assert mask.shape == own.shape
         assert mask.tobytes() == own.tobytes()
-    sizes = [size for _, size in answers]
-    assert max(sizes) > 1, "no batch was shared"
-    assert max(sizes) <= 8
+
+
+def test_a_series_is_the_bulk_jobs_segmentation(service: Service, tmp_path: Path):
+    """Byte for byte, whatever the order and the names in the zip: UIDs, settings and engine included."""
+    from rayseg.data import synthetic
+    from rayseg.inference.outputs import settings_digest
+    from rayseg.inference.postprocess import Postprocess
+    from rayseg.inference.series import Task, segment_series
+    from rayseg.models.engine import Engine
+
+    written = synthetic.write_studies(str(tmp_path / "studies"), patients=1, slices=20, size=128, masks=False)
+    files = list(Path(written.images.removeprefix("file://")).rglob("*.dcm"))
+    files.sort(key=lambda path: pydicom.dcmread(path).ImagePositionPatient[2])
+    settings = settings_digest(Postprocess(), Engine(), None)
+    row = segment_series(
+        service.predictor,
+        Task(str(tmp_path / "bulk"), service.version, "", settings=settings),
+        series_key="s",
+        patient_key="p",
+        uris=[str(path) for path in files],
+        frames=[None] * len(files),
+    )
+    body = io.BytesIO()
+    with zipfile.ZipFile(body, "w") as archive:
+        for number, path in enumerate(reversed(files)):
+            archive.writestr(f"../{number}.dcm", path.read_bytes())
+    answer = post(service, body.getvalue(), "application/dicom", "application/zip")
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["x-model-version"] == service.version.version
+    (output,) = row["outputs"]
+    assert answer.content == Path(output["uri"].removeprefix("file://")).read_bytes()
+    told = post(service, body.getvalue(), "application/json", "application/zip").json()
+    assert (told["slices"], told["rejected"]) == (20, {})
+    assert told["foreground_pixels"] == row["foreground_pixels"]
+    assert told["volume_ml"] == pytest.approx(row["volume_ml"], abs=1e-3)
 
 
 def without(keyword: str) -> bytes:
@@ -276,10 +325,10 @@ def test_a_slice_without_a_place_is_segmented_but_gets_no_seg(service: Service):
 def test_a_body_without_end_is_refused_while_it_arrives(service: Service):
     """Chunked, so no length tells; the client never says that it is done, so an answer cannot have waited for that."""
     host, port = service.url.removeprefix("http://").split(":")
-    fields = ["POST /v1/segment HTTP/1.1", "Host: x", "Content-Type: application/dicom", "Transfer-Encoding: chunked"]
+    head = f"POST /v1/segment HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/dicom\r\n"
     chunk = b"10000\r\n" + b"\0" * 65536 + b"\r\n"
     with socket.create_connection((host, int(port)), timeout=30) as connection:
-        connection.sendall("\r\n".join([*fields, "", ""]).encode())
+        connection.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\n".encode())
         for _ in range(MAX_BODY // 65536 + 1):
             connection.sendall(chunk)
         answer = connection.recv(65536).decode()
@@ -313,13 +362,15 @@ def test_other_refusals_are_json_too(service: Service):
     body = slice_bytes(3, 64)
     form = post(service, body, content_type="application/x-www-form-urlencoded")
     assert (form.status_code, form.json()["reason"]) == (415, "unsupported_media_type")
-    zipped = httpx.post(f"{service.url}/v1/segment", content=body, headers={**DICOM, "content-encoding": "gzip"})
+    zipped = httpx.post(
+        f"{service.url}/v1/segment", content=body, headers={**DICOM, "content-encoding": "gzip"}, timeout=60
+    )
     assert (zipped.status_code, zipped.json()["reason"]) == (415, "unsupported_media_type")
-    doubtful = httpx.post(f"{service.url}/v1/segment?preview=perhaps", content=body, headers=DICOM)
+    doubtful = httpx.post(f"{service.url}/v1/segment?preview=perhaps", content=body, headers=DICOM, timeout=60)
     assert (doubtful.status_code, doubtful.json()["reason"]) == (422, "invalid_parameter")
     assert "perhaps" not in doubtful.text
-    assert httpx.get(f"{service.url}/v1/segment").status_code == 405
-    lost = httpx.get(f"{service.url}/nowhere")
+    assert httpx.get(f"{service.url}/v1/segment", timeout=60).status_code == 405
+    lost = httpx.get(f"{service.url}/nowhere", timeout=60)
     assert (lost.status_code, lost.json()["reason"]) == (404, "not_found")
 
 
@@ -327,7 +378,7 @@ def test_healthz_and_model(service: Service):
     health = httpx.get(f"{service.url}/healthz", timeout=30)
     assert health.status_code == 200
     assert health.json()["status"] == "ok"
-    model = httpx.get(f"{service.url}/v1/model").json()
+    model = httpx.get(f"{service.url}/v1/model", timeout=60).json()
     assert model == {
         "name": "tiny",
         "version": service.version.version,
@@ -344,56 +395,157 @@ def test_healthz_and_model(service: Service):
             "neighbours": 0,
         },
         "threshold": 0.5,
+        "engine": service.predictor.engine,
     }
 
 
 def test_description_and_pages_need_no_other_machine(service: Service):
-    description = httpx.get(f"{service.url}/openapi.json").json()
+    description = httpx.get(f"{service.url}/openapi.json", timeout=60).json()
     assert "not a medical device" in description["info"]["description"]
     operation = description["paths"]["/v1/segment"]["post"]
     assert "application/dicom" in operation["requestBody"]["content"]
-    assert {"application/json", "image/png", "application/dicom"} == set(operation["responses"]["200"]["content"])
+    assert {"application/zip", "multipart/form-data"} <= set(operation["requestBody"]["content"])
+    offered = {"application/json", "image/png", "application/dicom", "application/nifti", "model/gltf-binary"}
+    offered |= {"multipart/form-data"}
+    assert offered == set(operation["responses"]["200"]["content"])
     assert {"400", "406", "413", "415", "422", "503"} <= set(operation["responses"])
     for path in ("/", "/docs"):
-        page = httpx.get(f"{service.url}{path}")
+        page = httpx.get(f"{service.url}{path}", timeout=60)
         assert page.status_code == 200
         loaded = re.findall(r"""(?:src|href)=["']([^"']+)["']""", page.text)
         assert not [address for address in loaded if re.match(r"(https?:)?//", address)], path
         for address in loaded:
             if not address.startswith("data:"):
-                assert httpx.get(httpx.URL(f"{service.url}{path}").join(address)).status_code == 200, address
-    assert "Research software, not a medical device" in httpx.get(f"{service.url}/").text
+                assert httpx.get(httpx.URL(f"{service.url}{path}").join(address), timeout=60).status_code == 200, (
+                    address
+                )
+    assert "Research software, not a medical device" in httpx.get(f"{service.url}/", timeout=60).text
 
 
-def test_logs_hold_no_identity(service: Service):
-    """Whatever a client writes into a request: path, query, headers, and the object itself."""
-    dataset = pydicom.dcmread(io.BytesIO(slice_bytes(3, 64)))
-    dataset.PatientName, dataset.PatientID, dataset.SeriesDescription = "Canary^Carla", "CANARY-1", "CANARY-2"
-    buffer = io.BytesIO()
-    dataset.save_as(buffer)
-    headers = {**DICOM, "x-request-id": "CANARY-3", "user-agent": "CANARY-4", "accept": "application/dicom"}
-    address = f"{service.url}/v1/segment?name=CANARY-5"
-    assert httpx.post(address, content=buffer.getvalue(), headers=headers, timeout=60).status_code == 200
-    assert httpx.post(address, content=buffer.getvalue()[:3000], headers=headers, timeout=60).status_code == 400
-    assert httpx.get(f"{service.url}/CANARY-6").status_code == 404
-    session = ray_session(service)
-    written = [
-        service.log,
-        *(path for path in session.rglob("*") if path.is_file() and path.suffix in {".log", ".out", ".err"}),
-    ]
-    assert len(written) > 5
-    for path in written:
-        assert b"CANARY" not in path.read_bytes().upper(), path
+@dataclass(frozen=True)
+class Answered:
+    """What a client got, and when it asked and was answered."""
+
+    number: int  # of its body
+    began: float
+    ended: float
+    status: int
+    version: str | None
+    mask: bytes
 
 
-def ray_session(service: Service) -> Path:
-    """The log folder of the service's own cluster, from the command line of one of its children."""
-    for children in Path(f"/proc/{service.process.pid}/task").glob("*/children"):
-        for child in children.read_text().split():
-            line = Path(f"/proc/{child}/cmdline").read_bytes().decode(errors="replace")
-            if found := re.search(r"(/[^\0= ]*/session_[^/\0]+)/logs", line):
-                return Path(found[1]) / "logs"
-    raise AssertionError("no child of the service names its session folder")
+def test_nobody_notices_swaps_a_bad_version_and_a_killed_replica(service: Service, tmp_path: Path):
+    """Under load: the alias moves twice, a version that gives other masks than recorded is promoted, `kill -9`."""
+    from rayseg.inference.predictor import Predictor
+    from rayseg.tracking import registry
+
+    uri, name, first = service.tracking_uri, "tiny", service.version.version
+    second = bundles.register(uri, name, bundles.write_bundle(tmp_path / "second", 140)).version
+    other = Predictor.load(tmp_path / "second")
+    bad = bundles.spoil(bundles.write_bundle(tmp_path / "bad", 140), example_mask_sha256="0" * 64)
+    bad_version = bundles.register(uri, name, bad).version
+    bodies = [slice_bytes(seed, 64) for seed in range(4)]
+    expected = {
+        first: [service.mask(body).tobytes() for body in bodies],
+        second: [made.mask.tobytes() for made in other.segment(bodies)],
+    }
+    assert not set(expected[first]) & set(expected[second]), "masks that tell which version made them"
+    ended, answers = threading.Event(), []
+    moves: list[tuple[str, float, float]] = []  # a version, when it was asked for, when it was seen in use
+
+    def client(number: int) -> None:
+        with httpx.Client(timeout=90) as session:
+            while not ended.is_set():
+                headers = {**DICOM, "accept": "image/png"}
+                began = time.monotonic()
+                answer = session.post(f"{service.url}/v1/segment", content=bodies[number], headers=headers)
+                mask = read_png(answer.content).tobytes() if answer.status_code == 200 else b""
+                version = answer.headers.get("x-model-version")
+                answers.append(Answered(number, began, time.monotonic(), answer.status_code, version, mask))
+
+    def until(told: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        deadline = time.monotonic() + 90
+        while not told(state := httpx.get(f"{service.url}/v1/models", timeout=90).json()):
+            assert time.monotonic() < deadline, state
+            time.sleep(0.1)
+        return state
+
+    def in_use(version: str) -> Callable[[dict[str, Any]], bool]:
+        return lambda state: state["models"][0]["version"] == version
+
+    def move(version: str) -> None:
+        asked = time.monotonic()
+        registry.set_alias(uri, name, "champion", version)
+        until(in_use(version))
+        moves.append((version, asked, time.monotonic()))
+
+    def load(share: float) -> None:
+        wanted, deadline = share * REQUESTS, time.monotonic() + 90 + REQUESTS / 20
+        while len(answers) < wanted:
+            assert time.monotonic() < deadline, f"{len(answers)} answers"
+            time.sleep(0.1)
+
+    with ThreadPoolExecutor(4) as clients:
+        running = [clients.submit(client, number) for number in range(4)]
+        try:
+            load(0.2)
+            move(second)
+            load(0.4)
+            registry.set_alias(uri, name, "champion", bad_version)
+            state = until(lambda state: state["failed_swaps"] == 1)
+            assert state["last_failure"]["version"] == bad_version
+            assert in_use(second)(state)
+            load(0.6)
+            replicas(service)[0].kill()
+            state = until(lambda told: told["replica"] != state["replica"])
+            assert in_use(second)(state), "not the bad one, which bears the alias"
+            load(0.8)
+            move(first)
+            load(1.0)
+        finally:
+            ended.set()
+    for client_ended in running:
+        client_ended.result()
+    assert len(answers) >= REQUESTS
+    assert {answer.status for answer in answers} == {200}
+    uses = [(first, -math.inf, -math.inf), *moves, (bad_version, math.inf, math.inf)]
+    for answer in answers:
+        # A version is in use from when it was asked for, at the earliest, until the next one was seen, at the latest.
+        possible = {use[0] for use, after in pairwise(uses) if use[1] <= answer.ended and answer.began <= after[2]}
+        assert answer.version in possible
+        assert answer.mask == expected[answer.version][answer.number]
+    assert {answer.version for answer in answers} == {first, second}
+
+
+def replicas(service: Service) -> list[psutil.Process]:
+    """The processes of the model's replicas."""
+    children = psutil.Process(service.process.pid).children(recursive=True)
+    return [process for process in children if "ray::ServeReplica:rayseg:model" in " ".join(process.cmdline())]
+
+
+def test_what_nobody_waits_for_is_not_computed(service: Service):
+    """Clients that leave: their slices are taken from the replica's queue, and their requests end."""
+    image = png(np.zeros((2000, 2000), np.uint8))
+    host, port = service.url.removeprefix("http://").split(":")
+    lines = ("POST /v1/segment HTTP/1.1", f"Host: {host}", "Content-Type: image/png", f"Content-Length: {len(image)}")
+    head = "".join(f"{line}\r\n" for line in (*lines, ""))
+
+    def state() -> dict[str, Any]:
+        return httpx.get(f"{service.url}/v1/models", timeout=30).json()
+
+    before = state()["dropped"]
+    with contextlib.ExitStack() as there:
+        for _ in range(40):
+            connection = there.enter_context(socket.create_connection((host, int(port)), timeout=30))
+            connection.sendall(head.encode() + image)
+        deadline = time.monotonic() + 30
+        while (waiting := state()["waiting"]) < 10:
+            assert time.monotonic() < deadline, waiting
+    while (told := state())["waiting"] or told["running"]:
+        assert time.monotonic() < deadline, told
+    assert told["dropped"] - before >= waiting / 2
+    metrics = httpx.get(f"{service.url}/metrics", timeout=30).text
+    assert re.search(r"^rayseg_http_in_flight 1\.0$", metrics, re.M), "that one"
 
 
 @pytest.mark.parametrize(
@@ -401,7 +553,7 @@ def ray_session(service: Service) -> Path:
     [
         ("model_uri=models:/tiny@nobody", "models:/tiny@nobody"),
         ("port=PORT", "port: 127.0.0.1:PORT"),  # listeners of Serve can share a port: two models would answer by turns
-        ("max_batch_size=0", "max_batch_size"),
+        ("max_queue=0", "max_queue"),
     ],
 )
 def test_a_service_that_cannot_start_says_why_in_one_line(service: Service, setting: str, told: str):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rayseg import storage
+from rayseg import retry, storage
 from rayseg.demo import store
 from rayseg.demo.store import object_store
 
@@ -57,7 +57,7 @@ def test_a_suffix_does_not_change_the_bytes(s3_store: str) -> None:
 
 
 def test_what_is_missing_is_not_found_at_once(s3_store: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage.time, "sleep", lambda seconds: pytest.fail("tried again"))
+    monkeypatch.setattr(retry, "sleep", lambda seconds: pytest.fail("tried again"))
     with pytest.raises(FileNotFoundError):
         storage.read(f"{s3_store}/absent")
     with pytest.raises(FileNotFoundError):
@@ -69,7 +69,7 @@ def test_what_is_missing_is_not_found_at_once(s3_store: str, monkeypatch: pytest
 
 def test_a_wrong_secret_is_refused_at_once(s3_store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     storage.write(f"{s3_store}/x", b"old")
-    monkeypatch.setattr(storage.time, "sleep", lambda seconds: pytest.fail("tried again"))
+    monkeypatch.setattr(retry, "sleep", lambda seconds: pytest.fail("tried again"))
     with monkeypatch.context() as wrong:
         wrong.setenv("AWS_SECRET_ACCESS_KEY", "0" * 40)
         with pytest.raises(PermissionError):

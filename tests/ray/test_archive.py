@@ -1,5 +1,6 @@
 """Bulk segmentation on a Ray cluster: a SEG and a ledger row for each series, nothing lost, nothing twice."""
 
+import asyncio
 import hashlib
 import os
 import shutil
@@ -27,12 +28,19 @@ from rayseg.data.catalog import CatalogConfig, catalog
 from rayseg.data.labels import Labels
 from rayseg.data.layouts import Layout
 from rayseg.data.preprocess import Preprocess, Window
+from rayseg.data.range import Range
 from rayseg.dicom import segmentation
-from rayseg.inference import ledger
-from rayseg.inference.archive import Estimate, SegmentConfig, segment
+from rayseg.evaluation.diff import DiffConfig, diff
+from rayseg.inference import ledger, report
+from rayseg.inference.archive import SegmentConfig, SegmentResult, _config_digest, segment
+from rayseg.inference.plan import Estimate
 from rayseg.inference.postprocess import Postprocess
 from rayseg.inference.predictor import Prediction, Predictor
+from rayseg.inference.series import STEPS
 from rayseg.tracking import registry, runs
+from serving.jobs import JobAnswer, JobRequest, Jobs, JobsConfig, ServedModel
+from serving.refusals import RefusalError
+from serving.runner import RayRunners
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
@@ -47,6 +55,14 @@ class Models:
 
     def predictor(self, version: int) -> Predictor:
         return Predictor.load(registry.fetch(self.tracking_uri, f"models:/brain/{version}")[0])
+
+
+@dataclass(frozen=True)
+class Done:
+    """A run that nothing disturbed."""
+
+    config: SegmentConfig
+    result: SegmentResult
 
 
 def network(seed: int) -> keras.Model:
@@ -69,7 +85,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     tracking_uri = f"sqlite:///{folder}/mlflow.db"
     for seed in (1, 2):
         preprocess = Preprocess((32, 32), Window(40, 200), None)
-        registry.save(folder / str(seed), network(seed), preprocess, Labels(), 0.5, synthetic.slice_bytes(0, 64))
+        example, known = synthetic.slice_bytes(0, 64), Range(modalities=("MR",))  # which no study here is
+        registry.save(folder / str(seed), network(seed), preprocess, Labels(), 0.5, example, known=known)
         registry.register(tracking_uri, runs.start(tracking_uri, "archive", "train"), folder / str(seed), "brain")
     registry.set_alias(tracking_uri, "brain", "champion", "1")
     return Models(tracking_uri)
@@ -83,8 +100,23 @@ def studies(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def done(studies: Path, models: Models, tmp_path_factory: pytest.TempPathFactory) -> Done:
+    """The studies, cataloged and segmented: not to be spoiled."""
+    folder = tmp_path_factory.mktemp("done")
+    shutil.copytree(studies, folder / "archive")
+    config = cataloged(models, folder)
+    return Done(config, segment(config))
+
+
 @pytest.fixture
-def archive(studies: Path, models: Models, tmp_path: Path) -> SegmentConfig:
+def archive(done: Done, tmp_path: Path) -> SegmentConfig:
+    """The same, not segmented yet."""
+    return replace(done.config, output=str(tmp_path / "segmented"))
+
+
+@pytest.fixture
+def spoilable(studies: Path, models: Models, tmp_path: Path) -> SegmentConfig:
     """A copy of the studies that the test may spoil, with its manifest."""
     shutil.copytree(studies, tmp_path / "archive")
     return cataloged(models, tmp_path)
@@ -93,7 +125,8 @@ def archive(studies: Path, models: Models, tmp_path: Path) -> SegmentConfig:
 def cataloged(models: Models, folder: Path, **values: Any) -> SegmentConfig:
     manifest = str(folder / "manifest.parquet")
     catalog(CatalogConfig(str(folder / "archive"), manifest, Layout(), max_reject_fraction=1.0))
-    return SegmentConfig(manifest, "models:/brain@champion", models.tracking_uri, str(folder / "segmented"), **values)
+    output = str(folder / "segmented")
+    return SegmentConfig("models:/brain@champion", models.tracking_uri, output, manifest, **values)
 
 
 def sources(config: SegmentConfig) -> dict[str, Path]:
@@ -122,11 +155,13 @@ def fail(*arguments: object, **options: object) -> None:
     raise AssertionError("nothing was to be done")
 
 
-def test_the_archive_holds_the_masks_of_the_predictor(archive: SegmentConfig, models: Models) -> None:
-    result = segment(archive)
+def test_the_archive_holds_the_masks_of_the_predictor(done: Done, models: Models) -> None:
+    archive, result = done.config, done.result
     assert (result.series, result.segmented, result.rejected, result.skipped) == (PATIENTS, PATIENTS, 0, 0)
     assert (result.slices, result.rejected_slices, result.reasons) == (PATIENTS * SLICES, 0, {})
     assert result.model_uri == "models:/brain/1"
+    told = {(*row["flags"], row["flags_detail"]) for row in ledger.read(archive.output).to_pylist()}
+    assert (result.flags, told) == ({"modality": PATIENTS}, {("modality", "modality: CT, not MR")})
 
     found = masks_of(result.seg_paths)
     predictor = models.predictor(1)
@@ -147,9 +182,10 @@ def test_the_archive_holds_the_masks_of_the_predictor(archive: SegmentConfig, mo
         first = pydicom.dcmread(files[next(iter(segmentation.decode(data)))], stop_before_pixels=True)
         assert file == {
             "profile": "seg",
-            "uri": f"{archive.output}/brain-v1/{row['series_key']}.dcm",
+            "uri": f"{archive.output}/brain-v1-{row['config_digest'][:8]}/{row['series_key']}.dcm",
             "sha256": hashlib.sha256(data).hexdigest(),
             "bytes": len(data),
+            "pacs": None,
         }
         assert (row["verdict"], row["slices"], row["rejected_slices"]) == ("segmented", SLICES, 0)
         assert row["foreground_pixels"] == sum(int(mask.sum()) for mask in masks)
@@ -166,9 +202,9 @@ def test_the_archive_holds_the_masks_of_the_predictor(archive: SegmentConfig, mo
 
 
 def test_a_multi_frame_object_gets_the_masks_of_the_slices_it_was_made_of(
-    archive: SegmentConfig, models: Models, tmp_path: Path
+    spoilable: SegmentConfig, models: Models, tmp_path: Path
 ) -> None:
-    folder = Path(archive.manifest).parent
+    folder = Path(spoilable.manifest).parent
     paths = sorted(next(iter(sorted((folder / "archive" / "images").iterdir()))).iterdir())
     classic = [pydicom.dcmread(path) for path in paths]
     masks = {
@@ -194,7 +230,7 @@ def test_a_multi_frame_object_gets_the_masks_of_the_slices_it_was_made_of(
     for number, groups in enumerate(joined.PerFrameFunctionalGroupsSequence):
         place = tuple(groups.PlanePositionSequence[0].ImagePositionPatient)
         assert found[f"1.2.3.4#{number}"].tobytes() == masks[place].tobytes()
-    (row,) = ledger.read(archive.output).to_pylist()
+    (row,) = ledger.read(spoilable.output).to_pylist()
     assert row["volume_ml"] is not None
     assert segment(cataloged(models, folder)).skipped == 1
 
@@ -210,56 +246,71 @@ def test_every_seg_passes_dciodvfy(archive: SegmentConfig) -> None:
         assert "Error" not in done.stderr
 
 
-def test_a_second_run_reads_and_writes_nothing(archive: SegmentConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = segment(archive)
-    before = {path: path.stat().st_mtime_ns for path in Path(archive.output).rglob("*") if path.is_file()}
-    shutil.rmtree(Path(archive.manifest).parent / "archive")
+def test_a_second_run_reads_and_writes_nothing(spoilable: SegmentConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = segment(spoilable)
+    before = {path: path.stat().st_mtime_ns for path in Path(spoilable.output).rglob("*") if path.is_file()}
+    shutil.rmtree(Path(spoilable.manifest).parent / "archive")
     monkeypatch.setattr(ray.data, "from_arrow", fail)
-    second = segment(archive)
+    second = segment(spoilable)
     assert (second.segmented, second.skipped, second.rejected, second.slices) == (0, PATIENTS, 0, 0)
     assert second.seg_paths == first.seg_paths
-    assert {path: path.stat().st_mtime_ns for path in Path(archive.output).rglob("*") if path.is_file()} == before
+    assert {path: path.stat().st_mtime_ns for path in Path(spoilable.output).rglob("*") if path.is_file()} == before
 
 
-def test_another_version_or_setting_is_done_anew_and_leaves_the_old(archive: SegmentConfig) -> None:
+def test_another_version_or_setting_is_done_anew_and_leaves_the_old(archive: SegmentConfig, models: Models) -> None:
     first = segment(archive)
     before = contents(archive)
     second = segment(replace(archive, model_uri="models:/brain/2"))
     assert (second.segmented, second.skipped) == (PATIENTS, 0)
     after = contents(archive)
     assert {path: after[path] for path in before} == before
-    assert {path.split("/")[0] for path in after} == {"brain-v1", "brain-v2"}
+    assert {path.split("/")[0][:8] for path in after} == {"brain-v1", "brain-v2"}
     assert not set(before.values()) & {digest for path, digest in after.items() if path.startswith("brain-v2")}
     assert ledger.read(archive.output).num_rows == 2 * PATIENTS
-    third = segment(replace(archive, postprocess=Postprocess(fill_holes=True)))
-    assert (third.segmented, third.skipped) == (PATIENTS, 0)
-    assert third.seg_paths == first.seg_paths
+    between = {"baseline_model": "brain/1", "challenger_model": "brain/2", "output": f"{archive.output}-diff"}
+    told = diff(DiffConfig(archive.output, archive.output, archive.manifest, worst=1, **between))
+    assert (told.compared, told.not_compared) == (PATIENTS, {})
+    one, other = (masks_of(result.seg_paths) for result in (first, second))
+    both, whole = (sum(int(join(one[uid], other[uid]).sum()) for uid in one) for join in (np.minimum, np.add))
+    assert told.summary["dice_pooled"] == pytest.approx(2 * both / whole)
+    assert "cannot be read" not in Path(told.report).read_text()
+    third = segment(replace(archive, ensemble=("models:/brain/2",), mirror="columns"))
+    assert (third.segmented, third.skipped, third.model_uri) == (PATIENTS, 0, "models:/brain/1 + models:/brain/2")
+    assert {path: contents(archive)[path] for path in after} == after
+    folders = [registry.fetch(models.tracking_uri, f"models:/brain/{version}")[0] for version in (1, 2)]
+    together = Predictor.load(*folders, mirror="columns")
+    files = sources(archive)
+    for uid, mask in masks_of(third.seg_paths).items():
+        (expected,) = together.segment([files[uid].read_bytes()])
+        assert isinstance(expected, Prediction)
+        assert np.array_equal(mask, expected.mask)
+    assert pydicom.dcmread(third.seg_paths[0]).SoftwareVersions == "1+2"
 
 
-def test_a_series_that_has_got_a_slice_is_done_again(archive: SegmentConfig, models: Models) -> None:
-    folder = Path(archive.manifest).parent
+def test_a_series_that_has_got_a_slice_is_done_again(spoilable: SegmentConfig, models: Models) -> None:
+    folder = Path(spoilable.manifest).parent
     late = sorted((folder / "archive").rglob("*.dcm"))[0]
     late.rename(folder / "late")
     cataloged(models, folder)
-    assert segment(archive).slices == PATIENTS * SLICES - 1
+    assert segment(spoilable).slices == PATIENTS * SLICES - 1
     (folder / "late").rename(late)
     cataloged(models, folder)
-    result = segment(archive)
+    result = segment(spoilable)
     assert (result.segmented, result.skipped, result.slices) == (1, PATIENTS - 1, SLICES)
-    rows = ledger.read(archive.output).to_pylist()
+    rows = ledger.read(spoilable.output).to_pylist()
     assert [row["slices"] for row in rows] == [SLICES] * PATIENTS
     assert len(masks_of(result.seg_paths)) == PATIENTS * SLICES
 
 
-def test_a_killed_run_is_taken_up_and_ends_as_an_undisturbed_one(archive: SegmentConfig) -> None:
-    undisturbed = replace(archive, output=f"{archive.output}-undisturbed")
-    segment(undisturbed)
+def test_a_killed_run_is_taken_up_and_ends_as_an_undisturbed_one(archive: SegmentConfig, done: Done) -> None:
     # A driver of its own, that dies by SIGKILL as soon as two series stand in the ledger.
     script = f"""
 import os
 from rayseg import cluster
-from rayseg.inference import archive, ledger
+from rayseg.inference import archive, ledger, stream
+from rayseg.inference.plan import Estimate
 from rayseg.inference.postprocess import Postprocess
+from rayseg.models.engine import Engine
 
 append = ledger.append
 
@@ -269,36 +320,34 @@ def append_and_die(output, rows, rejects):
         os.kill(os.getpid(), {signal.SIGKILL.value})
 
 ledger.append = append_and_die
-archive.SERIES_PER_PART = 2
+stream.SERIES_PER_PART = 2
 cluster.connect()
 archive.segment(archive.{archive!r})
 """
-    done = subprocess.run(
+    killed = subprocess.run(
         [sys.executable, "-c", script],
         env=os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address},
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     survived = ledger.read(archive.output).num_rows
     assert 2 <= survived < PATIENTS
     result = segment(archive)
     assert (result.segmented, result.skipped, result.rejected) == (PATIENTS - survived, survived, 0)
-    assert contents(archive) == contents(undisturbed)
+    assert contents(archive) == contents(done.config)
     assert len(result.seg_paths) == PATIENTS
-    varying = {"seconds", "outputs"}
+    varying = {"seconds", "outputs", *(f"{step}_s" for step in STEPS)}
     ledgers = [
         [{name: value for name, value in row.items() if name not in varying} for row in ledger.read(run).to_pylist()]
-        for run in (archive.output, undisturbed.output)
+        for run in (archive.output, done.config.output)
     ]
     assert ledgers[0] == ledgers[1]
 
 
-def test_what_cannot_be_read_costs_its_slice_or_its_series_and_no_other(archive: SegmentConfig) -> None:
-    undisturbed = replace(archive, output=f"{archive.output}-undisturbed")
-    segment(undisturbed)
-    patients = sorted((Path(archive.manifest).parent / "archive" / "images").iterdir())
+def test_what_cannot_be_read_costs_its_slice_or_its_series_and_no_other(spoilable: SegmentConfig, done: Done) -> None:
+    patients = sorted((Path(spoilable.manifest).parent / "archive" / "images").iterdir())
     slices = [sorted(patient.iterdir()) for patient in patients]
     slices[0][1].unlink()
     slices[1][0].write_bytes(slices[1][0].read_bytes()[:-100])
@@ -307,31 +356,35 @@ def test_what_cannot_be_read_costs_its_slice_or_its_series_and_no_other(archive:
         file.write_bytes(b"")
         lost[str(file)] = "empty_object"
 
-    result = segment(replace(archive, max_reject_fraction=0.5))
+    result = segment(replace(spoilable, max_reject_fraction=0.5))
     assert (result.segmented, result.rejected) == (PATIENTS - 1, 1)
     assert (result.slices, result.rejected_slices) == (PATIENTS * SLICES - 6, 6)
     assert result.reasons == {"empty_object": 4, "not_found": 1, "truncated": 1}
-    assert {row["uri"]: row["reason"] for row in rejects_of(archive)} == lost
-    rows = ledger.read(archive.output).to_pylist()
+    assert {row["uri"]: row["reason"] for row in rejects_of(spoilable)} == lost
+    rows = ledger.read(spoilable.output).to_pylist()
     (rejected,) = [row for row in rows if row["verdict"] == "rejected"]
     assert (rejected["reason"], rejected["slices"], rejected["rejected_slices"]) == ("empty_object", 0, 4)
     assert rejected["outputs"] == []
     assert sorted(row["rejected_slices"] for row in rows) == [0, 0, 0, 1, 1, 4]
     assert len(masks_of(result.seg_paths)) == PATIENTS * SLICES - 6
-    spoiled, whole = contents(archive), contents(undisturbed)
+    spoiled, whole = contents(spoilable), contents(done.config)
     assert sum(spoiled.get(path) == digest for path, digest in whole.items()) == PATIENTS - 3
 
 
-def test_too_many_rejects_fail_the_run_after_its_work(archive: SegmentConfig) -> None:
-    for file in sorted((Path(archive.manifest).parent / "archive" / "images").rglob("*.dcm"))[:6]:
+def test_too_many_rejects_fail_the_run_after_its_work(spoilable: SegmentConfig) -> None:
+    for file in sorted((Path(spoilable.manifest).parent / "archive" / "images").rglob("*.dcm"))[:6]:
         file.unlink()
     with pytest.raises(ValueError, match=r"6 of 24 objects rejected, over max_reject_fraction 0\.2: not_found 6"):
-        segment(archive)
-    rows = ledger.read(archive.output).to_pylist()
+        segment(spoilable)
+    rows = ledger.read(spoilable.output).to_pylist()
     assert sorted(row["verdict"] for row in rows) == ["rejected"] + ["segmented"] * (PATIENTS - 1)
+    page = Path(spoilable.output, report.NAME).read_text()
+    for wanted in (f"{PATIENTS - 1} series segmented", "models:/brain/1 over an archive", "<td>6</td><td>1</td>"):
+        assert wanted in page, wanted  # 6 objects and a series were not found
+    assert spoilable.tracking_uri not in page
     # A rejected series is tried again.
     with pytest.raises(ValueError, match="not_found 4"):
-        segment(replace(archive, max_reject_fraction=0.1))
+        segment(replace(spoilable, max_reject_fraction=0.1))
 
 
 def test_what_the_catalog_rejected_and_image_files_stand_in_the_ledger_unread(
@@ -344,7 +397,7 @@ def test_what_the_catalog_rejected_and_image_files_stand_in_the_ledger_unread(
     result = segment(cataloged(models, tmp_path))
     assert (result.series, result.segmented, result.rejected) == (PATIENTS + 1, PATIENTS, 1)
     assert result.reasons == {"not_dicom": 2}
-    config = SegmentConfig("", "", "", str(tmp_path / "segmented"))
+    config = SegmentConfig("", "", str(tmp_path / "segmented"), "")
     told = {Path(row["uri"]).name: (row["stage"], row["reason"]) for row in rejects_of(config)}
     assert told == {"notes.dcm": ("catalog", "not_dicom"), "a.png": ("segment", "not_dicom")}
 
@@ -358,17 +411,17 @@ def test_a_missing_manifest_or_model_is_named(archive: SegmentConfig) -> None:
 
 def test_a_store_that_refuses_to_write_rejects_the_series(archive: SegmentConfig) -> None:
     Path(archive.output).mkdir()
-    Path(archive.output, "brain-v1").write_bytes(b"a file where a folder is needed")
+    Path(archive.output, f"brain-v1-{_config_digest(archive)[:8]}").write_bytes(b"a file where a folder is needed")
     with pytest.raises(ValueError, match="write_failed 24"):
         segment(archive)
     assert {row["reason"] for row in ledger.read(archive.output).to_pylist()} == {"write_failed"}
 
 
-def test_two_actors_do_as_one(archive: SegmentConfig) -> None:
-    segment(archive)
-    twice = replace(archive, output=f"{archive.output}-2", concurrency=2)
+def test_two_actors_with_two_threads_on_a_source_do_as_one_on_its_manifest(archive: SegmentConfig, done: Done) -> None:
+    source = str(Path(str(archive.manifest)).parent / "archive")
+    twice = replace(archive, manifest=None, source=source, concurrency=2, cpus_per_actor=2)
     assert storage.exists(segment(twice).ledger)
-    assert contents(twice) == contents(archive)
+    assert contents(twice) == contents(done.config)
 
 
 def test_every_profile_is_written_and_tells_the_same(archive: SegmentConfig) -> None:
@@ -399,8 +452,8 @@ def test_every_profile_is_written_and_tells_the_same(archive: SegmentConfig) -> 
     assert Image.open(by_profile["overlays"][0]).mode == "RGB"
 
 
-def test_a_profile_that_cannot_say_it_rejects_the_series_by_name(archive: SegmentConfig, models: Models) -> None:
-    folder = Path(archive.manifest).parent
+def test_a_profile_that_cannot_say_it_rejects_the_series_by_name(spoilable: SegmentConfig, models: Models) -> None:
+    folder = Path(spoilable.manifest).parent
     first = sorted((folder / "archive" / "images").iterdir())[0]
     next(path for path in sorted(first.iterdir())[1:]).unlink()  # a gap
     result = segment(replace(cataloged(models, folder), profiles=("seg", "nifti")))
@@ -438,4 +491,46 @@ def test_small_lesions_and_empty_series_leave_no_files(archive: SegmentConfig) -
 
 def test_a_report_needs_a_segmentation_to_be_about() -> None:
     with pytest.raises(ValueError, match=r"segment\.profiles: a report"):
-        SegmentConfig("m", "u", "t", "o", profiles=("report", "seg"))
+        SegmentConfig("m", "u", "o", "t", profiles=("report", "seg"))
+
+
+def test_a_job_of_the_service_outlives_it(models: Models, studies: Path, tmp_path: Path):
+    """Each request asks a new `Jobs`, as a service that has been started again does."""
+
+    def jobs() -> Jobs:
+        places = {"sources": (str(studies),), "destinations": (str(tmp_path / "out"),)}
+        config = JobsConfig(records=str(tmp_path / "records"), **places, settings={"cpus_per_actor": 2})
+        return Jobs(config, ServedModel(name="brain", uri="none", tracking_uri=models.tracking_uri), RayRunners())
+
+    def wanted(name: str) -> JobRequest:
+        return JobRequest(source=str(studies), destination=str(tmp_path / "out" / name), model="champion")
+
+    async def ended(job_id: str) -> JobAnswer:
+        while True:
+            job = await jobs().get(job_id, None)
+            if job.state not in ("running", "cancelling"):
+                return job
+            await asyncio.sleep(0.1)
+
+    async def story() -> list[JobAnswer]:
+        stopped = await jobs().submit(wanted("stopped"), None)
+        for destination, status in (("stopped", 409), ("other", 429)):
+            with pytest.raises(RefusalError) as refused:
+                await jobs().submit(wanted(destination), None)
+            assert refused.value.status == status
+        await jobs().cancel(stopped.id, None)
+        stopped = await ended(stopped.id)
+        done = await ended((await jobs().submit(wanted("done"), None)).id)
+        return [stopped, done]
+
+    stopped, done = asyncio.run(story())
+    assert stopped.state == "cancelled"
+    assert (done.state, done.error) == ("succeeded", None)
+    assert done.result
+    assert done.result["segmented"] == PATIENTS
+    assert done.progress
+    assert (done.progress.series, done.progress.series_total) == (PATIENTS, PATIENTS)
+    assert (done.progress.slices, done.progress.slices_total) == (PATIENTS * SLICES, PATIENTS * SLICES)
+    assert ledger.read(str(tmp_path / "out" / "done")).num_rows == PATIENTS
+    listed = asyncio.run(jobs().visible(None))
+    assert [job.state for job in listed] == ["succeeded", "cancelled"]

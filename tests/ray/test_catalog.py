@@ -64,15 +64,6 @@ def test_rows_say_what_the_headers_say(phantoms: Path, tmp_path: Path) -> None:
     assert (result.patients, result.series) == (3, 3)
 
 
-def test_no_identity_is_in_the_manifest_but_in_the_paths(phantoms: Path, tmp_path: Path) -> None:
-    table = storage.read_table(catalog(config_of(phantoms, tmp_path)).manifest).drop_columns(["uri", "masks"])
-    text = str(table.to_pylist())
-    for path in (phantoms / "images").rglob("*.dcm"):
-        dataset = pydicom.dcmread(path, stop_before_pixels=True)
-        for identity in (dataset.PatientID, dataset.SOPInstanceUID, dataset.SeriesInstanceUID, path.parent.name):
-            assert str(identity) not in text
-
-
 def test_a_series_stands_together_in_the_order_of_its_slices(phantoms: Path, tmp_path: Path) -> None:
     source = tmp_path / "shuffled"
     for number, path in enumerate(sorted((phantoms / "images").rglob("*.dcm"))):

@@ -295,6 +295,7 @@ def test_real_colour_coded_masks(shared_data: Path, tmp_path: Path, name: str) -
     assert found[1:].tolist() == expected
 
 
+@pytest.mark.slow
 def test_several_classes_from_the_folder_to_a_registered_model_and_its_scores(
     shared_data: Path, tmp_path: Path, tracking_uri: str
 ) -> None:

@@ -1,6 +1,7 @@
 """Training on real Ray Train workers: equal work gives equal weights, whatever the workers and whatever happens."""
 
 import csv
+import dataclasses
 import json
 import os
 import shutil
@@ -16,17 +17,21 @@ import numpy as np
 import pytest
 import ray
 import yaml
+from scipy.stats import entropy
 
+from rayseg import storage
 from rayseg.config import build, plain
 from rayseg.data.prepared import describe
 from rayseg.models.presets import NetworkConfig
 from rayseg.tracking import bundle, registry, runs
 from rayseg.training.settings import EarlyStopping, Plateau
 from rayseg.training.trainer import TrainConfig, TrainResult, fit
+from tests.faults import faulty
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
 EPOCHS = 3
+OUTAGE_S = 60.0
 # Adam turns rounding noise of small gradients into steps of its own; a wrong loss is off by 0.01 and more.
 TOLERANCE = 2e-3
 
@@ -105,7 +110,7 @@ def test_the_run_tells_what_it_was(undisturbed: tuple[TrainConfig, TrainResult],
     assert run.data.params["plateau.min_delta"] == "0.5"
     assert run.data.params["preprocess.size"] == "[32, 32]"
     glance = {name: run.data.tags[f"rayseg.{name}"] for name in ("model", "input", "augment", "parameters")}
-    weights = registry.load(registry.fetch(job.tracking_uri, result.model_uri)[0]).model.get_weights()
+    weights = bundle.load_keras(registry.fetch(job.tracking_uri, result.model_uri)[0]).get_weights()
     parameters = f"{sum(weight.size for weight in weights):,}"
     assert glance == {"model": "unet-small 4-8", "input": "32x32x1", "augment": "none", "parameters": parameters}
     [given] = run.inputs.dataset_inputs
@@ -138,7 +143,7 @@ def test_the_registered_model_scores_what_the_history_says(
     images = np.stack([np.frombuffer(row["image"], np.uint8).reshape(32, 32, 1) for row in rows])
     truth = np.stack([np.frombuffer(row["mask"], np.uint8).reshape(32, 32) for row in rows]) > 0
     loaded = bundle.load(folder)
-    probability = loaded.model(images).numpy()[..., 0]
+    probability = bundle.load_keras(folder)(images).numpy()[..., 0]
 
     def dice(threshold: float) -> float:
         found = probability >= threshold
@@ -150,6 +155,13 @@ def test_the_registered_model_scores_what_the_history_says(
     assert loaded.threshold == result.history[result.best_epoch - 1]["val/threshold"]
     assert dice(loaded.threshold) >= max(dice(one) for one in np.linspace(0.01, 0.99, 99)) - 2e-3
     assert runs.metric(job.tracking_uri, result.run_id, "threshold") == loaded.threshold
+    # It knows what it was trained on, and how sure it is of validation, where each row is a patient.
+    assert loaded.range is not None
+    train = describe(discs).read_rows("train", ["foreground_pixels"])["foreground_pixels"].to_pylist()
+    assert loaded.range.foreground_share == max(train) / 32**2
+    bits = entropy([probability, 1 - probability], base=2)
+    means = [of_row[found].mean() for of_row, found in zip(bits, probability >= loaded.threshold, strict=True)]
+    assert loaded.range.entropy_bits == pytest.approx(np.nanmax(means), abs=1e-3)
 
 
 def test_one_worker_ends_with_the_weights_of_two_at_the_same_global_batch(
@@ -166,6 +178,7 @@ def test_one_worker_ends_with_the_weights_of_two_at_the_same_global_batch(
             assert row[name] == pytest.approx(other[name], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_run_whose_worker_is_killed_reproduces_the_undisturbed_one(
     tmp_path: Path, undisturbed: tuple[TrainConfig, TrainResult], unregistered: None
 ) -> None:
@@ -183,6 +196,7 @@ def test_a_run_whose_worker_is_killed_reproduces_the_undisturbed_one(
     assert (tags["rayseg.reproduces"], tags["rayseg.reproduced"]) == (first.run_id, "true")
 
 
+@pytest.mark.slow
 def test_three_workers_a_killed_driver_and_workers_that_hang_change_nothing(
     discs: str, tmp_path: Path, undisturbed: tuple[TrainConfig, TrainResult], unregistered: None
 ) -> None:
@@ -221,6 +235,42 @@ def test_three_workers_a_killed_driver_and_workers_that_hang_change_nothing(
     assert sorted(steps) == list(range(EPOCHS + 1)), "each epoch once"
     differences = apart(job, undisturbed[0])
     assert max(differences.values()) < TOLERANCE, differences
+
+
+@pytest.mark.slow
+@pytest.mark.e2e
+def test_a_store_that_is_away_for_a_minute_changes_nothing(
+    discs: str, s3_store: str, tmp_path: Path, undisturbed: tuple[TrainConfig, TrainResult]
+) -> None:
+    storage.upload(discs, f"{s3_store}/outage/prepared")
+    runs_uri = f"{s3_store}/outage/runs"
+    job = config(f"{s3_store}/outage/prepared", tmp_path, storage=runs_uri)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"train": plain(job)}))
+    with faulty(os.environ["AWS_ENDPOINT_URL"], seed=1) as faults:
+        back, gone = threading.Timer(OUTAGE_S, lambda: setattr(faults, "share", 0.0)), threading.Event()
+
+        def goes(head: bytes) -> None:
+            if head.startswith(b"PUT") and b"epoch-00001/state.json" in head and not gone.is_set():
+                gone.set()
+                faults.share = 1.0
+                back.start()
+
+        faults.kinds, faults.done = ("reset", "503"), goes
+        environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+        environment |= {"AWS_ENDPOINT_URL": faults.url, "PYTHONPATH": "platform"}
+        command = [sys.executable, "-m", "jobs.train", "--config", str(recipe)]
+        done = subprocess.run(command, env=environment, capture_output=True)
+        back.cancel()
+    assert done.returncode == 0, done.stderr.decode()[-8000:]
+    assert faults.share == 0.0, "the run has lived through the whole outage"
+    assert faults.counts["reset"] + faults.counts["503"] > 5
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert runs.client(job.tracking_uri).get_run(result["run_id"]).info.status == "FINISHED"
+    assert [row["epoch"] for row in result["history"]] == list(range(1, EPOCHS + 1))
+    storage.download(runs_uri, tmp_path / "runs")
+    there = dataclasses.replace(job, storage=str(tmp_path / "runs"))
+    assert unequal(there, undisturbed[0]) == []
 
 
 @pytest.fixture

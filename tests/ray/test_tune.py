@@ -27,6 +27,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 EPOCHS, FITS, TOO_DEEP = 3, [4, 8], [4] * 7  # halves 32 pixels six times
 
 
+@pytest.mark.slow
 def test_a_sweep_whose_driver_is_killed_goes_on_as_if_undisturbed(
     discs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

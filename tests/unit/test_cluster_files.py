@@ -1,7 +1,10 @@
 """The files that a cluster is started and fed with, by the checks of those who read them."""
 
 import copy
+import json
+import os
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -12,8 +15,79 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
+from cryptography import x509
 
 ROOT = Path(__file__).parents[2]
+LAUNCHED = ("cluster.yaml", "configs/cluster-local.yaml")
+
+POD_TEMPLATE = {
+    "type": "object",
+    "required": ["spec"],
+    "properties": {"spec": {"type": "object", "required": ["containers"]}},
+}
+START_PARAMS = {"type": "object", "additionalProperties": {"type": "string"}}
+# Of https://docs.ray.io/en/master/kuberay/references/api.html (KubeRay 1.7.1): the fields that are required, and those
+# that configs/kuberay.yaml uses. What is inside a pod is not looked at.
+KUBERAY_CLUSTER: dict[str, Any] = {
+    "type": "object",
+    "required": ["headGroupSpec"],
+    "additionalProperties": False,
+    "properties": {
+        "rayVersion": {"type": "string"},
+        "authOptions": {"type": "object", "properties": {"mode": {"enum": ["disabled", "token"]}}},
+        "enableInTreeAutoscaling": {"type": "boolean"},
+        "autoscalerOptions": {
+            "type": "object",
+            "additionalProperties": False,
+            "properties": {
+                "idleTimeoutSeconds": {"type": "integer"},
+                "env": {"type": "array"},
+                "volumeMounts": {"type": "array"},
+            },
+        },
+        "headGroupSpec": {
+            "type": "object",
+            "required": ["rayStartParams", "template"],
+            "additionalProperties": False,
+            "properties": {"rayStartParams": START_PARAMS, "template": POD_TEMPLATE},
+        },
+        "workerGroupSpecs": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "required": ["groupName", "minReplicas", "maxReplicas", "rayStartParams", "template"],
+                "additionalProperties": False,
+                "properties": {
+                    "groupName": {"type": "string"},
+                    "replicas": {"type": "integer", "minimum": 0},
+                    "minReplicas": {"type": "integer", "minimum": 0},
+                    "maxReplicas": {"type": "integer", "minimum": 1},
+                    "rayStartParams": START_PARAMS,
+                    "template": POD_TEMPLATE,
+                },
+            },
+        },
+    },
+}
+KUBERAY: dict[str, Any] = {
+    "RayCluster": KUBERAY_CLUSTER,
+    "RayJob": {
+        "type": "object",
+        "additionalProperties": False,
+        "properties": {
+            "entrypoint": {"type": "string"},
+            "runtimeEnvYAML": {"type": "string"},
+            "shutdownAfterJobFinishes": {"type": "boolean"},
+            "backoffLimit": {"type": "integer"},
+            "rayClusterSpec": KUBERAY_CLUSTER,
+        },
+    },
+    "RayService": {
+        "type": "object",
+        "additionalProperties": False,
+        "properties": {"serveConfigV2": {"type": "string"}, "rayClusterConfig": KUBERAY_CLUSTER},
+    },
+}
 
 
 def read(name: str) -> dict[str, Any]:
@@ -32,7 +106,16 @@ def test_cluster_file_passes_the_launchers_own_check():
     prepared = check_cluster(read("cluster.yaml"))
     workers = {name: kind for name, kind in prepared["available_node_types"].items() if name != "head"}
     assert any(kind["resources"].get("GPU") for kind in workers.values())
+    assert any(kind["resources"].get("decode") and "GPU" not in kind["resources"] for kind in workers.values())
+    spot = {"MarketType": "spot"}
+    assert any(kind["node_config"].get("InstanceMarketOptions") == spot for kind in workers.values())
     assert all(kind["min_workers"] < kind["max_workers"] for kind in workers.values()), "autoscaled"
+
+
+def test_file_of_local_hosts_passes_it_too():
+    prepared = check_cluster(read("configs/cluster-local.yaml"))
+    (kind,) = prepared["available_node_types"].values()
+    assert (kind["min_workers"], kind["max_workers"]) == (2, 2), "all hosts, always"
 
 
 def test_the_launchers_check_refuses_what_it_should():
@@ -43,21 +126,40 @@ def test_the_launchers_check_refuses_what_it_should():
         check_cluster({**cluster, "head_node_type": "none"})
 
 
-def test_every_node_asks_for_a_token_and_sends_no_telemetry():
-    cluster = read("cluster.yaml")
+@pytest.mark.parametrize("name", LAUNCHED)
+def test_every_node_asks_for_a_token_speaks_tls_and_sends_no_telemetry(name: str):
+    cluster = read(name)
+    settings = (
+        "RAY_AUTH_MODE=token",
+        "RAY_USAGE_STATS_ENABLED=0",
+        "RAY_USE_TLS=1",
+        "RAY_TLS_CA_CERT=$HOME/.ray/tls/ca.crt",
+    )
     for key in ("head_start_ray_commands", "worker_start_ray_commands"):
         (start,) = [command for command in cluster[key] if "ray start" in command]
-        assert "RAY_AUTH_MODE=token" in start
-        assert "RAY_USAGE_STATS_ENABLED=0" in start
-        assert "--dashboard-host=127.0.0.1" in start or "--head" not in start
-    assert "~/.ray/auth_token" in cluster["file_mounts"].values()
+        before, _, after = start.partition("ray start")
+        assert set(settings) <= set(before.split())
+        assert "RAY_TLS_SERVER_CERT=$HOME/.ray/tls/node.crt RAY_TLS_SERVER_KEY=$HOME/.ray/tls/node.key" in before
+        assert "--metrics-export-port=8080" in after
+        assert "--dashboard-host=127.0.0.1" in after or "--head" not in after
+    assert {"~/.ray/auth_token", "~/.ray/tls/ca.crt", "~/.ray/tls/ca.key"} <= set(cluster["file_mounts"].values())
+
+
+def test_the_cloud_lets_in_nothing_but_ssh_from_one_network():
+    cluster = read("cluster.yaml")
     for permission in cluster["provider"]["security_group"]["IpPermissions"]:
         assert permission["ToPort"] == 22
         assert all(network["CidrIp"] != "0.0.0.0/0" for network in permission["IpRanges"])
 
 
 def test_cluster_files_hold_no_secret():
-    for name in ("cluster.yaml", "configs/runtime_env.yaml", "configs/mlflow-server.env", "serving/config.yaml"):
+    for name in (
+        *LAUNCHED,
+        "configs/kuberay.yaml",
+        "configs/runtime_env.yaml",
+        "configs/mlflow-server.env",
+        "serving/config.yaml",
+    ):
         text = (ROOT / name).read_text(encoding="utf-8")
         secret = r"AKIA|BEGIN [A-Z ]*PRIVATE KEY|(?i:secret|password|token)\s*[:=]\s*['\"]?[0-9a-f]{8}"
         assert not re.search(secret, text)
@@ -68,6 +170,8 @@ def test_nodes_have_the_ray_and_the_python_of_the_lock():
     ray_version = next(re.findall(r"==(\S+)$", line)[0] for line in project["dependencies"] if line.startswith("ray["))
     minor = re.findall(r">=3\.(\d+)", project["requires-python"])[0]
     assert f"ray:{ray_version}-py3{minor}" in read("cluster.yaml")["docker"]["image"]
+    pods = read("configs/kuberay.yaml")["items"]
+    assert {item["spec"].get("rayVersion", ray_version) for item in pods} == {ray_version}
     lock = (ROOT / "requirements-gpu.lock").read_text(encoding="utf-8")
     assert f"\nray=={ray_version} " in lock
     assert read("cluster.yaml")["file_mounts"]["/home/ray/requirements-gpu.lock"] == "requirements-gpu.lock"
@@ -120,5 +224,95 @@ def test_serve_config_is_what_serve_takes_and_names_our_deployments():
     assert not schema.logging_config.enable_access_log
     (application,) = schema.applications
     assert (application.name, application.import_path) == (APP_NAME, "serving.app:application")
-    assert config.build(ServeConfig, application.args).max_batch_size == 16
+    assert config.build(ServeConfig, application.args).max_queue == 512
     assert {deployment.name for deployment in application.deployments} <= {Ingress.name, Model.name}
+
+
+def certified(folder: Path, command: str, **environment: str) -> x509.Certificate:
+    """What a command that certifies a node makes, once its signature is found to be the authority's.
+
+    The authority comes from the command in the first lines of cluster.yaml.
+    """
+    first_lines = (ROOT / "cluster.yaml").read_text(encoding="utf-8")
+    (authority,) = re.findall(r"^#   (openssl req -x509 .*)$", first_lines, re.MULTILINE)
+    made = folder / ".ray" / "tls"
+    made.mkdir(parents=True)
+    for one in (authority, command):
+        home = {"HOME": str(folder), "PATH": os.environ["PATH"], **environment}
+        subprocess.run(["sh", "-e", "-c", one], cwd=made, env=home, check=True, capture_output=True)
+    certificate, root = (x509.load_pem_x509_certificate((made / name).read_bytes()) for name in ("node.crt", "ca.crt"))
+    certificate.verify_directly_issued_by(root)
+    assert (made / "node.key").stat().st_mode & 0o077 == 0
+    return certificate
+
+
+def addresses(certificate: x509.Certificate) -> set[str]:
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    return set(map(str, names.get_values_for_type(x509.IPAddress)))
+
+
+@pytest.mark.parametrize("name", LAUNCHED)
+def test_a_node_gets_a_certificate_of_its_addresses(name: str, tmp_path: Path):
+    (command,) = [command for command in read(name)["setup_commands"] if "openssl x509" in command]
+    own = set(subprocess.run(["hostname", "-I"], capture_output=True, text=True, check=True).stdout.split())
+    if not own:
+        pytest.skip("this machine has no address but loopback's")
+    assert addresses(certified(tmp_path, command)) == {"127.0.0.1"} | own
+
+
+def test_a_pod_gets_a_certificate_of_its_address_and_of_the_clusters_services(tmp_path: Path):
+    pod = read("configs/kuberay.yaml")["items"][0]["spec"]["headGroupSpec"]["template"]["spec"]
+    (command,) = pod["initContainers"][0]["args"]
+    mounted = command.replace("/etc/rayseg/tls", str(tmp_path / ".ray" / "tls")).replace("../authority/", "")
+    found = certified(tmp_path, mounted, POD_IP="10.1.2.3", NAMESPACE="ours")
+    assert addresses(found) == {"127.0.0.1", "10.1.2.3"}
+    names = found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert names.get_values_for_type(x509.DNSName) == ["localhost", "*.ours.svc.cluster.local"]
+
+
+def test_kuberay_file_has_the_fields_that_kuberay_knows():
+    """Against what we use of ray.io/v1, copied by hand from KubeRay's reference: its own definitions are not here."""
+    items = read("configs/kuberay.yaml")["items"]
+    assert [item["kind"] for item in items] == ["RayCluster", "RayJob", "RayService", "NetworkPolicy"]
+    for item in items[:3]:
+        assert item["apiVersion"] == "ray.io/v1"
+        jsonschema.validate(item["spec"], KUBERAY[item["kind"]], cls=jsonschema.Draft202012Validator)
+    broken = copy.deepcopy(items[0]["spec"])
+    broken["workerGroupSpecs"][0]["maxWorkers"] = 3
+    with pytest.raises(jsonschema.ValidationError, match="maxWorkers"):
+        jsonschema.validate(broken, KUBERAY["RayCluster"])
+
+
+def test_pods_ask_for_a_token_speak_tls_and_say_what_they_have():
+    cluster = read("configs/kuberay.yaml")["items"][0]["spec"]
+    assert cluster["authOptions"] == {"mode": "token"}
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        pod = group["template"]["spec"]
+        (container,) = pod["containers"]
+        told = {entry["name"]: entry["value"] for entry in container["env"]}
+        assert told["RAY_USE_TLS"] == "1"
+        mounted = tuple(mount["mountPath"] for mount in container["volumeMounts"])
+        files = [value for name, value in told.items() if name.endswith(("_FILE", "_CERT", "_KEY"))]
+        assert len(files) == 5
+        assert all(value.startswith(mounted) for value in files)
+        assert {mount["name"] for mount in container["volumeMounts"]} <= {volume["name"] for volume in pod["volumes"]}
+        assert group["rayStartParams"]["metrics-export-port"] == "8080"
+        if "resources" in group["rayStartParams"]:  # as it goes through the shell of the pod
+            (text,) = shlex.split(group["rayStartParams"]["resources"])
+            assert json.loads(text)
+    groups = {group["groupName"] for group in cluster["workerGroupSpecs"]}
+    assert groups == read("cluster.yaml")["available_node_types"].keys() - {"head"}
+
+
+def test_jobs_and_services_of_kuberay_are_what_ray_takes():
+    from ray.runtime_env import RuntimeEnv
+    from ray.serve.schema import ServeDeploySchema
+
+    _, job, service, _ = read("configs/kuberay.yaml")["items"]
+    assert RuntimeEnv(**yaml.safe_load(job["spec"]["runtimeEnvYAML"]))["working_dir"].startswith("s3://")
+    served = yaml.safe_load(service["spec"]["serveConfigV2"])
+    assert ServeDeploySchema.model_validate(served)
+    ours = read("serving/config.yaml")
+    assert served.pop("http_options") == {"host": "0.0.0.0", "port": 8000}
+    assert ours.pop("http_options")["port"] == 8000
+    assert served == ours

@@ -2,6 +2,8 @@
 
 import gzip
 import io
+import json
+import struct
 from typing import Any
 
 import nibabel as nib
@@ -152,3 +154,20 @@ def test_slices_without_a_place_are_no_stack(changes: dict[str, Any], reason: Re
     twice = stack([np.zeros((ROWS, COLUMNS), np.uint8)] * 2, places([1.0, 1.0]))
     assert isinstance(twice, Reject)
     assert twice.reason == Reason.SERIES_DUPLICATES
+
+
+def test_a_scene_without_anything_found_is_valid_and_empty():
+    data = exports.glb({})
+    # glTF 2.0, 4.4: magic, version, length; the first chunk's length and kind, padded to four bytes
+    magic, version, length, chunk, kind = struct.unpack("<4sIII4s", data[:20])
+    assert (magic, version, length, chunk, kind) == (b"glTF", 2, len(data), len(data) - 20, b"JSON")
+    assert chunk % 4 == 0
+    assert json.loads(data[20:]) == {"asset": {"version": "2.0"}, "scene": 0, "scenes": [{}]}
+    assert not trimesh.load(io.BytesIO(data), file_type="glb").geometry
+
+
+def test_a_flat_body_has_a_diameter() -> None:
+    """Of a unit square's two triangles; marching cubes leaves such pieces where slices are tilted."""
+    corners = np.array([[0, 0, 3], [1, 0, 3], [1, 1, 3], [0, 1, 3]], float)
+    flat = trimesh.Trimesh(corners, [[0, 1, 2], [0, 2, 3]])
+    assert exports.max_diameter_mm(flat) == pytest.approx(2**0.5)

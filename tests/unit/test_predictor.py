@@ -1,6 +1,11 @@
 import base64
 import io
+import os
+import subprocess
+import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import keras
@@ -18,6 +23,7 @@ from rayseg.dicom.segmentation import decode
 from rayseg.inference import predictor as predictor_module
 from rayseg.inference.predictor import Prediction, Predictor, mask_png
 from rayseg.inference.series import Task, segment_series
+from rayseg.models import engine
 from rayseg.records import Reason, Reject
 from rayseg.tracking import bundle
 from rayseg.tracking.registry import ModelVersion
@@ -50,7 +56,15 @@ def identity(size: tuple[int, int]) -> keras.Model:
 
 
 def of_model(model: keras.Model, preprocess: Preprocess, threshold: float = 0.5) -> Predictor:
-    return Predictor(bundle.Bundle(model, preprocess, Labels(), threshold, "", b""))
+    return of_labels(model, preprocess, Labels(), threshold)
+
+
+def of_labels(
+    model: keras.Model, preprocess: Preprocess, labels: Labels, threshold: float = 0.5, precision: str = "float32"
+) -> Predictor:
+    converted = engine.convert(model)
+    made = bundle.Bundle(converted, preprocess, labels, threshold, "", b"")
+    return Predictor([made], [engine.compile_openvino(converted, precision, threads=2)])
 
 
 def bands(size: tuple[int, int]) -> keras.Model:
@@ -68,13 +82,30 @@ def plain(stored: np.ndarray) -> Slice:
     return Slice(stored, 1.0, 0.0, None)
 
 
+@dataclass(frozen=True)
+class Trained:
+    """A network whose probabilities lie around the threshold, so that a change in the last bit shows somewhere."""
+
+    model: keras.Model
+    preprocess: Preprocess
+    threshold: float
+
+
 @pytest.fixture(scope="module")
-def trained() -> Predictor:
-    """A Predictor whose probabilities lie around the threshold, so that a change in the last bit shows somewhere."""
+def network_64() -> Trained:
     model, preprocess = network(64), Preprocess(size=(64, 64))
     images = np.stack([preprocess.apply(slice) for slice in slices()])
-    threshold = float(np.median(model.predict(images, verbose=0)))
-    return of_model(model, preprocess, threshold)
+    return Trained(model, preprocess, float(np.median(model.predict(images, verbose=0))))
+
+
+@pytest.fixture(scope="module", params=["openvino screened", "openvino bfloat16", "tensorflow float32"])
+def trained(request: pytest.FixtureRequest, network_64: Trained) -> Predictor:
+    name, precision = request.param.split()
+    converted = engine.convert(network_64.model)
+    made = bundle.Bundle(converted, network_64.preprocess, Labels(), network_64.threshold, "", b"")
+    if name == "openvino":
+        return Predictor([made], [engine.compile_openvino(converted, precision, threads=2)])
+    return Predictor([made], [engine.compile_tensorflow(network_64.model, precision)])
 
 
 def slices() -> list[Slice]:
@@ -110,23 +141,85 @@ def test_a_mask_does_not_depend_on_who_else_is_calling(trained: Predictor) -> No
     assert together == alone * 3
 
 
-def test_a_mask_is_what_keras_says(trained: Predictor) -> None:
+@pytest.mark.parametrize("precision", ["float32", "screened", "bfloat16"])
+def test_a_mask_is_what_keras_says(network_64: Trained, precision: str) -> None:
     inputs = [slice for slice in slices() if slice.stored.shape == (64, 64)]
-    images = np.stack([trained.bundle.preprocess.apply(slice) for slice in inputs])
-    probabilities = trained.bundle.model.predict(images, verbose=0)[..., 0]
-    for mask, expected in zip(trained.predict(inputs), probabilities, strict=True):
-        sure = np.abs(expected - trained.bundle.threshold) > 1e-4
-        assert sure.mean() > 0.99
-        assert np.array_equal(mask[sure], expected[sure] >= trained.bundle.threshold)
+    images = np.stack([network_64.preprocess.apply(slice) for slice in inputs])
+    probabilities = network_64.model.predict(images, verbose=0)[..., 0]
+    predictor = of_labels(network_64.model, network_64.preprocess, Labels(), network_64.threshold, precision)
+    off = 0.05 if precision == "bfloat16" else 1e-4
+    for mask, expected in zip(predictor.predict(inputs), probabilities, strict=True):
+        sure = np.abs(expected - network_64.threshold) > off
+        assert sure.mean() > (0.3 if precision == "bfloat16" else 0.99)
+        assert np.array_equal(mask[sure], expected[sure] >= network_64.threshold)
 
 
-def test_no_call_traces_the_network_again(trained: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
-    def called(*arguments: object, **options: object) -> None:
-        raise AssertionError("the network was traced again")
+def test_slices_with_nothing_are_screened_in_bfloat16_alone(network_64: Trained) -> None:
+    """The probabilities tell by which precision they were made; a slice where something shows has float32's."""
+    by_precision = {
+        precision: of_labels(network_64.model, network_64.preprocess, Labels(), 0.5, precision)
+        for precision in ("float32", "screened", "bfloat16")
+    }
+    if "bfloat16" not in by_precision["screened"].engine:
+        pytest.skip("this processor has no bfloat16")
+    (slice, *_) = slices()
+    for threshold, like in ((1.2, "bfloat16"), (network_64.threshold, "float32")):  # no probability is 1.1
+        found = {}
+        for precision, predictor in by_precision.items():
+            predictor.threshold = threshold
+            judged = predictor.judge_stack([slice])
+            assert not isinstance(judged, Reject)
+            found[precision] = judged.probabilities_KHW
+            assert np.array_equal(judged.mask, found[precision][0] >= threshold)
+        assert not np.array_equal(found["float32"], found["bfloat16"])
+        assert np.array_equal(found["screened"], found[like])
 
-    monkeypatch.setattr(type(trained.bundle.model), "__call__", called)
-    for count in (1, 3, 12):
-        assert len(trained.predict(slices()[:count])) == count
+
+def test_mirror_images_and_models_are_averaged(network_64: Trained) -> None:
+    """Against Keras on each mirror image by itself, and on two networks of different sizes and thresholds."""
+    other, small = network(32), Preprocess(size=(32, 32))
+    (slice, *_) = [slice for slice in slices() if slice.stored.shape == (64, 64)]
+    predictor = Predictor(
+        [
+            bundle.Bundle(engine.convert(model), preprocess, Labels(), threshold, "", b"")
+            for model, preprocess, threshold in (
+                (network_64.model, network_64.preprocess, 0.3),
+                (other, small, 0.5),
+            )
+        ],
+        [engine.compile_openvino(engine.convert(model), "float32") for model in (network_64.model, other)],
+        "both",
+    )
+    assert predictor.threshold == pytest.approx(0.4)
+    expected = []
+    for model, preprocess in ((network_64.model, network_64.preprocess), (other, small)):
+        image = preprocess.apply(slice)
+        flips = [image, image[::-1], image[:, ::-1], image[::-1, ::-1]]
+        first, rows, columns, both = model.predict(np.stack(flips), verbose=0)[..., 0]
+        mean = (first + rows[::-1] + columns[:, ::-1] + both[::-1, ::-1]) / 4
+        expected.append(preprocess.restore(mean.astype(np.float32), *slice.shape))
+    judged = predictor.judge_stack([slice])
+    assert not isinstance(judged, Reject)
+    np.testing.assert_allclose(judged.probabilities_KHW[0], np.mean(expected, axis=0), atol=1e-5)
+
+
+def test_models_of_other_classes_are_no_ensemble() -> None:
+    made = [
+        bundle.Bundle(engine.Network(b"", b""), Preprocess(size=(64, 64)), Labels((name,)), 0.5, "", b"")
+        for name in ("bleed", "tumor")
+    ]
+    compiled = engine.Compiled(np.asarray, None, "none")
+    with pytest.raises(ValueError, match=r"ensemble: .* \['bleed'\] and \['tumor'\]"):
+        Predictor(made, [compiled, compiled])
+
+
+def test_importing_openvino_tells_nobody(tmp_path: Path) -> None:
+    script = (
+        "import sys; from rayseg.models import engine; engine._openvino(); "
+        "assert not any(name.startswith('openvino_telemetry.') for name in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, env=os.environ | {"HOME": str(tmp_path)})
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_threshold_itself_is_foreground() -> None:
@@ -154,7 +247,7 @@ def test_the_mask_lies_on_the_native_grid(shape: tuple[int, int]) -> None:
 
 def test_of_several_classes_the_most_probable_one_is_the_label() -> None:
     labels, preprocess = Labels(("first", "second")), Preprocess((16, 16), UNITS, None)
-    predictor = Predictor(bundle.Bundle(bands((16, 16)), preprocess, labels, 0.5, "", b""))
+    predictor = of_labels(bands((16, 16)), preprocess, labels)
     ramp = np.arange(256, dtype=np.uint8).reshape(16, 16)
     (mask,) = predictor.predict([plain(ramp)])
     assert mask.dtype == np.uint8
@@ -171,7 +264,7 @@ def test_of_several_classes_the_most_probable_one_is_the_label() -> None:
 @pytest.mark.parametrize("profile", ["seg", "seg-labelmap"])
 def test_an_archives_segmentation_has_a_segment_a_class(tmp_path: Path, profile: str) -> None:
     labels, preprocess = Labels(("first", "second")), Preprocess((64, 64), Window(40, 80), None)
-    predictor = Predictor(bundle.Bundle(bands((64, 64)), preprocess, labels, 0.5, "", b""))
+    predictor = of_labels(bands((64, 64)), preprocess, labels)
     data = synthetic.slice_bytes(0, 64)
     (tmp_path / "1.dcm").write_bytes(data)
     version = ModelVersion("m", "1", "models:/m/1", "r", "d")
@@ -210,11 +303,11 @@ def test_each_object_ends_as_a_prediction_or_a_reject_in_its_place(trained: Pred
 
 def test_mlflow_gets_a_row_for_each_row(tmp_path: Path) -> None:
     example = synthetic.slice_bytes(0, 64)
-    saved = bundle.save(tmp_path, network(32), Preprocess(size=(32, 32)), Labels(), 0.5, example)
+    bundle.save(tmp_path, network(32), Preprocess(size=(32, 32)), Labels(), 0.5, example)
     model = predictor_module._load_pyfunc(str(tmp_path))
     found = model.predict(pd.DataFrame({"dicom": [example, b"no image"]}))
     mask = np.asarray(Image.open(io.BytesIO(base64.b64decode(found["mask_png"][0]))))
-    (expected,) = Predictor(saved).segment([example])
+    (expected,) = Predictor.load(tmp_path).segment([example])
     assert isinstance(expected, Prediction)
     assert np.array_equal(mask, expected.mask)
     assert found["foreground_pixels"][0] == np.count_nonzero(expected.mask) > 0
@@ -227,3 +320,24 @@ def test_a_mask_png_holds_the_labels_themselves() -> None:
     image = Image.open(io.BytesIO(mask_png(mask)))
     assert image.mode == "L"
     assert np.array_equal(np.asarray(image), mask)
+
+
+def test_a_series_own_slices_are_at_work_at_once_and_come_in_order() -> None:
+    together = threading.Barrier(2, timeout=60)
+
+    def forward(images_NHWC: np.ndarray) -> np.ndarray:
+        if images_NHWC.max() == 7:
+            raise ZeroDivisionError
+        together.wait()  # alone it would wait in vain
+        return images_NHWC / np.float32(255)
+
+    made = bundle.Bundle(engine.convert(identity((8, 8))), Preprocess((8, 8), UNITS, None), Labels(), 0.5, "", b"")
+    predictor = Predictor([made], [engine.Compiled(forward, None, "of the test")], threads=2)
+    values = [250, 7, 40, 200, 90]
+    stacks = [[plain(np.full((8, 8), value, np.uint8))] for value in values]
+    judged = list(predictor.judge_stacks(stacks))
+    found = [result.reason if isinstance(result, Reject) else result.mask.any() for result in judged]
+    assert found == [True, Reason.INTERNAL, False, True, False]
+    assert [result.slice for result in judged if not isinstance(result, Reject)] == [
+        stack[0] for stack, value in zip(stacks, values, strict=True) if value != 7
+    ]

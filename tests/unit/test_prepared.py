@@ -87,3 +87,11 @@ def test_no_set_and_an_old_set_are_refused(uri: str, tmp_path: Path) -> None:
     storage.write_json(storage.join(uri, DESCRIPTION), stale)
     with pytest.raises(ValueError, match="of version 0, not"):
         describe(uri)
+
+
+def test_a_set_is_the_same_wherever_its_tasks_run():
+    from rayseg.data.prepare import PrepareConfig, _digest
+
+    plain, pinned = (PrepareConfig("m", "o", resources=asked) for asked in ({}, {"decode": 1.0}))
+    assert _digest(plain, "0" * 64, {}) == _digest(pinned, "0" * 64, {})
+    assert _digest(plain, "0" * 64, {}) != _digest(plain, "1" * 64, {})

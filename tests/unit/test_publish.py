@@ -22,7 +22,7 @@ from rayseg.evaluation.cases import Tolerance
 from rayseg.evaluation.publish import Artifacts, publish, set_tag
 from rayseg.evaluation.record import Record
 from rayseg.evaluation.scorer import Scorer, read_truth
-from rayseg.inference.predictor import Prediction
+from rayseg.inference.predictor import Judgement
 from rayseg.records import Reason, Reject
 from rayseg.tracking import card, registry, runs
 
@@ -37,7 +37,7 @@ class Painted:
         self.neighbours, self._classes = 0, classes
         self.bundle = type("Bundle", (), {"preprocess": Preprocess()})
 
-    def judge_stack(self, stack: Sequence[Slice | Reject | None]) -> tuple[Prediction, np.ndarray] | Reject:
+    def judge_stack(self, stack: Sequence[Slice | Reject | None]) -> Judgement | Reject:
         (slice,) = stack
         assert slice is not None
         if isinstance(slice, Reject):
@@ -45,7 +45,8 @@ class Painted:
         mask = (slice.stored // 100).astype(np.uint8)
         channels = [0.1 + 0.8 * (mask == index) for index in range(self._classes + 1)]
         chosen = channels[1:] if self._classes == 1 else channels
-        return Prediction(slice, mask), np.stack(chosen).astype(np.float32)
+        found_KHW = np.stack(chosen).astype(np.float32)
+        return Judgement(slice, mask, Preprocess().apply(slice), lambda: found_KHW)
 
 
 def row(folder: Path, patient: str, number: int, prediction: np.ndarray, truth: np.ndarray) -> dict[str, Any]:

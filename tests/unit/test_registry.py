@@ -14,6 +14,7 @@ from mlflow import MlflowClient
 from rayseg.data import synthetic
 from rayseg.data.labels import Labels
 from rayseg.data.preprocess import Preprocess, Window
+from rayseg.data.range import Range
 from rayseg.tracking import bundle, registry, runs
 
 SIZE = (32, 32)
@@ -71,9 +72,7 @@ def test_a_bundle_of_before_labels_had_rules_is_still_read(tmp_path: Path) -> No
     told = json.loads(path.read_text())
     told["labels"] = {"names": ["lesion"], "threshold": 0}
     del told["preprocess"]["color"]
-    model = keras.saving.load_model(tmp_path / "model.keras", compile=False)
-    written = told["preprocess"], told["labels"], told["threshold"], told["example_mask_sha256"]
-    path.write_text(json.dumps(told | {"digest": bundle._digest(model, *written)}))
+    path.write_text(json.dumps(told | {"digest": bundle._digest(told)}))
     assert registry.load(tmp_path).labels == Labels()
 
 
@@ -84,17 +83,29 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     assert (loaded.preprocess, loaded.labels, loaded.threshold) == (preprocess, Labels(("bleed",), 127), 0.3)
     assert loaded.example == EXAMPLE
     assert loaded.digest == saved.digest
-    for there, here in zip(loaded.model.get_weights(), saved.model.get_weights(), strict=True):
+    assert loaded.network == saved.network
+    for there, here in zip(bundle.load_keras(tmp_path).get_weights(), network(0).get_weights(), strict=True):
         assert np.array_equal(there, here)
+
+
+def test_the_range_of_the_training_set_is_part_of_a_bundle_that_has_one(tmp_path: Path) -> None:
+    known = Range(("CT",), ("HEAD",), (0.5, 0.5), (40.25, 60.0), None, 1 / 3, 12.0, 3, 0.2)
+    without, saved = save(tmp_path / "a"), save(tmp_path / "b", known=known)
+    loaded = registry.load(tmp_path / "b")
+    assert loaded.range == saved.range == known
+    assert loaded.digest == saved.digest != without.digest
+    path = tmp_path / "b" / "bundle.json"
+    path.write_text(path.read_text().replace("40.25", "41.25"))
+    with pytest.raises(ValueError, match="does not have the digest"):
+        registry.load(tmp_path / "b")
+    assert registry.load(tmp_path / "a").range is None
 
 
 def test_a_bundle_from_before_a_setting_existed_is_still_read(tmp_path: Path) -> None:
     saved = save(tmp_path)
     told = json.loads((tmp_path / "bundle.json").read_text())
     del told["preprocess"]["z_score"]
-    told["digest"] = bundle._digest(
-        saved.model, told["preprocess"], told["labels"], saved.threshold, told["example_mask_sha256"]
-    )
+    told["digest"] = bundle._digest(told)
     (tmp_path / "bundle.json").write_text(json.dumps(told))
     assert registry.load(tmp_path).preprocess == saved.preprocess
 
@@ -122,11 +133,17 @@ def test_a_damaged_bundle_is_refused(tmp_path: Path) -> None:
     sound = model.read_bytes()
     model.write_bytes(sound[: len(sound) // 2])
     with pytest.raises(ValueError, match=r"model\.keras cannot be read"):
-        registry.load(tmp_path)
+        bundle.load_keras(tmp_path)
     model.write_bytes((tmp_path / "other" / "model.keras").read_bytes())
-    with pytest.raises(ValueError, match="does not have the digest"):
-        registry.load(tmp_path)
+    with pytest.raises(ValueError, match="does not have the weights"):
+        bundle.load_keras(tmp_path)
     model.write_bytes(sound)
+    weights = tmp_path / "model.bin"
+    sound = weights.read_bytes()
+    weights.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
+    with pytest.raises(ValueError, match=r"model\.bin is not as it was saved"):
+        registry.load(tmp_path)
+    weights.write_bytes(sound)
     told = json.loads(description.read_text())
     description.write_text(json.dumps(told | {"threshold": 0.6}))
     with pytest.raises(ValueError, match="does not have the digest"):
@@ -255,11 +272,11 @@ def test_a_registered_version_is_verified_and_measured_in_a_clean_process(
 
 
 def test_a_bundle_that_gives_another_mask_elsewhere_gets_no_version(store: str, tmp_path: Path) -> None:
-    saved = save(tmp_path)
+    save(tmp_path)
     description = tmp_path / "bundle.json"
     told = json.loads(description.read_text())
     told["example_mask_sha256"] = "0" * 64
-    told["digest"] = bundle._digest(saved.model, told["preprocess"], told["labels"], saved.threshold, "0" * 64)
+    told["digest"] = bundle._digest(told)
     description.write_text(json.dumps(told))
     run_id = runs.start(store, "registry", "bad")
     with pytest.raises(RuntimeError, match=r"example_mask_sha256 is .* in a clean process, 0000"):

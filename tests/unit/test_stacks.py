@@ -4,6 +4,7 @@ import asyncio
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -28,7 +29,11 @@ from rayseg.inference.predictor import Predictor
 from rayseg.records import MANIFEST, PREPARED, Reason, Reject
 from rayseg.tracking import bundle
 from serving import routes
-from serving.replica import ModelInfo, ModelReplica, Segmented
+from serving.messages import ModelInfo
+from serving.replica import ModelReplica
+from serving.segment import Settings
+from serving.swap import Loaded
+from serving.workers import Workers
 
 UNITS = Window(center=128, width=256)  # value v of 0..255 becomes v
 SPLIT = pa.field("split", pa.string())
@@ -281,23 +286,15 @@ def test_a_slice_alone_is_refused_with_a_reason_and_unreadable_bytes_with_theirs
     assert "1 slices on each side" in found["detail"][0]
 
 
-class OfReplica:
-    """What the routes ask, answered by a replica's forward pass."""
-
-    def __init__(self, predictor: Predictor) -> None:
-        self.replica = ModelReplica.__new__(ModelReplica)
-        self.replica._predictor = predictor
-        values = predictor.bundle
-        info = ModelInfo("m", "1", None, "d", "r", values.labels.names, values.preprocess, values.threshold)
-        self.replica._info = info
-
-    async def segment(self, body: bytes | None) -> Segmented | Reject:
-        return self.replica._forward([body])[0]
-
-
 def test_the_service_answers_422_and_is_healthy(saved: Path) -> None:
-    model = OfReplica(Predictor.load(saved))
-    app = routes.create(model, 2**20)  # type: ignore[arg-type]
+    predictor = Predictor.load(saved)
+    values = predictor.bundle
+    info = ModelInfo("m", "1", None, "d", "r", values.labels.names, values.preprocess, values.threshold)
+    loaded = Loaded(info, predictor, bundle.describe(saved)["example_mask_sha256"], 0.0)
+    model = ModelReplica.__new__(ModelReplica)
+    model._versions = SimpleNamespace(get=lambda wanted, load=True: loaded, current=loaded, shadow=None)
+    model._workers = Workers(1, 8)
+    app = routes.create(model, Settings(2**20))
 
     async def post(body: bytes) -> httpx.Response:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://rayseg") as client:
@@ -307,9 +304,7 @@ def test_the_service_answers_422_and_is_healthy(saved: Path) -> None:
     assert refused.status_code == 422
     assert refused.json()["reason"] == "needs_neighbours"
     assert asyncio.run(post(b"no image")).json()["reason"] == "not_dicom"
-    example = asyncio.run(model.segment(None))
-    assert isinstance(example, Segmented)
-    assert bundle.mask_sha256(example.mask) == bundle.describe(saved)["example_mask_sha256"]
+    assert asyncio.run(model.check()).matches
 
 
 def test_a_store_that_fails_for_a_neighbour_rejects_the_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 import pytest
 
-from rayseg import storage
+from rayseg import retry
 from rayseg.training.settings import TrainConfig
 from rayseg.training.state import State
 
@@ -58,7 +58,7 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_told_and_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "FIRST_PAUSE_S", 0.0)
+    monkeypatch.setattr(retry, "FIRST_PAUSE_S", 0.0)
     folder, outputs = str(tmp_path / "run"), tmp_path / "outputs"
     outputs.mkdir()
     State(1, history=[{"epoch": 1}]).save(folder, model(1), outputs)

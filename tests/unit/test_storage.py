@@ -10,7 +10,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 
-from rayseg import storage
+from rayseg import retry, storage
 
 TREE = ["b.dcm", "a.dcm", "p2/x.png", "p1/deep/z.DCM", "p1/y.dcm", "p10/x.png"]
 
@@ -26,7 +26,7 @@ def tree(tmp_path: Path) -> Path:
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """No waiting between attempts; the list takes what would have been waited."""
     waited: list[float] = []
-    monkeypatch.setattr(storage.time, "sleep", waited.append)
+    monkeypatch.setattr(retry, "sleep", waited.append)
     return waited
 
 
@@ -186,21 +186,21 @@ def failing(times: int, error: OSError) -> tuple[Callable[[], str], list[int]]:
 def test_transient_failures_are_tried_again_with_growing_pauses(
     pauses: list[float], caplog: pytest.LogCaptureFixture
 ) -> None:
-    call, calls = failing(storage.ATTEMPTS - 1, OSError("key of patient X: 503 slow down"))
+    call, calls = failing(retry.ATTEMPTS - 1, OSError("key of patient X: 503 slow down"))
     with caplog.at_level(logging.WARNING):
-        assert storage._try(call) == "result"
-    assert len(calls) == storage.ATTEMPTS
+        assert retry.tried(call) == "result"
+    assert len(calls) == retry.ATTEMPTS
     for attempt, pause in enumerate(pauses):
-        assert 0.5 <= pause / min(storage.LONGEST_PAUSE_S, storage.FIRST_PAUSE_S * 2**attempt) <= 1.5
+        assert 0.5 <= pause / min(retry.LONGEST_PAUSE_S, retry.FIRST_PAUSE_S * 2**attempt) <= 1.5
     assert "patient" not in caplog.text  # the store's message names the object
 
 
 def test_after_the_last_attempt_the_error_is_raised(pauses: list[float]) -> None:
     call, calls = failing(99, OSError("503"))
     with pytest.raises(OSError, match="503"):
-        storage._try(call)
-    assert len(calls) == storage.ATTEMPTS
-    assert len(pauses) == storage.ATTEMPTS - 1
+        retry.tried(call)
+    assert len(calls) == retry.ATTEMPTS
+    assert len(pauses) == retry.ATTEMPTS - 1
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ def test_after_the_last_attempt_the_error_is_raised(pauses: list[float]) -> None
 def test_what_cannot_get_better_is_not_tried_again(error: OSError, raised: type[OSError], pauses: list[float]) -> None:
     call, calls = failing(99, error)
     with pytest.raises(raised):
-        storage._try(call)
+        retry.tried(call)
     assert len(calls) == 1
 
 

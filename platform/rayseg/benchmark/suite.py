@@ -9,16 +9,22 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
-from rayseg.benchmark import data, train
+from rayseg.benchmark import archive, data, plan, serve, train
 
 
 @dataclass(frozen=True)
 class BenchmarkConfig:
-    """What to measure. `rows` is the size of the larger sets of `data`; a tenth of the default gives a first idea."""
+    """What to measure.
 
-    suite: Literal["data", "train"] = "data"
+    rows: the size of the larger sets of `data`, and the objects of the archive of `plan`; a tenth of the default gives
+        a first idea.
+    bentoml: the python of an environment with BentoML, OpenVINO, pydicom and Pillow, for `serve`.
+    """
+
+    suite: Literal["data", "train", "archive", "plan", "serve"] = "data"
     repeats: int = 5
     rows: int = 100_000
+    bentoml: str | None = None
 
     def __post_init__(self) -> None:
         if self.repeats < 2:
@@ -44,6 +50,12 @@ def benchmark(config: BenchmarkConfig) -> BenchmarkResult:
     with TemporaryDirectory(prefix="rayseg-benchmark-") as folder:
         if config.suite == "data":
             figures = data.measure(Path(folder), config.repeats, config.rows)
+        elif config.suite == "archive":
+            figures = archive.measure(Path(folder), config.repeats)
+        elif config.suite == "plan":
+            figures = plan.measure(Path(folder), config.repeats, config.rows)
+        elif config.suite == "serve":
+            figures = serve.measure(Path(folder), config.repeats, config.bentoml)
         else:
             figures = train.measure(Path(folder), config.repeats)
     machine = {"cpu": _cpu(), "cores": os.cpu_count(), "load_before": round(os.getloadavg()[2], 2)}

@@ -4,9 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ import ray
 from rayseg import config as configuration
 from rayseg.benchmark import inputs
 from rayseg.benchmark.data import figure
+from rayseg.benchmark.watch import greatest
 from rayseg.data.augment import Augment
 from rayseg.models.presets import NetworkConfig
 from rayseg.training.settings import TrainConfig, TrainResult
@@ -24,7 +22,6 @@ from rayseg.training.trainer import fit
 _ROWS, _SIZE, _BATCH = 256, 128, 8
 _EPOCHS = 3  # the first one traces and warms up, and does not count
 _MODEL = NetworkConfig(preset="unet-small")
-_POLL_S = 0.2
 # The same network and loss, images and masks in memory, Keras's own loop; seconds of each epoch and peak memory.
 _BARE = """
 import json, sys, time
@@ -75,7 +72,7 @@ def measure(folder: Path, repeats: int) -> dict[str, Any]:
             ("augmented", 1, Augment()),
             ("two_workers", 2, None),
         ):
-            with _watched() as seen:
+            with greatest(_worker_mib) as seen:
                 result = _run(folder / f"{name}{repeat}", prepared, workers, cores, augment)
             counted = result.history[1:]
             rates[name].append(max(row["rows_per_s"] for row in counted))
@@ -126,24 +123,13 @@ def _run(folder: Path, prepared: str, workers: int, cores: int, augment: Augment
     )
 
 
-@contextmanager
-def _watched() -> Iterator[list[float]]:
-    """The greatest resident memory, in MiB, of a training worker among this process's descendants."""
-    seen, over = [0.0], threading.Event()
-
-    def watch() -> None:
-        while not over.wait(_POLL_S):
-            for process in psutil.Process().children(recursive=True):
-                try:
-                    if "RayTrainWorker" in "".join(process.cmdline()[:1]):
-                        seen[0] = max(seen[0], process.memory_info().rss / 2**20)
-                except psutil.Error:  # it has ended since
-                    continue
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        yield seen
-    finally:
-        over.set()
-        watcher.join()
+def _worker_mib() -> float:
+    """The resident memory of the largest training worker among this process's descendants."""
+    largest = 0.0
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if "RayTrainWorker" in "".join(process.cmdline()[:1]):
+                largest = max(largest, process.memory_info().rss / 2**20)
+        except psutil.Error:  # it has ended since
+            continue
+    return largest

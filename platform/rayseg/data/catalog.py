@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import ray.data
 from tqdm import tqdm
 
-from rayseg import cluster, storage
+from rayseg import cluster, logs, meters, pacs, storage
 from rayseg.data import manifest, standing
 from rayseg.data.layouts import Layout, plan, read_groups
 from rayseg.data.spool import Spool, by_series, packed, unpacked
@@ -45,11 +45,16 @@ _FOUND = MANIFEST.insert(0, pa.field("index", pa.int64()))
 class CatalogConfig:
     """What to catalog and where to write the manifest."""
 
-    source: str  # URI of the folder or prefix that `layout` describes
+    source: str  # URI of the folder or prefix that `layout` describes, or a query of a DICOMweb service: see `pacs`
     output: str  # URI of the manifest, a Parquet file
     layout: Layout = field(default_factory=Layout)
     max_reject_fraction: float = 0.2
     concurrency: int = 4  # tasks at a time
+    resources: dict[str, float] = field(default_factory=dict)  # what each asks for beside a CPU: {decode: 1}
+
+    def __post_init__(self) -> None:
+        if pacs.is_dicomweb(self.source) and self.layout != Layout():
+            raise ValueError("catalog.layout: a DICOMweb service has no paths: leave it out")
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,9 @@ def catalog(config: CatalogConfig) -> CatalogResult:
     """Reads the header of every object below the source and writes the manifest, one row an object or frame.
 
     Where a manifest of the same layout and key stands at `output`, objects whose size and ETag are still the
-    same are not read again. Memory does not grow with the source but for some 60 bytes an object.
+    same are not read again. A DICOMweb service tells neither: its instances are read each time, and whole, and what
+    stands for their ETag is a digest of the bytes. Memory does not grow with the source but for some 60 bytes an
+    object.
 
     The rows of a series stand together in the order of its slices, series in the order of their first URI. All objects
     of a series that cannot be used as one are rejected with the series' reason.
@@ -85,6 +92,7 @@ def catalog(config: CatalogConfig) -> CatalogResult:
     """
     began = time.monotonic()
     cluster.connect()
+    cluster.require("catalog", {"CPU": 1, **config.resources}, keys=dict.fromkeys(config.resources, "resources"))
     source, output = storage.absolute(config.source), storage.absolute(config.output)
     pseudonyms = from_environment()
     groups = _groups(source, config.layout)
@@ -141,8 +149,10 @@ def _write(found: Spool, path: Path, mark: str) -> _Counts:
             judged = manifest.in_series(rows)
             writer.write_table(pa.Table.from_pylist(judged, schema=schema))
             accepted = [row for row in judged if row["verdict"] == "ok"]
+            reasons = Counter(row["reason"] for row in judged if row["verdict"] != "ok")
+            meters.slices("catalog", len(accepted), reasons)
             counts.accepted += len(accepted)
-            counts.reasons.update(row["reason"] for row in judged if row["verdict"] != "ok")
+            counts.reasons += reasons
             counts.patients.update(row["patient_key"] for row in accepted)
             counts.series.update(row["series_key"] for row in accepted)
     return counts
@@ -191,11 +201,15 @@ def _listed(source: str, layout: Layout, groups: Mapping[str, str]) -> Iterator[
 
     An archive without masks is streamed. To pair images with masks all of their paths are needed first.
     """
+    shown = source.partition("?")[0] if pacs.is_dicomweb(source) else source  # a query may identify
 
     def objects() -> Iterator[tuple[str, storage.FileInfo]]:
-        for folder in layout.folders():
-            for info in storage.list_files(storage.join(source, folder)):
-                yield info.uri[len(source.rstrip("/")) + 1 :], info
+        try:
+            for folder in layout.folders():
+                for info in storage.list_files(storage.join(source, folder)):
+                    yield info.uri[len(shown.rstrip("/")) + 1 :], info
+        except ValueError as error:
+            raise ValueError(f"catalog.source: {error}") from None
 
     empty = True
     try:
@@ -210,9 +224,13 @@ def _listed(source: str, layout: Layout, groups: Mapping[str, str]) -> Iterator[
                 "group": image.group,
             }
     except FileNotFoundError:
-        raise ValueError(f"catalog.source: {source} lacks what the layout names ({layout})") from None
+        raise ValueError(f"catalog.source: {shown} lacks what the layout names ({layout})") from None
+    except PermissionError as error:
+        if not pacs.is_dicomweb(source):
+            raise
+        raise ValueError(f"catalog.source: {shown} refuses: {error}") from None
     if empty:
-        raise ValueError(f"catalog.source: there are no objects below {source} where the layout looks ({layout})")
+        raise ValueError(f"catalog.source: there are no objects below {shown} where the layout looks ({layout})")
 
 
 def _headers(unread: _Unread, config: CatalogConfig, pseudonyms: Pseudonyms, found: Spool) -> None:
@@ -221,11 +239,12 @@ def _headers(unread: _Unread, config: CatalogConfig, pseudonyms: Pseudonyms, fou
         return
     blocks = [pa.table({"objects": pa.array([cell], pa.binary())}) for cell in unread.cells]
     dataset = ray.data.from_arrow(blocks).map_batches(
-        _read_headers,
+        logs.carried(_read_headers),
         batch_size=1,
         batch_format="pyarrow",
         fn_kwargs={"layout": config.layout, "pseudonyms": pseudonyms},
         compute=ray.data.TaskPoolStrategy(size=min(config.concurrency, len(blocks))),
+        resources=config.resources,
     )
     read = 0
     with tqdm(total=unread.objects, desc="catalog: headers", unit=" objects", disable=None) as progress:
@@ -234,6 +253,7 @@ def _headers(unread: _Unread, config: CatalogConfig, pseudonyms: Pseudonyms, fou
             objects = len(batch["index"].unique())
             read += objects
             progress.update(objects)
+            meters.show("rayseg_waiting", unread.objects - read, stage="catalog")
     assert read == unread.objects, "every object is one row"
 
 
@@ -243,7 +263,9 @@ def _read_headers(cells: pa.Table, layout: Layout, pseudonyms: Pseudonyms) -> pa
     plan = unpacked(cell)
     indexes, etags = plan["index"].to_pylist(), plan["etag"].to_pylist()
     items = [manifest.Item(**values) for values in plan.drop_columns(["index", "etag"]).to_pylist()]
-    beginnings = storage.read_each((item.uri for item in items), HEADER_BYTES)
+    # What a DICOMweb service has comes whole.
+    length = None if pacs.is_dicomweb(items[0].uri) else HEADER_BYTES
+    beginnings = storage.read_each((item.uri for item in items), length)
     needs_mask = layout.masks is not None and layout.missing_mask == "reject"
     rows = []
     for index, etag, item, beginning in zip(indexes, etags, items, beginnings, strict=True):

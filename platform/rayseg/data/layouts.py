@@ -206,7 +206,8 @@ class _Masks:
             parts = match.groupdict()
             other = self._claims.setdefault((number, tuple(parts.values())), path)
             if other != path:
-                raise ValueError(f"layout.masks: two masks for one image, as {other} and {path}; keep one kind of file")
+                shown = " and ".join(shape(self._layout, one) for one in (other, path))
+                raise ValueError(f"layout.masks: two masks for one image, as {shown}; keep one kind of file")
             mask = Mask(path, parts.get("label"))
             self.paths.append(path)
             for image_number, image in enumerate(self._layout.image_patterns):
@@ -226,7 +227,8 @@ class _Masks:
                 self._used.add(mask.path)
                 self._uses[image_number, mask.path] += 1
                 if self._uses[image_number, mask.path] > 1 and mask.path.lower().endswith(_FLAT):
-                    raise ValueError(f"layout.masks: {mask.path} would be the mask of several images; name more parts")
+                    shown = shape(self._layout, mask.path)
+                    raise ValueError(f"layout.masks: {shown} would be the mask of several images; name more parts")
             found += of_pattern
         return tuple(found)
 
@@ -272,9 +274,9 @@ def _image(
 
 
 def _tell(layout: Layout, masks: _Masks, told: _Told) -> None:
-    ignored = _examples("objects that are neither", told.ignored_count, told.ignored)
+    ignored = _examples(layout, "objects that are neither", told.ignored_count, told.ignored)
     if not told.images:
-        seen = _examples("masks", len(masks.paths), masks.paths) + ignored
+        seen = _examples(layout, "masks", len(masks.paths), masks.paths) + ignored
         if not seen:
             return  # there are no objects
         raise ValueError(f"layout.images: nothing matches {_quoted(layout.image_patterns)}{seen}")
@@ -285,8 +287,8 @@ def _tell(layout: Layout, masks: _Masks, told: _Told) -> None:
     lonely = masks.lonely()
     message = (
         f"layout: {told.paired} of {told.images} images pair with one of {len(masks.paths)} masks"
-        f"{_examples('images without a mask', told.bare_count, told.bare)}"
-        f"{_examples('masks without an image', len(lonely), lonely)}{ignored}"
+        f"{_examples(layout, 'images without a mask', told.bare_count, told.bare)}"
+        f"{_examples(layout, 'masks without an image', len(lonely), lonely)}{ignored}"
     )
     if not told.paired:
         raise ValueError(
@@ -303,5 +305,21 @@ def _quoted(patterns: Sequence[str]) -> str:
     return ", ".join(repr(pattern) for pattern in patterns)
 
 
-def _examples(what: str, count: int, paths: Sequence[str]) -> str:
-    return f"; {count} {what}, as {', '.join(paths[:_SHOWN])}" if count else ""
+def _examples(layout: Layout, what: str, count: int, paths: Sequence[str]) -> str:
+    shown = ", ".join(shape(layout, path) for path in paths[:_SHOWN])
+    return f"; {count} {what}, as {shown}" if count else ""
+
+
+def shape(layout: Layout, path: str) -> str:
+    """The path with x for letters and 0 for digits, but for its suffix and words of the layout: it may name a patient.
+
+    `049/brain/Doe_7.jpg` is `000/brain/xxx_0.jpg` to a layout that names `{patient}/brain/{slice}.jpg`.
+    """
+    literal = " ".join(re.sub(r"{[^}]*}", " ", pattern) for pattern in (*layout.image_patterns, *layout.mask_patterns))
+    known = set(re.findall(r"[^\W_]+", literal))
+    stem, suffix = re.fullmatch(r"(.*?)((?:\.[A-Za-z][A-Za-z0-9]{0,5})?)", path, re.DOTALL).groups()  # type: ignore[union-attr]
+
+    def plain(word: re.Match[str]) -> str:
+        return word[0] if word[0] in known else re.sub(r"\D", "x", re.sub(r"\d", "0", word[0]))
+
+    return re.sub(r"[^\W_]+", plain, stem) + suffix

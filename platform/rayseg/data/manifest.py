@@ -1,5 +1,7 @@
 """The rows of a manifest: what the beginning of an object says, under pseudonyms, and what its series makes of it."""
 
+import dataclasses
+import hashlib
 import io
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +24,7 @@ class Item:
 
     uri: str
     path: str  # below the layout's image folder, where it has one
-    bytes: int
+    bytes: int | None  # None where the listing does not tell: then the object is read whole
     masks: list[dict[str, Any]]  # rows of `records.MASKS`
     group: str | None  # the patient, where the layout names one
 
@@ -35,7 +37,10 @@ def rows(item: Item, beginning: bytes | OSError, pseudonyms: Pseudonyms) -> list
         beginning: its first bytes, or all of them; the object is read whole where they do not suffice.
         pseudonyms: for the identities.
     """
-    base = {"uri": item.uri, "bytes": item.bytes, "masks": item.masks}
+    base: dict[str, Any] = {"uri": item.uri, "bytes": item.bytes, "masks": item.masks}
+    if item.bytes is None and isinstance(beginning, bytes):
+        item = dataclasses.replace(item, bytes=len(beginning))
+        base |= {"bytes": item.bytes, "etag": hashlib.sha256(beginning).hexdigest()}
     try:
         found = _describe(item, beginning, pseudonyms)
     except OSError as error:
@@ -98,10 +103,11 @@ def _slice_key(values: dict[str, Any]) -> tuple[str, int | None]:
 
 
 def _describe(item: Item, beginning: bytes | OSError, pseudonyms: Pseudonyms) -> list[dict[str, Any]] | Reject:
-    if item.bytes > MAX_OBJECT_BYTES:
+    if item.bytes is not None and item.bytes > MAX_OBJECT_BYTES:
         return Reject(Reason.TOO_LARGE, "bytes of the object")
     if isinstance(beginning, OSError):
         return read_failure(beginning)
+    assert item.bytes is not None
     complete = len(beginning) >= item.bytes
     if image_files.is_image(beginning):
         size = _image_size(beginning)

@@ -17,7 +17,7 @@ import ray
 import ray.data
 from tqdm import tqdm
 
-from rayseg import cluster, storage
+from rayseg import cluster, logs, meters, storage
 from rayseg import config as configuration
 from rayseg.data.labels import Labels
 from rayseg.data.prepared import DESCRIPTION, PATIENTS, VERSION
@@ -52,6 +52,7 @@ class PrepareConfig:
     rows_per_shard: int = 256
     row_group_rows: int = 16
     max_reject_fraction: float = 0.2
+    resources: dict[str, float] = field(default_factory=dict)  # what each task asks for beside a CPU: {decode: 1}
 
     def __post_init__(self) -> None:
         for key in ("limit", "rows_per_shard", "row_group_rows"):
@@ -90,6 +91,7 @@ def prepare(config: PrepareConfig) -> PrepareResult:
     """
     began = time.monotonic()
     cluster.connect()
+    cluster.require("prepare", {"CPU": 1, **config.resources}, keys=dict.fromkeys(config.resources, "resources"))
     # As it is read from a recipe: a caller may have given 40 for 40.0, and a digest tells these apart.
     config = configuration.build(PrepareConfig, configuration.plain(config))
     manifest_uri, output = storage.absolute(config.manifest), storage.absolute(config.output)
@@ -153,6 +155,7 @@ def _digest(config: PrepareConfig, manifest_sha256: str, standing_split: Mapping
     """Of all that decides the set's content: everything but the places where things lie."""
     values = configuration.plain(config) | {"manifest": manifest_sha256, "output": None, "version": VERSION}
     values["split"]["standing"] = dict(standing_split)
+    del values["resources"]  # where it is made
     return configuration.digest(values)
 
 
@@ -229,7 +232,13 @@ def _deal(taken: pa.Table, config: PrepareConfig, standing: Mapping[str, str]) -
         arguments = {"preprocess": config.preprocess, "labels": config.labels}
         for batch in (
             _planned(cells)
-            .map_batches(positive_patients, batch_size=None, batch_format="pyarrow", fn_kwargs=arguments)
+            .map_batches(
+                logs.carried(positive_patients),
+                batch_size=None,
+                batch_format="pyarrow",
+                fn_kwargs=arguments,
+                resources=config.resources,
+            )
             .iter_batches(batch_size=None, batch_format="pyarrow")
         ):
             patients |= dict.fromkeys(batch["patient_key"].to_pylist(), True)
@@ -275,7 +284,7 @@ def _refuse_empty(rows: Counter[str] | dict[str, int], split: Split, what: str) 
 def _write(plan: list[tuple[str, bytes]], rows: int, output: str, config: PrepareConfig) -> list[dict[str, Any]]:
     """Prepares the shards, a task each; returns rows of `WRITTEN` in the order of the shards."""
     dataset = _planned(plan).map_batches(
-        write_shards,
+        logs.carried(write_shards),
         batch_size=None,
         batch_format="pyarrow",
         fn_kwargs={
@@ -284,6 +293,7 @@ def _write(plan: list[tuple[str, bytes]], rows: int, output: str, config: Prepar
             "labels": config.labels,
             "row_group_rows": config.row_group_rows,
         },
+        resources=config.resources,
     )
     written: list[dict[str, Any]] = []
     with tqdm(total=rows, desc="prepare", unit=" rows", disable=None) as progress:
@@ -291,6 +301,8 @@ def _write(plan: list[tuple[str, bytes]], rows: int, output: str, config: Prepar
             for shard in batch.to_pylist():
                 written.append(shard)
                 progress.update(shard["rows"] + len(shard["rejects"]))
+                meters.slices("prepare", shard["rows"], Counter(reject["reason"] for reject in shard["rejects"]))
+                meters.show("rayseg_waiting", rows - progress.n, stage="prepare")
     assert len(written) == len(plan), "every shard reports"
     assert sum(shard["rows"] + len(shard["rejects"]) for shard in written) == rows, "every row is accounted for"
     order = {path: position for position, (path, _) in enumerate(plan)}

@@ -12,7 +12,7 @@ from rayseg.records import PREPARED
 
 DESCRIPTION = "_prepared.json"
 PATIENTS = "split.csv"  # which patient is where
-VERSION = 4  # of the format and of what preparing does: another number makes older sets stale
+VERSION = 5  # of the format and of what preparing does: another number makes older sets stale
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class PreparedSet:
     shards: dict[str, tuple[str, ...]]  # by split: paths below `uri`
     shard_rows: dict[str, tuple[int, ...]]  # by split: of each shard
     row_group_rows: int  # of each row group but a shard's last, which has what is left
+    limited: bool = False  # whether `prepare.limit` left rows out
 
     def files(self, split: str) -> list[str]:
         """The URIs of a split's Parquet shards, in order."""
@@ -63,4 +64,5 @@ def describe(uri: str) -> PreparedSet:
         shards={split: tuple(paths) for split, paths in values["shards"].items()},
         shard_rows={split: tuple(rows) for split, rows in values["shard_rows"].items()},
         row_group_rows=values["row_group_rows"],
+        limited=values.get("limit") is not None,
     )

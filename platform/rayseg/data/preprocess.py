@@ -152,6 +152,11 @@ class Preprocess:
             return content
         return np.array(Image.fromarray(content).resize((columns, rows), Image.Resampling.BILINEAR))
 
+    def scale(self, rows: int, columns: int) -> tuple[float, float]:
+        """How many pixels of the network's grid a pixel of the slice's is wide: down a column, along a row."""
+        height, width = self._fitted(rows, columns)
+        return height / rows, width / columns
+
     def _fitted(self, rows: int, columns: int) -> tuple[int, int]:
         """Height and width that a slice takes within `size`: one factor for both axes, rounded to whole pixels."""
         factor = min(self.size[0] / rows, self.size[1] / columns)

@@ -16,6 +16,7 @@ from rayseg.data.labels import Labels
 from rayseg.data.manifest import read_failure
 from rayseg.data.masks import truth
 from rayseg.data.preprocess import Preprocess
+from rayseg.data.range import facts
 from rayseg.data.spool import unpacked
 from rayseg.data.stacks import usable
 from rayseg.dicom.reading import Slice, read_slices, slice_uid
@@ -189,7 +190,7 @@ def make(
     labels: Labels,
     frame: int | None = None,
 ) -> dict[str, Any] | Reject:
-    """The columns foreground_pixels, fingerprint, image and mask of one sample, or why there are none; never raises."""
+    """The columns of one sample that its pixels and header give, or why there are none; never raises."""
     try:
         slices = usable(stack)
         if isinstance(slices, Reject):
@@ -208,6 +209,7 @@ def make(
         mask_HW = preprocess.apply_mask(classes)
         image_HWC = preprocess.apply(*slices)
         return {
+            **facts(slice, image_HWC, preprocess),
             "foreground_pixels": int(np.count_nonzero(mask_HW)),
             "fingerprint": fingerprint(preprocess.centre(image_HWC)),
             "image": image_HWC.tobytes(),

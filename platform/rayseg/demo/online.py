@@ -40,7 +40,9 @@ class Answers:
 
 @contextlib.contextmanager
 def service(settings: Mapping[str, Any], log: Path) -> Iterator[str]:
-    """Runs `python -m jobs.serve` on the Ray cluster of this process until the end of the block; yields its URL.
+    """Runs `python -m jobs.serve` until the end of the block; yields its URL.
+
+    On the Ray cluster of this process, or on one of its own where this process has none.
 
     Args:
         settings: the serve job's configuration, plain values.
@@ -50,10 +52,11 @@ def service(settings: Mapping[str, Any], log: Path) -> Iterator[str]:
         RuntimeError: it ended or was not ready in time; the log is named.
     """
     assignments = [part for key, value in settings.items() for part in ("--set", f"{key}={json.dumps(value)}")]
+    address = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address} if ray.is_initialized() else {}
     with log.open("w", encoding="utf-8") as errors:
         process = subprocess.Popen(
             [sys.executable, "-m", "jobs.serve", *assignments],
-            env={**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address},
+            env={**os.environ, **address},
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,

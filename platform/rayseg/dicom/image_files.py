@@ -3,7 +3,7 @@
 from io import BytesIO
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from rayseg.dicom.pixels import luminance
 from rayseg.records import Reason, Reject
@@ -40,7 +40,7 @@ def decode(data: bytes, max_pixels: int, color: bool = False) -> np.ndarray | Re
             return _pixels(image, color)
     except Image.DecompressionBombError:
         return Reject(Reason.TOO_LARGE, "the image's width and height")
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, MemoryError) as error:
+    except Exception as error:  # of Pillow: beside its own errors whatever spoiled tags make it stumble over
         return Reject(Reason.NOT_AN_IMAGE, type(error).__name__)
 
 

@@ -27,6 +27,8 @@ logging.getLogger("highdicom").setLevel(logging.CRITICAL)
 _TALKATIVE = r"(pydicom|highdicom|PIL|openjpeg|libjpeg|rle|jpeg_ls)(\.|$)"
 _SILENT = ("ignore", None, Warning, re.compile(_TALKATIVE), 0)
 
+# At the top, before the pixels; objects have some hundred. A gigabyte of zeros, a megabyte in a zip, is 134 million.
+_MAX_ELEMENTS = 20_000
 _MAX_INFLATED_BYTES = 2**28 + 2**24  # of a deflated data set: the largest pixel data and a generous header
 
 PIXEL_TAGS = {0x7FE00008: "FloatPixelData", 0x7FE00009: "DoubleFloatPixelData", 0x7FE00010: "PixelData"}
@@ -38,6 +40,7 @@ _KEYWORDS = {
     0x00080070: "Manufacturer",
     0x00081090: "ManufacturerModelName",
     0x00100020: "PatientID",
+    0x00180015: "BodyPartExamined",
     0x00180050: "SliceThickness",
     0x0020000D: "StudyInstanceUID",
     0x0020000E: "SeriesInstanceUID",
@@ -126,11 +129,12 @@ def parse(data: bytes) -> Parsed | Reject:
             return inflated
         data = inflated
 
-    stream = BytesIO(data)
+    stream = _Stream(data)
     tag, vr, offset, length, kept = 0, None, 0, 0, 0  # of the element seen last, and how many of ours were seen
 
     def at_pixels(element_tag: BaseTag, element_vr: str | None, element_length: int) -> bool:
         nonlocal tag, vr, offset, length, kept
+        stream.seen()
         tag, vr, offset, length = element_tag, element_vr, stream.tell(), element_length
         kept += tag in _KEYWORDS
         return tag in PIXEL_TAGS
@@ -138,6 +142,8 @@ def parse(data: bytes) -> Parsed | Reject:
     try:
         dataset = read_partial(stream, at_pixels, force=True, specific_tags=list(_KEYWORDS))
     except Exception as error:
+        if stream.elements > _MAX_ELEMENTS:
+            return Reject(Reason.CORRUPT, f"more than {_MAX_ELEMENTS} elements")
         if stream.tell() >= len(data):
             return Reject(Reason.TRUNCATED, "the data set ends within an element")
         return Reject(Reason.CORRUPT, type(error).__name__)
@@ -163,6 +169,32 @@ def parse(data: bytes) -> Parsed | Reject:
         pixel_offset=offset,
         pixel_bytes=length,
     )
+
+
+class _Stream(BytesIO):
+    """Bytes that raise where too many elements are read from them.
+
+    pydicom tells of those of the data set; of the groups 0000 and 0002 before it, it reads as many as there are.
+    """
+
+    elements = 0
+    _in_data_set = False
+
+    def seen(self) -> None:
+        """Counts an element of the data set."""
+        self._in_data_set = True
+        self._count()
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """As of any stream."""
+        if not self._in_data_set:
+            self._count()  # two reads or more an element
+        return super().read(size)
+
+    def _count(self) -> None:
+        self.elements += 1
+        if self.elements > _MAX_ELEMENTS:
+            raise ValueError
 
 
 def _begins_with_element(data: bytes) -> bool:

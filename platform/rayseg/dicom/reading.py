@@ -12,6 +12,7 @@ slowest needs 0.1 microseconds a pixel, 7 s for the largest frame.
 """
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import cast
@@ -60,13 +61,14 @@ class Header:
     study_instance_uid: str = field(repr=False)
     patient_id: str = field(repr=False)  # empty where the object has none
     frame_of_reference_uid: str | None = field(repr=False)
-    modality: str  # empty where the object has none
+    modality: str  # upper case; empty where the object has none, or no code string
     transfer_syntax_uid: str
     instance_number: int | None
     geometry: Geometry
     frame: int | None = None  # of a multi-frame object, from 0; None where the object is one image
     localizer: bool = False  # a scout view: no part of a stack
     scanner: str = ""  # Manufacturer and ManufacturerModelName, empty where the object has neither
+    body_part: str = ""  # BodyPartExamined, likewise
 
     @property
     def slice_uid(self) -> str:
@@ -143,7 +145,7 @@ class _Object:
             study_instance_uid=elements.text("StudyInstanceUID"),
             patient_id=elements.text("PatientID"),
             frame_of_reference_uid=elements.text("FrameOfReferenceUID") or None,
-            modality=elements.text("Modality"),
+            modality=_code_string(elements.text("Modality")),
             transfer_syntax_uid=self.parsed.transfer_syntax_uid,
             instance_number=elements.integer("InstanceNumber", None),
             # Of several frames without functional groups none is known to lie where the object says.
@@ -151,6 +153,7 @@ class _Object:
             frame=frame,
             localizer="LOCALIZER" in (elements.text("FrameType") + "\\" + elements.text("ImageType")).split("\\"),
             scanner=" ".join(f"{elements.text('Manufacturer')} {elements.text('ManufacturerModelName')}".split()),
+            body_part=_code_string(elements.text("BodyPartExamined")),
         )
         return header, slope, intercept
 
@@ -358,6 +361,11 @@ def _layout(parsed: Parsed, elements: Elements) -> pixels.Layout | Reject:
         words_swapped=parsed.pixel_vr == "OW",
         table=table,
     )
+
+
+def _code_string(text: str) -> str:
+    """The text where it is of VR CS but for its case (PS3.5 6.2), else nothing: free text could be an identity."""
+    return text.upper() if re.fullmatch(r"[A-Z0-9 _]{1,16}", text.upper()) else ""
 
 
 def _geometry(elements: Elements, rows: int, columns: int, placed: bool) -> Geometry:

@@ -12,10 +12,23 @@ from pydicom.sr.coding import Code
 
 from rayseg.dicom.parsing import silence_libraries
 from rayseg.dicom.segmentation import finding, hashed_uid, long_string
-from rayseg.records import Reason, Reject
+from rayseg.records import QualityFlag, Reason, Reject
 
 _DIAMETER = Code("L0JK", "IBSI", "Maximum 3D Diameter of a Mesh")  # PS3.16 CID 7470
 _PROCEDURE = Code("363679005", "SCT", "Imaging procedure")
+# The standard has the concept of a quality finding (111052, PS3.16 annex D) and no codes for these; a scheme whose name
+# begins with 99 is a private one (PS3.3 8.2).
+_SCHEME = "99RAYSEG"
+_FINDINGS = {
+    QualityFlag.MODALITY: Code("modality", _SCHEME, "Modality unlike the training data"),
+    QualityFlag.BODY_PART: Code("body_part", _SCHEME, "Body part unlike the training data"),
+    QualityFlag.SPACING: Code("spacing", _SCHEME, "Pixel spacing unlike the training data"),
+    QualityFlag.INTENSITY: Code("intensity", _SCHEME, "Intensities unlike the training data"),
+    QualityFlag.AREA: Code("area", _SCHEME, "Segmented area implausibly large"),
+    QualityFlag.VOLUME: Code("volume", _SCHEME, "Segmented volume implausibly large"),
+    QualityFlag.FRAGMENTS: Code("fragments", _SCHEME, "Segmentation in implausibly many pieces"),
+    QualityFlag.ENTROPY: Code("entropy", _SCHEME, "Segmentation unusually uncertain"),
+}
 
 
 @dataclass(frozen=True)
@@ -27,7 +40,12 @@ class Measured:
 
 
 def encode(
-    segmentation: bytes, labels: Sequence[str], measured: Sequence[Measured], model_name: str, model_version: str
+    segmentation: bytes,
+    labels: Sequence[str],
+    measured: Sequence[Measured],
+    model_name: str,
+    model_version: str,
+    flags: Sequence[QualityFlag] = (),
 ) -> bytes | Reject:
     """A Comprehensive 3D SR about the segments of a DICOM Segmentation that `segmentation.encode` made.
 
@@ -36,19 +54,25 @@ def encode(
         labels: of its segments, in order.
         measured: of the same.
         model_name, model_version: the registered model, named as the device that observed.
+        flags: quality findings about the series, told of each segment.
 
     Returns:
         The object's bytes; WRITE_FAILED where it cannot be expressed.
     """
     silence_libraries()
     try:
-        return _encoded(pydicom.dcmread(BytesIO(segmentation)), labels, measured, model_name, model_version)
+        return _encoded(pydicom.dcmread(BytesIO(segmentation)), labels, measured, model_name, model_version, flags)
     except Exception as error:  # as of segmentations
         return Reject(Reason.WRITE_FAILED, f"the report cannot be made: {type(error).__name__}")
 
 
 def _encoded(
-    segmentation: Dataset, labels: Sequence[str], measured: Sequence[Measured], model_name: str, model_version: str
+    segmentation: Dataset,
+    labels: Sequence[str],
+    measured: Sequence[Measured],
+    model_name: str,
+    model_version: str,
+    flags: Sequence[QualityFlag],
 ) -> bytes:
     identity = [str(segmentation.SOPInstanceUID), "TID 1500"]
     source_series = str(segmentation.ReferencedSeriesSequence[0].SeriesInstanceUID)
@@ -74,6 +98,9 @@ def _encoded(
             ),
             finding_type=finding(label),
             measurements=_measurements(values),
+            qualitative_evaluations=[
+                sr.QualitativeEvaluation(codes.DCM.QualityFinding, _FINDINGS[flag]) for flag in flags
+            ],
         )
         for number, (label, values) in enumerate(zip(labels, measured, strict=True), start=1)
     ]

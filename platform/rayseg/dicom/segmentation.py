@@ -6,7 +6,8 @@ Equal sources, masks and model give equal bytes and UIDs: UIDs are hashes, dates
 import hashlib
 import json
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from io import BytesIO
 from typing import Any, Literal
 
@@ -19,11 +20,12 @@ from pydicom.dataset import Dataset
 from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
 
+from rayseg.dicom.frames import fill_pixels
 from rayseg.dicom.parsing import silence_libraries
-from rayseg.dicom.reading import slice_uid
+from rayseg.dicom.reading import Geometry, slice_uid
 from rayseg.dicom.series import SAME_DIRECTION
 from rayseg.dicom.sources import PLAIN_CLASS, Source, attributes, name_sources
-from rayseg.records import Reason, Reject
+from rayseg.records import QualityFlag, Reason, Reject
 
 Kind = Literal["BINARY", "LABELMAP", "FRACTIONAL"]
 
@@ -52,6 +54,9 @@ def encode(
     kind: Kind = "BINARY",
     frames: Sequence[int | None] | None = None,
     probabilities: Sequence[np.ndarray] | None = None,
+    settings: str = "",
+    engine: str = "",
+    flags: Mapping[QualityFlag, str] | None = None,
 ) -> bytes | Reject:
     """Encodes the masks of one series, in any order, as one DICOM Segmentation object.
 
@@ -61,13 +66,17 @@ def encode(
 
     Args:
         sources: the slices, as bytes or data sets (their pixel data is not needed).
-        masks: one uint8 label map (rows, columns) a slice: 0 background, 1 the first of `labels`, ...
+        masks: one uint8 label map (rows, columns) a slice: 0 background, 1 the first of `labels`, ... Each is taken
+            once at a time, so that a sequence may make them when it is asked.
         labels: the segments' names.
         model_name, model_version: the registered model.
-        digest: of the model and all settings that decide about a mask.
+        digest: of the model.
         probabilities: of FRACTIONAL, one uint8 (rows, columns, labels) a slice: 255 is certain.
         frames: for each slice which frame of its source it is, from 0; None where the source is one image, as by
             default. A multi-frame source is given once a frame, best as the same data set.
+        settings: digest of what else decides about a mask; other settings give other UIDs.
+        engine: that ran the network, as a parameter of the algorithm.
+        flags: what of the series is worth a look, and why: told in ImageComments (PS3.3 C.7.6.1).
 
     Returns:
         The object's bytes; or a Reject where a source lacks a place in the patient or another needed attribute
@@ -83,8 +92,7 @@ def encode(
     frames = frames or [None] * len(sources)
     assert (kind == "FRACTIONAL") <= (probabilities is not None)
     slices = []
-    encoded = probabilities if kind == "FRACTIONAL" and probabilities is not None else masks
-    for source, frame, mask, pixels in zip(sources, frames, masks, encoded, strict=True):
+    for place, (source, frame, mask) in enumerate(zip(sources, frames, masks, strict=True)):
         dataset = attributes(source, frame)
         if isinstance(dataset, Reject):
             return dataset
@@ -92,7 +100,7 @@ def encode(
             raise ValueError(f"mask {mask.dtype} {mask.shape}: expected uint8 {(dataset.Rows, dataset.Columns)}")
         if mask.max() > len(labels):
             raise ValueError(f"mask holds {mask.max()}, labels name 1 to {len(labels)}")
-        slices.append(Source(dataset, pixels, str(dataset.SOPClassUID), str(dataset.SOPInstanceUID), frame))
+        slices.append(Source(dataset, place, str(dataset.SOPClassUID), str(dataset.SOPInstanceUID), frame))
     datasets = [one.dataset for one in slices]
     if len({(s.StudyInstanceUID, s.SeriesInstanceUID, s.FrameOfReferenceUID, s.Rows, s.Columns) for s in datasets}) > 1:
         return Reject(Reason.SERIES_MIXED, "slices of several series, frames of reference or sizes")
@@ -107,18 +115,20 @@ def encode(
         datasets[0].SliceThickness = _nominal_thickness(datasets)
     name, version = long_string(model_name), long_string(model_version)
     named = sorted(slice_uid(one.sop_instance_uid, one.frame) for one in slices)
-    identity = [named, model_name, model_version, digest, kind]
+    identity = [named, model_name, model_version, digest, kind, settings]
     content_date, content_time = _content_time(datasets)
     for one in slices:
+        # highdicom wants all pixels at once and makes several copies of them: it gets one of each slice.
+        one.dataset.Rows = one.dataset.Columns = 1
         one.dataset.SOPClassUID = PLAIN_CLASS
         if one.frame is not None:
             one.dataset.SOPInstanceUID = hashed_uid("frame", [one.sop_instance_uid, one.frame])
     try:
         segmentation = highdicom.seg.Segmentation(
             source_images=datasets,
-            pixel_array=_pixels(slices, kind),
+            pixel_array=_stand_in(len(slices), len(labels), kind),
             segmentation_type=kind,
-            segment_descriptions=_descriptions(labels, name, version, digest),
+            segment_descriptions=_descriptions(labels, name, version, {"digest": digest, "engine": engine}),
             series_instance_uid=hashed_uid("series", identity),
             series_number=9001,
             sop_instance_uid=hashed_uid("instance", identity),
@@ -128,7 +138,7 @@ def encode(
             software_versions=version,
             device_serial_number=long_string(digest),
             content_label="SEGMENTATION",
-            content_description="Made by a research model, not for diagnosis",
+            content_description=f"Made by a research model, not for diagnosis{'; see Image Comments' if flags else ''}",
             content_date=content_date,
             content_time=content_time,
             series_description=long_string(f"{model_name} v{model_version} segmentation"),
@@ -137,24 +147,39 @@ def encode(
             transfer_syntax_uid=uid.ExplicitVRLittleEndian if kind == "BINARY" else uid.RLELossless,
             max_fractional_value=255,
         )
+        if flags:
+            told = "; ".join(f"{flag} ({detail})" for flag, detail in flags.items())
+            segmentation.ImageComments = f"Check: {told}"
+        pixels = probabilities if kind == "FRACTIONAL" and probabilities is not None else masks
+        by_name = {str(one.dataset.SOPInstanceUID): one.place for one in slices}
+        fill_pixels(segmentation, by_name, pixels)
         name_sources(segmentation, slices)
         return _fixed_bytes(segmentation, identity)
     except Exception as error:  # highdicom refuses what it cannot express by many types; its text may identify
         return Reject(Reason.WRITE_FAILED, f"the segmentation cannot be made: {type(error).__name__}")
 
 
-def _pixels(slices: Sequence[Source], kind: Kind) -> np.ndarray:
-    """The slices' masks together, or their probabilities as float32 fractions."""
-    stacked = np.stack([one.mask for one in slices])
-    return stacked.astype(np.float32) / 255 if kind == "FRACTIONAL" else stacked
+def _stand_in(slices: int, labels: int, kind: Kind) -> np.ndarray:
+    """One pixel a slice: a label map, or the probabilities of all labels."""
+    return np.zeros((slices, 1, 1, labels), np.float32) if kind == "FRACTIONAL" else np.zeros((slices, 1, 1), np.uint8)
+
+
+@dataclass(frozen=True, eq=False)
+class Decoded:
+    """What a segmentation says. Slices are named by `Header.slice_uid` of their source (`#frame` of a multi-frame)."""
+
+    masks: dict[str, np.ndarray]  # uint8 label maps (rows, columns); where segments overlap the later one wins
+    geometries: dict[str, Geometry]  # of the same slices
+    labels: dict[int, str]  # SegmentLabel by SegmentNumber
 
 
 def decode(data: bytes) -> dict[str, np.ndarray]:
-    """Decodes a BINARY or LABELMAP segmentation whose frames each name one source slice.
+    """The `masks` that `read` gives; raises ValueError likewise."""
+    return read(data).masks
 
-    Returns:
-        `Header.slice_uid` of a source slice (SOPInstanceUID, with `#frame` of a multi-frame object) -> uint8 label map
-        (rows, columns); where segments overlap the later one wins.
+
+def read(data: bytes) -> Decoded:
+    """Decodes a BINARY or LABELMAP segmentation whose frames each name one source slice.
 
     Raises:
         ValueError: not such an object.
@@ -168,12 +193,13 @@ def decode(data: bytes) -> dict[str, np.ndarray]:
         raise ValueError(f"not a readable DICOM segmentation ({type(error).__name__})") from None
 
 
-def _decoded(dataset: Dataset) -> dict[str, np.ndarray]:
+def _decoded(dataset: Dataset) -> Decoded:
     if dataset.get("SegmentationType") not in ("BINARY", "LABELMAP"):
         raise ValueError("SegmentationType: not a DICOM segmentation of type BINARY or LABELMAP")
     frames = dataset.pixel_array.reshape(-1, dataset.Rows, dataset.Columns)
     shared = dataset.SharedFunctionalGroupsSequence[0]
     masks: dict[str, np.ndarray] = {}
+    geometries: dict[str, Geometry] = {}
     for frame, groups in zip(frames, dataset.PerFrameFunctionalGroupsSequence, strict=True):
         derivation = groups.get("DerivationImageSequence") or shared.get("DerivationImageSequence")
         if not derivation or not derivation[0].get("SourceImageSequence"):
@@ -181,13 +207,36 @@ def _decoded(dataset: Dataset) -> dict[str, np.ndarray]:
         source = derivation[0].SourceImageSequence[0]
         number = source.get("ReferencedFrameNumber")  # from 1
         name = slice_uid(str(source.ReferencedSOPInstanceUID), None if number is None else int(number) - 1)
-        mask = masks.setdefault(name, np.zeros(frame.shape, np.uint8))
+        if name not in masks:
+            masks[name] = np.zeros(frame.shape, np.uint8)
+            geometries[name] = _geometry(dataset, groups, shared)
         if dataset.SegmentationType == "LABELMAP":
-            mask[:] = frame
+            masks[name][:] = frame
         else:
             segment = (groups.get("SegmentIdentificationSequence") or shared.SegmentIdentificationSequence)[0]
-            mask[frame > 0] = segment.ReferencedSegmentNumber
-    return masks
+            masks[name][frame > 0] = segment.ReferencedSegmentNumber
+    numbered = {int(segment.SegmentNumber): str(segment.SegmentLabel) for segment in dataset.SegmentSequence}
+    labels = {number: label for number, label in numbered.items() if number > 0}  # 0: the background of a label map
+    return Decoded(masks, geometries, labels)
+
+
+def _geometry(dataset: Dataset, groups: Dataset, shared: Dataset) -> Geometry:
+    """Of a frame, by its functional groups or those of all (PS3.3 C.7.6.16.2); what they lack is None."""
+
+    def numbers(sequence: str, keyword: str) -> Any:
+        items = groups.get(sequence) or shared.get(sequence)
+        value = items[0].get(keyword) if items else None
+        return None if value is None else tuple(map(float, np.atleast_1d(value)))
+
+    thickness = numbers("PixelMeasuresSequence", "SliceThickness")
+    return Geometry(
+        rows=int(dataset.Rows),
+        columns=int(dataset.Columns),
+        pixel_spacing_mm=numbers("PixelMeasuresSequence", "PixelSpacing"),
+        slice_thickness_mm=thickness[0] if thickness else None,
+        image_position_mm=numbers("PlanePositionSequence", "ImagePositionPatient"),
+        image_orientation=numbers("PlaneOrientationSequence", "ImageOrientationPatient"),
+    )
 
 
 def _along_normal_mm(dataset: Dataset) -> float:
@@ -214,12 +263,14 @@ def _content_time(datasets: Sequence[Dataset]) -> tuple[str, str]:
     return _NO_DATE, _NO_TIME
 
 
-def _descriptions(labels: tuple[str, ...], name: str, version: str, digest: str) -> list[SegmentDescription]:
+def _descriptions(
+    labels: tuple[str, ...], name: str, version: str, parameters: dict[str, str]
+) -> list[SegmentDescription]:
     algorithm = highdicom.AlgorithmIdentificationSequence(
         name=name,
         family=codes.cid7162.ArtificialIntelligence,
         version=version,
-        parameters={"digest": digest},
+        parameters={key: value for key, value in parameters.items() if value},
     )
     return [
         SegmentDescription(
@@ -252,6 +303,8 @@ def hashed_uid(purpose: str, identity: list[Any]) -> str:
 
 def _fixed_bytes(segmentation: Dataset, identity: list[Any]) -> bytes:
     """Replaces what highdicom takes from the clock and from chance, and encodes."""
+    if "ContentCreatorName" not in segmentation:
+        segmentation.ContentCreatorName = ""  # of type 2 (PS3.3 table 10-12), which highdicom leaves out
     segmentation.InstanceCreationDate = segmentation.ContentDate
     segmentation.InstanceCreationTime = segmentation.ContentTime
     for item in segmentation.ContributingEquipmentSequence:

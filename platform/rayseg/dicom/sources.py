@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
 
-import numpy as np
 import pydicom
 from pydicom import uid
 from pydicom.datadict import dictionary_VM, dictionary_VR
@@ -58,6 +57,17 @@ _GROUPS = {
     "ImagePositionPatient": "PlanePositionSequence",
     "ImageOrientationPatient": "PlaneOrientationSequence",
 }
+# All that `attributes` looks at, for reading no more of a source.
+KEYWORDS = (
+    *_NEEDED,
+    *_TYPE_2,
+    *_TYPE_3,
+    *_SERIES,
+    "SpecificCharacterSet",
+    "NumberOfFrames",
+    "SharedFunctionalGroupsSequence",
+    "PerFrameFunctionalGroupsSequence",
+)
 
 
 PLAIN_CLASS = str(uid.CTImageStorage)  # of a stand-in
@@ -72,7 +82,7 @@ class Source:
     """
 
     dataset: Dataset  # what `attributes` gives, under the stand-in's names
-    mask: np.ndarray
+    place: int  # among the slices as they were given
     sop_class_uid: str
     sop_instance_uid: str
     frame: int | None

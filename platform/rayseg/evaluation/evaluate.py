@@ -9,7 +9,7 @@ sums of each patient in the driver.
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -21,14 +21,15 @@ import ray
 import ray.data
 from tqdm import tqdm
 
-from rayseg import cluster
+from rayseg import cluster, logs, meters
 from rayseg.data import prepared as prepared_sets
 from rayseg.data.labels import Labels
 from rayseg.evaluation.cases import Tolerance
 from rayseg.evaluation.publish import publish
 from rayseg.evaluation.record import Record
 from rayseg.evaluation.scorer import COLUMNS, SCORED, Scorer
-from rayseg.inference.predictor import Predictor, limit_threads
+from rayseg.inference.predictor import Predictor
+from rayseg.models.engine import Engine
 from rayseg.tracking import bundle as bundles
 from rayseg.tracking import registry
 
@@ -96,6 +97,7 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
     """
     began = time.monotonic()
     cluster.connect()
+    cluster.require("evaluate", {"CPU": _CPUS_PER_ACTOR}, config.concurrency, {"count": "concurrency"})
     held_out = prepared_sets.describe(config.prepared)
     rows = held_out.read_rows(config.split, COLUMNS)
     if rows.num_rows == 0:
@@ -165,12 +167,20 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
 class _Actor:
     """Rows of whole patients in, a row of `SCORED` for each out."""
 
-    def __init__(self, bundle: "ray.ObjectRef[dict[str, bytes]]", labels: Labels, tolerance: Tolerance) -> None:
-        limit_threads(_CPUS_PER_ACTOR)
+    def __init__(
+        self,
+        bundle: "ray.ObjectRef[dict[str, bytes]]",
+        labels: Labels,
+        tolerance: Tolerance,
+        told: Mapping[str, str],
+    ) -> None:
+        logs.adopt(told)
         with tempfile.TemporaryDirectory() as folder:
             for name, content in ray.get(bundle).items():
                 Path(folder, name).write_bytes(content)
-            self._scorer = Scorer(Predictor.load(folder), labels, tolerance)
+            # Probabilities are scored too, and screening leaves those of slices with nothing in bfloat16.
+            predictor = Predictor.load(folder, engine=Engine(precision="float32"), threads=_CPUS_PER_ACTOR)
+            self._scorer = Scorer(predictor, labels, tolerance)
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         patients = groupby(rows.to_pylist(), key=lambda row: row["patient_key"])
@@ -185,7 +195,7 @@ def _score(rows: pa.Table, bundle_dir: Path, labels: Labels, config: EvaluateCon
         _Actor,
         batch_size=None,
         batch_format="pyarrow",
-        fn_constructor_args=(bundle, labels, config.tolerance),
+        fn_constructor_args=(bundle, labels, config.tolerance, logs.told()),
         compute=ray.data.ActorPoolStrategy(size=config.concurrency),
         num_cpus=_CPUS_PER_ACTOR,
     )
@@ -194,6 +204,8 @@ def _score(rows: pa.Table, bundle_dir: Path, labels: Labels, config: EvaluateCon
             for row in batch.to_pylist():
                 yield row
                 progress.update(len(row["row_ids"]) + len(row["rejects"]))
+                meters.slices("evaluate", len(row["row_ids"]), Counter(one["reason"] for one in row["rejects"]))
+                meters.show("rayseg_waiting", rows.num_rows - progress.n, stage="evaluate")
 
 
 def _tasks(rows: pa.Table) -> Iterator[pa.Table]:

@@ -99,11 +99,10 @@ class Scorer:
         )
         if isinstance(result, Reject):
             return result
-        prediction, probabilities_KHW = result
-        true = read_truth(row, prediction.slice, self._labels)
+        true = read_truth(row, result.slice, self._labels)
         if isinstance(true, Reject):
             return true
-        return Judged(prediction.slice, prediction.mask, true, probabilities_KHW)
+        return Judged(result.slice, result.mask, true, result.probabilities_KHW)
 
     def _read(self, uri: str, frame: int | None) -> Slice | Reject:
         try:

@@ -1,6 +1,8 @@
 """A stack of masks in other formats: NIfTI volumes, and surfaces as STL and glTF. Equal stacks give equal bytes."""
 
+import contextlib
 import gzip
+import struct
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,7 +10,7 @@ import nibabel as nib
 import numpy as np
 import trimesh
 from scipy import ndimage
-from scipy.spatial import ConvexHull
+from scipy.spatial import ConvexHull, QhullError
 from scipy.spatial.distance import pdist
 from skimage.measure import marching_cubes
 
@@ -77,7 +79,11 @@ def stl(meshes: dict[str, trimesh.Trimesh]) -> bytes:
 
 
 def glb(meshes: dict[str, trimesh.Trimesh]) -> bytes:
-    """A glTF 2.0 scene with a node a class, in metres as the format wants it, Y up."""
+    """A glTF 2.0 scene with a node a class, in metres as the format wants it, Y up; without any where there is none."""
+    if not meshes:  # the library writes no empty scene
+        content = b'{"asset":{"version":"2.0"},"scene":0,"scenes":[{}]}'
+        content += b" " * (-len(content) % 4)
+        return struct.pack("<4sIII4s", b"glTF", 2, 20 + len(content), len(content), b"JSON") + content
     scene = trimesh.Scene()
     for name, mesh in meshes.items():
         scene.add_geometry(mesh, node_name=name, geom_name=name, transform=_LPS_MM_TO_GLTF)
@@ -91,5 +97,10 @@ def max_diameter_mm(mesh: trimesh.Trimesh) -> float:
 
     The maximum 3D diameter of the IBSI reference manual (arXiv:1612.07003, code L0JK), of the largest lesion.
     """
-    bodies = mesh.split(only_watertight=False)
-    return max(float(pdist(body.vertices[ConvexHull(body.vertices).vertices]).max()) for body in bodies)
+    return max(_diameter(body.vertices) for body in mesh.split(only_watertight=False))
+
+
+def _diameter(points: np.ndarray) -> float:
+    with contextlib.suppress(QhullError):  # a body that is flat, of a few triangles, has no hull
+        points = points[ConvexHull(points).vertices]
+    return float(pdist(points).max())

@@ -10,12 +10,15 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from rayseg import config, storage
 from rayseg.records import LEDGER, REJECTS
 
 FOLDER, REJECTS_FOLDER = "ledger", "rejects"
+PROGRESS = "progress.json"  # of the run that is at work there, or was last
 _READERS = 8
+_IDENTITY = ["series_key", "model_digest", "config_digest"]  # of a row
 
 
 def append(output: str, rows: Sequence[dict[str, Any]], rejects: Sequence[dict[str, Any]]) -> None:
@@ -28,7 +31,7 @@ def append(output: str, rows: Sequence[dict[str, Any]], rejects: Sequence[dict[s
     """
     # The ledger comes last: a series with a row in it is done.
     _write_part(storage.join(output, REJECTS_FOLDER), rejects, REJECTS, ("uri", "frame", "stage"))
-    _write_part(storage.join(output, FOLDER), rows, LEDGER, ("series_key", "model_digest", "config_digest"))
+    _write_part(storage.join(output, FOLDER), rows, LEDGER, _IDENTITY)
 
 
 def read(output: str) -> pa.Table:
@@ -39,21 +42,21 @@ def read(output: str) -> pa.Table:
     parts = sorted(storage.list_files(folder, (".parquet",)), key=_age)
     with ThreadPoolExecutor(_READERS, thread_name_prefix="rayseg-ledger") as pool:
         tables = list(pool.map(storage.read_table, [part.uri for part in parts]))
-    latest = {
-        (row["series_key"], row["model_digest"], row["config_digest"]): row
-        for table in tables
-        for row in table.to_pylist()
-    }
-    return pa.Table.from_pylist([latest[key] for key in sorted(latest)], schema=LEDGER)
+    whole = pa.concat_tables([LEDGER.empty_table(), *map(_complete, tables)])
+    later = whole.select(_IDENTITY).to_pandas().duplicated(keep="last").to_numpy()
+    return whole.filter(~later).sort_by([(name, "ascending") for name in _IDENTITY])
 
 
-def rows_of(output: str, model_digest: str, config_digest: str) -> dict[str, dict[str, Any]]:
-    """Rows by series key of what this model with this configuration has done, segmented and rejected."""
-    return {
-        row["series_key"]: row
-        for row in read(output).to_pylist()
-        if (row["model_digest"], row["config_digest"]) == (model_digest, config_digest)
-    }
+def rows_of(output: str, model_digest: str, config_digest: str) -> pa.Table:
+    """The rows of `read` that are of what this model with this configuration has done, segmented and rejected."""
+    return read(output).filter(
+        (pc.field("model_digest") == model_digest) & (pc.field("config_digest") == config_digest)
+    )
+
+
+def _complete(part: pa.Table) -> pa.Table:
+    """A part of an earlier version may lack columns."""
+    return part if part.schema.equals(LEDGER) else pa.Table.from_pylist(part.to_pylist(), schema=LEDGER)
 
 
 def uris(row: Mapping[str, Any], profile: str) -> list[str]:
@@ -72,4 +75,5 @@ def _write_part(folder: str, rows: Sequence[dict[str, Any]], schema: pa.Schema, 
 
 
 def _age(part: storage.FileInfo) -> tuple[float, str]:
+    assert part.modified is not None
     return part.modified.timestamp(), part.uri

@@ -1,7 +1,7 @@
 """What is written of a segmented series: a file, or several, for each profile that is asked for."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -10,13 +10,18 @@ import pydicom
 from PIL import Image
 from scipy import ndimage
 
+from rayseg import config as configuration
 from rayseg.dicom import report, segmentation
 from rayseg.dicom.reading import Header
+from rayseg.dicom.sources import KEYWORDS
 from rayseg.inference import exports
+from rayseg.inference.postprocess import Postprocess
+from rayseg.inference.quality import Look
 from rayseg.inference.stack import Stack, stack
 from rayseg.inference.volume import volume_ml
-from rayseg.records import Reason, Reject
-from rayseg.tracking.registry import ModelVersion
+from rayseg.models.engine import Engine
+from rayseg.records import QualityFlag, Reason, Reject
+from rayseg.tracking.version import ModelVersion
 
 # DICOM Segmentations (binary, label map, probabilities), a structured report about the first of these, a NIfTI volume
 # in the source's frame, surfaces in patient millimetres, and pictures of the slices with something found.
@@ -54,14 +59,39 @@ class Segmented:
     sources: Sequence[pydicom.Dataset]  # without pixels
     headers: Sequence[Header]
     masks: Sequence[np.ndarray]  # uint8 label maps (rows, columns)
+    looks: Sequence[Look]
     probabilities: Sequence[np.ndarray] | None  # uint8 (rows, columns, classes), 255 is certain; where asked for
     pictures: Sequence[tuple[int, bytes]]  # number of a slice in the manifest's order, PNG; where asked for
 
 
+def settings_digest(postprocess: Postprocess, engine: Engine, mirror: str | None) -> str:
+    """Of what decides about a mask beside the model: part of the UIDs of its files."""
+    return configuration.digest([configuration.plain(postprocess), configuration.plain(engine), mirror])
+
+
+def without_pixels(data: bytes) -> pydicom.Dataset | Reject:
+    """What files take of the data set of an object that was read already."""
+    try:
+        dataset = pydicom.dcmread(io.BytesIO(data), stop_before_pixels=True, force=True, specific_tags=[*KEYWORDS])
+        dataset.buffer = None  # it would hold all of `data`
+        return dataset
+    except Exception as error:  # ours has read it
+        return Reject(Reason.INTERNAL, type(error).__name__)
+
+
 def files(
-    series: Segmented, profiles: Sequence[str], labels: tuple[str, ...], model: ModelVersion
+    series: Segmented,
+    profiles: Sequence[str],
+    labels: tuple[str, ...],
+    model: ModelVersion,
+    flags: Mapping[QualityFlag, str],
+    settings: str,
+    engine: str,
 ) -> list[File] | Reject:
-    """The files of all profiles, or why one of them cannot be made: then none is to be written."""
+    """The files of all profiles, or why one of them cannot be made: then none is to be written.
+
+    The DICOM objects have the flags that `quality.judge` gives.
+    """
     made: list[File] = []
     volume: Stack | Reject | None = None
     for profile in profiles:
@@ -69,13 +99,13 @@ def files(
             made += [File(profile, f"{series.series_key}/{number:05d}.png", png) for number, png in series.pictures]
             continue
         if profile in SEGMENTATIONS:
-            data = _segmentation(series, SEGMENTATIONS[profile], labels, model)
+            data = _segmentation(series, SEGMENTATIONS[profile], labels, model, flags, settings, engine)
         else:
             if volume is None:
                 volume = stack(series.masks, [header.geometry for header in series.headers])
             if isinstance(volume, Reject):
                 return Reject(volume.reason, f"{profile}: {volume.detail}")
-            data = _of_volume(profile, series, volume, labels, model, made)
+            data = _of_volume(profile, series, volume, labels, model, made, flags)
         if isinstance(data, Reject):
             return Reject(data.reason, f"{profile}: {data.detail}")
         made.append(File(profile, f"{series.series_key}{_SUFFIXES[profile]}", data))
@@ -95,7 +125,13 @@ def overlay_png(grey_HW: np.ndarray, mask: np.ndarray) -> bytes:
 
 
 def _segmentation(
-    series: Segmented, kind: segmentation.Kind, labels: tuple[str, ...], model: ModelVersion
+    series: Segmented,
+    kind: segmentation.Kind,
+    labels: tuple[str, ...],
+    model: ModelVersion,
+    flags: Mapping[QualityFlag, str],
+    settings: str,
+    engine: str,
 ) -> bytes | Reject:
     return segmentation.encode(
         series.sources,
@@ -105,8 +141,11 @@ def _segmentation(
         model.version,
         model.digest,
         kind=kind,
+        settings=settings,
+        engine=engine,
         frames=[header.frame for header in series.headers],
         probabilities=series.probabilities,
+        flags=flags,
     )
 
 
@@ -117,6 +156,7 @@ def _of_volume(
     labels: tuple[str, ...],
     model: ModelVersion,
     made: Sequence[File],
+    flags: Mapping[QualityFlag, str],
 ) -> bytes | Reject:
     if profile == "nifti":
         return exports.nifti(volume, labels)
@@ -137,4 +177,4 @@ def _of_volume(
         )
         for number, name in enumerate(labels, start=1)
     ]
-    return report.encode(about, labels, measured, model.name, model.version)
+    return report.encode(about, labels, measured, model.name, model.version, list(flags))

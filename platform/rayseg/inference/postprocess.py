@@ -1,9 +1,12 @@
 """What is done to the masks of a whole series after the model: small lesions, holes, all but the largest."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import ndimage
+
+from rayseg.inference.packed import Packed
 
 _EVERYWHERE = np.ones((3, 3, 3), bool)  # across faces, edges and corners
 
@@ -20,12 +23,12 @@ class Postprocess:
         if not self.min_lesion_mm3 >= 0:
             raise ValueError(f"segment.postprocess.min_lesion_mm3: 0 or more expected, got {self.min_lesion_mm3}")
 
-    def apply(self, masks_SHW: np.ndarray, voxels_mm3: np.ndarray | None) -> np.ndarray:
-        """The label maps after all steps.
+    def apply(self, masks: Sequence[np.ndarray], voxels_mm3: np.ndarray | None) -> Packed:
+        """The label maps after all steps; memory is taken for the box around all foreground only.
 
         Args:
-            masks_SHW: uint8, the slices in the order of their planes. A lesion is what is connected across faces, edges
-                or corners of voxels, neighbouring slices counting as neighbours whatever lies between them.
+            masks: uint8 (rows, columns), the slices in the order of their planes. A lesion is what is connected across
+                faces, edges or corners of voxels, neighbouring slices counting as neighbours whatever lies between.
             voxels_mm3: float64 (S,), the volume that a pixel of each slice stands for; None where it is not known.
 
         Raises:
@@ -33,6 +36,22 @@ class Postprocess:
         """
         if self.min_lesion_mm3 and voxels_mm3 is None:
             raise ValueError("segment.postprocess.min_lesion_mm3: the series' positions give no volumes")
+        around = _around(masks)
+        if around is None:
+            return Packed(masks)
+        slices, box = around
+        inside_SHW = np.stack([masks[number][box] for number in slices])
+        weights_S = None if voxels_mm3 is None else voxels_mm3[slices.start : slices.stop]
+        made_SHW = self._apply(inside_SHW, weights_S)
+        made = Packed()
+        for number, mask in enumerate(masks):
+            after = mask.copy()
+            if number in slices:
+                after[box] = made_SHW[number - slices.start]
+            made.append(after)
+        return made
+
+    def _apply(self, masks_SHW: np.ndarray, voxels_mm3: np.ndarray | None) -> np.ndarray:
         made: np.ndarray = masks_SHW.copy()
         for number in np.unique(masks_SHW[masks_SHW > 0]):
             before_SHW = made == number
@@ -59,3 +78,17 @@ class Postprocess:
             keep &= np.arange(count + 1) == largest
         kept: np.ndarray = keep[labels_SHW]
         return kept
+
+
+def _around(masks: Sequence[np.ndarray]) -> tuple[range, tuple[slice, slice]] | None:
+    """The slices from the first to the last with foreground, and the box that has all of it; None without any."""
+    found = []
+    for number, mask in enumerate(masks):
+        if mask.any():
+            rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+            found.append((number, rows[0], rows[-1] + 1, columns[0], columns[-1] + 1))
+    if not found:
+        return None
+    numbers, tops, bottoms, lefts, rights = zip(*found, strict=True)
+    box = slice(int(min(tops)), int(max(bottoms))), slice(int(min(lefts)), int(max(rights)))
+    return range(numbers[0], numbers[-1] + 1), box

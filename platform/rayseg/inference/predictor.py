@@ -7,23 +7,38 @@ as JSON: how a bundle is verified, and measured, in a clean process.
 import base64
 import io
 import json
+import os
 import re
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 from PIL import Image
 
+from rayseg.ahead import mapped
 from rayseg.data.stacks import alone, along, usable
 from rayseg.dicom.reading import Slice, read_slice
+from rayseg.models.engine import Compiled, Engine, compile_openvino, compile_tensorflow
 from rayseg.records import Reason, Reject
-from rayseg.tracking.bundle import Bundle, describe, load, mask_sha256
+from rayseg.tracking.bundle import Bundle, decide, describe, load, load_keras, mask_sha256
+
+# Test-time augmentation: the mean over the slice and its mirror image, or its four.
+Mirror = Literal["columns", "both"]
+_FLIPS: dict[str | None, tuple[tuple[int, ...], ...]] = {
+    None: ((),),
+    "columns": ((), (1,)),
+    "both": ((), (0,), (1,), (0, 1)),
+}
+# How far bfloat16 may be off where nothing is found, of a probability: about as far as it was anywhere in trials.
+_DOUBT = 0.1
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,22 +49,64 @@ class Prediction:
     mask: np.ndarray
 
 
-class Predictor:
-    """A loaded and warmed-up model.
+@dataclass(frozen=True, eq=False)
+class Judgement(Prediction):
+    """With what the mask was decided by.
 
-    A slice's mask is byte-identical whatever else is in the call, whatever the call's size and however many threads
-    TensorFlow has (see `Bundle.compile`), on one kind of processor and one build of TensorFlow. Safe to call from
-    several threads. How many threads TensorFlow uses is the process's own affair: see `limit_threads`.
+    image_HWC: uint8, what the (first) network saw.
     """
 
-    def __init__(self, bundle: Bundle) -> None:
-        self.bundle = bundle
-        self._probabilities = bundle.compile()
+    image_HWC: np.ndarray
+    _probabilities_KHW: Callable[[], np.ndarray]
+
+    @cached_property
+    def probabilities_KHW(self) -> np.ndarray:
+        """Float32 (channels, rows, columns) on the slice's own grid, of the one class, or of background and several."""
+        return self._probabilities_KHW()
+
+
+class Predictor:
+    """A model, or several whose probabilities are averaged, compiled for an engine.
+
+    A slice's mask is byte-identical whatever else is in the call, whatever the call's size and however many threads
+    there are (see `models.engine`), on one kind of processor and one version of the engine. Safe to call from several
+    threads, of which `threads` compute at once.
+    """
+
+    def __init__(
+        self, bundles: Sequence[Bundle], compiled: Sequence[Compiled], mirror: Mirror | None = None, threads: int = 1
+    ) -> None:
+        assert bundles
+        assert len(bundles) == len(compiled)
+        self.bundles = tuple(bundles)
+        self.bundle = bundles[0]
+        self.threshold = statistics.fmean(bundle.threshold for bundle in bundles)
+        self.engine = compiled[0].description
+        self._compiled = tuple(compiled)
+        self._flips = _FLIPS[mirror]
+        self._ahead = threads + 1  # so that all are busy while a result is taken
+        self._pool = ThreadPoolExecutor(threads, "slices")  # begins none before it is used
+        _check_alike(bundles)
 
     @classmethod
-    def load(cls, bundle_dir: str | Path) -> "Predictor":
-        """The Predictor of the bundle in `bundle_dir`; raises ValueError where there is no sound bundle."""
-        return cls(load(bundle_dir))
+    def load(
+        cls,
+        *bundle_dirs: str | Path,
+        engine: Engine = Engine(),  # noqa: B008, it is frozen
+        threads: int = 1,
+        mirror: Mirror | None = None,
+    ) -> "Predictor":
+        """The Predictor of the bundles in `bundle_dirs`.
+
+        Raises:
+            ValueError: there is no sound bundle in one of them, or they are not of the same classes.
+        """
+        bundles = [load(folder) for folder in bundle_dirs]
+        if engine.name == "tensorflow" or (engine.name == "auto" and has_gpu()):
+            compiled = [compile_tensorflow(load_keras(folder), engine.precision, threads) for folder in bundle_dirs]
+        else:
+            compiled = [compile_openvino(bundle.network, engine.precision, threads) for bundle in bundles]
+        return cls(bundles, compiled, mirror, threads)
 
     @property
     def neighbours(self) -> int:
@@ -66,21 +123,39 @@ class Predictor:
     def predict_stack(self, stack: Sequence[Slice | Reject | None]) -> Prediction | Reject:
         """The slice in the middle of 2 * `neighbours` + 1 with its mask, or why there is none; see `stacks.usable`."""
         made = self.judge_stack(stack)
-        return made if isinstance(made, Reject) else made[0]
+        return made if isinstance(made, Reject) else Prediction(made.slice, made.mask)
 
-    def judge_stack(self, stack: Sequence[Slice | Reject | None]) -> tuple[Prediction, np.ndarray] | Reject:
-        """As `predict_stack`, and the probabilities that the mask was decided by.
+    def judge_stack(self, stack: Sequence[Slice | Reject | None], threshold: float | None = None) -> Judgement | Reject:
+        """As `predict_stack`, and what the mask was decided by.
 
-        They are float32 (channels, rows, columns) on the slice's own grid: of the one class, or of background and
-        classes.
+        `threshold` stands for the model's own, where it has one class.
         """
         slices = usable(stack)
-        if isinstance(slices, Reject):
-            return slices
-        centre = slices[len(slices) // 2]
-        assert centre is not None
-        probabilities_KHW = self._probabilities(slices)
-        return Prediction(centre, self.bundle.decide(probabilities_KHW)), probabilities_KHW
+        return slices if isinstance(slices, Reject) else self._judge(slices, threshold)
+
+    def judge_stacks(self, stacks: Iterable[Sequence[Slice | Reject | None]]) -> Iterator[Judgement | Reject]:
+        """`judge_stack` of each, in order; those of all that call this share `threads` threads.
+
+        One that fails by a defect of ours comes as INTERNAL, with the type of the error.
+        """
+
+        def judged(stack: Sequence[Slice | Reject | None]) -> Judgement | Reject:
+            try:
+                return self.judge_stack(stack)
+            except Exception as error:
+                return Reject(Reason.INTERNAL, type(error).__name__)
+
+        return mapped(self._pool, judged, stacks, self._ahead)
+
+    def judge_alone(self, slice: Slice | Reject, threshold: float | None = None) -> Judgement | Reject:
+        """As `judge_stack` for a slice that is no part of a series; NEEDS_NEIGHBOURS where the model looks at some."""
+        if self.neighbours and not isinstance(slice, Reject):
+            return Reject(
+                Reason.NEEDS_NEIGHBOURS,
+                f"the model looks at {self.neighbours} slices on each side too, and this is one alone: segment its "
+                "series as a whole",
+            )
+        return self.judge_stack([slice], threshold)
 
     def segment(self, blobs: Sequence[bytes], frames: Sequence[int | None] | None = None) -> list[Prediction | Reject]:
         """For each object's bytes (DICOM, PNG, JPEG or TIFF) the slice with its mask, or why there is none.
@@ -91,7 +166,8 @@ class Predictor:
         color = self.bundle.preprocess.color
         wanted = frames or [None] * len(blobs)
         slices = [read_slice(blob, frame, color) for blob, frame in zip(blobs, wanted, strict=True)]
-        return [self._single(slice) for slice in slices]
+        judged = [self.judge_alone(slice) for slice in slices]
+        return [made if isinstance(made, Reject) else Prediction(made.slice, made.mask) for made in judged]
 
     def segment_example(self) -> Prediction:
         """The bundle's example with the mask that was recorded when it was saved, where all is well: see `bundle`."""
@@ -104,28 +180,66 @@ class Predictor:
         return Prediction(slice, self._mask(alone(slice, self.neighbours)))
 
     def _mask(self, stack: Sequence[Slice | None]) -> np.ndarray:
-        return self.bundle.decide(self._probabilities(stack))
+        return self._judge(stack).mask
 
-    def _single(self, slice: Slice | Reject) -> Prediction | Reject:
-        if self.neighbours and not isinstance(slice, Reject):
-            return Reject(
-                Reason.NEEDS_NEIGHBOURS,
-                f"the model looks at {self.neighbours} slices on each side too, and this is one alone: segment its "
-                "series as a bulk job",
+    def _judge(self, stack: Sequence[Slice | None], threshold: float | None = None) -> Judgement:
+        """By the mean over models and flips."""
+        threshold = self.threshold if threshold is None else threshold
+        images = {bundle.preprocess: bundle.preprocess.apply(*stack) for bundle in self.bundles}
+        inputs_NHWC = [self._flipped(images[bundle.preprocess]) for bundle in self.bundles]
+        screens = [compiled.screen for compiled in self._compiled if compiled.screen is not None]
+        assert len(screens) in (0, len(self._compiled)), "one engine runs all models"
+        made = [screen(image) for screen, image in zip(screens, inputs_NHWC, strict=True)] if screens else []
+        slice, image_HWC = stack[len(stack) // 2], images[self.bundle.preprocess]
+        assert slice is not None
+        if made and not any(_may_find(probabilities, threshold) for probabilities in made):
+            # Few want to know by how much nothing was found.
+            return Judgement(slice, np.zeros(slice.shape, np.uint8), image_HWC, lambda: self._average(made, stack))
+        exact = [compiled.exact(image) for compiled, image in zip(self._compiled, inputs_NHWC, strict=True)]
+        probabilities_KHW = self._average(exact, stack)
+        return Judgement(slice, decide(probabilities_KHW, threshold), image_HWC, lambda: probabilities_KHW)
+
+    def _flipped(self, image_HWC: np.ndarray) -> np.ndarray:
+        return np.stack([np.flip(image_HWC, axes) for axes in self._flips])
+
+    def _average(self, of_models_NHWK: Sequence[np.ndarray], stack: Sequence[Slice | None]) -> np.ndarray:
+        found = [
+            bundle.restore(
+                np.mean([np.flip(one, axes) for one, axes in zip(made_NHWK, self._flips, strict=True)], axis=0), stack
             )
-        return self.predict_stack([slice])
+            for bundle, made_NHWK in zip(self.bundles, of_models_NHWK, strict=True)
+        ]
+        return found[0] if len(found) == 1 else np.mean(found, axis=0)
 
 
-def limit_threads(threads: int) -> None:
-    """Bounds TensorFlow's threads of this process, as actors must: by default it takes every core of the machine.
+def has_gpu() -> bool:
+    """Whether this process may use a GPU that TensorFlow knows; does not import TensorFlow."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "all") not in ("", "-1") and Path("/dev/nvidiactl").exists()
 
-    Raises:
-        RuntimeError: TensorFlow already runs with other settings; call this before the first model is loaded.
+
+def _check_alike(bundles: Sequence[Bundle]) -> None:
+    first = bundles[0]
+    for bundle in bundles[1:]:
+        if bundle.labels.names != first.labels.names:
+            raise ValueError(
+                f"ensemble: models of the same classes expected, got {list(first.labels.names)} and "
+                f"{list(bundle.labels.names)}"
+            )
+        if bundle.preprocess.neighbours != first.preprocess.neighbours:
+            raise ValueError("ensemble: models that look at equally many neighbours expected")
+        if bundle.preprocess.color != first.preprocess.color:
+            raise ValueError("ensemble: models of either grey or colour images expected")
+
+
+def _may_find(probabilities_NHWK: np.ndarray, threshold: float) -> bool:
+    """Whether anything could be found in what bfloat16 gave.
+
+    Averages over models and flips, and what lies between pixels, are never above the greatest of these.
     """
-    import tensorflow as tf
-
-    tf.config.threading.set_intra_op_parallelism_threads(threads)
-    tf.config.threading.set_inter_op_parallelism_threads(1)
+    if probabilities_NHWK.shape[-1] == 1:
+        return bool(probabilities_NHWK.max() >= threshold - _DOUBT)
+    lead = probabilities_NHWK[..., 1:].max(axis=-1) - probabilities_NHWK[..., 0]
+    return bool(lead.max() >= -2 * _DOUBT)
 
 
 def mask_png(mask: np.ndarray) -> bytes:
@@ -160,7 +274,7 @@ def _load_pyfunc(data_path: str) -> _PyfuncModel:
 
 def _main(bundle_dir: str, repeats: int = 0) -> None:
     """What `tracking.verification` runs: the masks of the bundle's slices and, with `repeats`, what one takes."""
-    predictor = Predictor.load(bundle_dir)
+    predictor = Predictor.load(bundle_dir, engine=Engine("openvino", "float32"))
     mask = predictor.segment_example().mask
     golden = describe(Path(bundle_dir)).get("golden_masks_sha256", {})
     found: dict[str, Any] = {
@@ -177,6 +291,7 @@ def _main(bundle_dir: str, repeats: int = 0) -> None:
             predictor.segment_example()
             seconds.append(time.perf_counter() - began)
         found |= {"latency_s": statistics.median(seconds), "memory_mb": _greatest_memory_mb()}
+    load_keras(bundle_dir)  # is what the digest was made of; last, as TensorFlow takes memory
     print(json.dumps(found))
 
 

@@ -1,13 +1,12 @@
 """One series: its slices read, segmented and written in all profiles; the outcome is a row of the ledger."""
 
+import contextlib
 import dataclasses
-import hashlib
-import io
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pydicom
@@ -17,14 +16,22 @@ from rayseg.data.manifest import read_failure
 from rayseg.data.preprocess import Preprocess
 from rayseg.data.stacks import along
 from rayseg.dicom.reading import Header, Slice, read_slices
-from rayseg.inference.outputs import Profile, Segmented, files, overlay_png
+from rayseg.inference import quality
+from rayseg.inference.delivery import deliver
+from rayseg.inference.outputs import Profile, Segmented, files, overlay_png, without_pixels
+from rayseg.inference.packed import Packed
 from rayseg.inference.postprocess import Postprocess
 from rayseg.inference.predictor import Prediction, Predictor
 from rayseg.inference.volume import volume_ml, voxels_mm3
 from rayseg.records import Reason, Reject
-from rayseg.tracking.registry import ModelVersion
+from rayseg.tracking.version import ModelVersion
 
 STAGE = "segment"  # as the table of rejects names it
+# What a series' time goes into: waiting for bytes, decoding, waiting for its slices in the network (with their scaling,
+# and behind those of the actor's other series), making files, writing them.
+STEPS = ("read", "decode", "forward", "encode", "write")
+
+T = TypeVar("T")
 
 _Place = tuple[str, int | None]  # URI and frame of a slice
 
@@ -39,6 +46,45 @@ class Task:
     profiles: tuple[Profile, ...] = ("seg",)
     postprocess: Postprocess = field(default_factory=Postprocess)
     write_empty: bool = True  # whether a series with nothing found gets files
+    pacs: str | None = None  # URL of a DICOMweb service that gets the DICOM files, too
+    # Of what decides about a mask beside the model. Files' UIDs are made of it: a PACS keeps what it has by a UID.
+    settings: str = ""
+
+
+class Watch:
+    """How long each of `STEPS` takes, in seconds of the clock; steps within others count for themselves."""
+
+    def __init__(self) -> None:
+        self.began = self._since = time.monotonic()
+        self.seconds = dict.fromkeys(STEPS, 0.0)
+        self._step: str | None = None
+
+    @contextlib.contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """Counts the block's time, but for the steps within it, to the step `name`."""
+        outer = self._turn(name)
+        try:
+            yield
+        finally:
+            self._turn(outer)
+
+    def each(self, name: str, items: Iterable[T]) -> Iterator[T]:
+        """The items; the time to get each counts to the step `name`."""
+        iterator = iter(items)
+        while True:
+            with self.step(name):
+                try:
+                    item = next(iterator)
+                except StopIteration:
+                    return
+            yield item
+
+    def _turn(self, name: str | None) -> str | None:
+        now = time.monotonic()
+        if self._step is not None:
+            self.seconds[self._step] += now - self._since
+        outer, self._step, self._since = self._step, name, now
+        return outer
 
 
 def segment_series(
@@ -60,11 +106,11 @@ def segment_series(
     Returns:
         A row of the schema `records.LEDGER`, with `rejects` beside: rows of the schema `records.REJECTS`.
     """
-    began = time.monotonic()
+    watch = Watch()
     wanted = list(zip(uris, frames, strict=True))
     refused: dict[_Place, Reject] = {}
     try:
-        made = _make(predictor, task, series_key, wanted, refused)
+        made = _make(predictor, task, series_key, wanted, refused, watch)
     except Exception as error:  # a defect of ours must cost this series only
         made = Reject(Reason.INTERNAL, type(error).__name__)
     if isinstance(made, Reject):
@@ -74,7 +120,9 @@ def segment_series(
         "input_digest": input_digest,
         "rejected_slices": len(refused),
         "rejects": [reject_row(*place, STAGE, reject, patient_key, series_key) for place, reject in refused.items()],
-        "seconds": time.monotonic() - began,
+        "engine": predictor.engine,
+        **{f"{step}_s": watch.seconds[step] for step in STEPS},
+        "seconds": time.monotonic() - watch.began,
     }
     return row if isinstance(made, Reject) else row | made
 
@@ -91,6 +139,7 @@ def ledger_row(task: Task, series_key: str, patient_key: str | None, reject: Rej
         "model_version": task.model.version,
         "model_digest": task.model.digest,
         "config_digest": task.config_digest,
+        "engine": None,
         "slices": 0,
         "rejected_slices": 0,
         "foreground_pixels": 0,
@@ -114,10 +163,15 @@ def reject_row(
 
 
 def _make(
-    predictor: Predictor, task: Task, series_key: str, wanted: Sequence[_Place], refused: dict[_Place, Reject]
+    predictor: Predictor,
+    task: Task,
+    series_key: str,
+    wanted: Sequence[_Place],
+    refused: dict[_Place, Reject],
+    watch: Watch,
 ) -> dict[str, Any] | Reject:
     """Writes the files of the usable slices and returns what the ledger row says of them; fills `refused`."""
-    series = _segmented(predictor, task, series_key, wanted, refused)
+    series = _segmented(predictor, task, series_key, wanted, refused, watch)
     if not series.masks:
         first = refused[wanted[0]]
         return Reject(
@@ -126,67 +180,74 @@ def _make(
     geometries = [header.geometry for header in series.headers]
     if task.postprocess != Postprocess():
         try:
-            masks = task.postprocess.apply(np.stack(series.masks), voxels_mm3(geometries))
+            with watch.step("encode"):
+                masks = task.postprocess.apply(series.masks, voxels_mm3(geometries))
         except ValueError as error:
             return Reject(Reason.MISSING_ATTRIBUTE, str(error))
-        series = dataclasses.replace(series, masks=list(masks))
+        looks = [one.of(mask) for one, mask in zip(series.looks, masks, strict=True)]
+        series = dataclasses.replace(series, masks=masks, looks=looks)
     foreground = [int(np.count_nonzero(mask)) for mask in series.masks]
+    volume = volume_ml(foreground, geometries)
+    flags = quality.judge(predictor.bundle.range, series.looks, volume)
     made = []
     if any(foreground) or task.write_empty:
-        encoded = files(series, task.profiles, predictor.bundle.labels.names, task.model)
+        with watch.step("encode"):
+            labels = predictor.bundle.labels.names
+            encoded = files(series, task.profiles, labels, task.model, flags, task.settings, predictor.engine)
         if isinstance(encoded, Reject):
             return encoded
         made = encoded
     outputs = []
     for file in made:
-        uri = storage.join(task.folder, file.name)
-        try:
-            storage.write(uri, file.data)
-        except OSError as error:
-            return Reject(Reason.WRITE_FAILED, type(error).__name__)
-        outputs.append(
-            {
-                "profile": file.profile,
-                "uri": uri,
-                "sha256": hashlib.sha256(file.data).hexdigest(),
-                "bytes": len(file.data),
-            }
-        )
+        with watch.step("write"):
+            written = deliver(file, task.folder, task.pacs)
+        if isinstance(written, Reject):
+            return written
+        outputs.append(written)
     return {
         "slices": len(series.masks),
         "foreground_pixels": sum(foreground),
-        "volume_ml": volume_ml(foreground, geometries),
+        "volume_ml": volume,
+        "flags": [flag.value for flag in flags],
+        "flags_detail": quality.describe(flags),
         "outputs": outputs,
     }
 
 
 def _segmented(
-    predictor: Predictor, task: Task, series_key: str, wanted: Sequence[_Place], refused: dict[_Place, Reject]
+    predictor: Predictor,
+    task: Task,
+    series_key: str,
+    wanted: Sequence[_Place],
+    refused: dict[_Place, Reject],
+    watch: Watch,
 ) -> Segmented:
     """The usable slices with their masks; of pixels only what the profiles ask for is kept."""
     sources: list[pydicom.Dataset] = []
-    masks: list[np.ndarray] = []
+    masks = Packed()
     headers: list[Header] = []
-    probabilities: list[np.ndarray] = []
+    looks: list[quality.Look] = []
+    probabilities = Packed()
     pictures: list[tuple[int, bytes]] = []
     datasets: dict[str, pydicom.Dataset | Reject] = {}
-    stacks = along(_read(wanted, datasets), predictor.neighbours)
-    for number, ((uri, frame), stack) in enumerate(zip(wanted, stacks, strict=True)):
-        result = _predict(predictor, stack)
+    stacks = along(_read(wanted, datasets, watch), predictor.neighbours)
+    results = watch.each("forward", predictor.judge_stacks(stacks))
+    for number, ((uri, frame), result) in enumerate(zip(wanted, results, strict=True)):
         source = result if isinstance(result, Reject) else datasets[uri]
         if isinstance(result, Reject) or isinstance(source, Reject):
             refused[uri, frame] = source
             continue
-        prediction, probabilities_KHW = result
-        assert prediction.slice.header is not None
+        assert result.slice.header is not None
         sources.append(source)
-        masks.append(prediction.mask)
-        headers.append(prediction.slice.header)
-        if "seg-fractional" in task.profiles:
-            probabilities.append(_as_bytes(probabilities_KHW))
-        if "overlays" in task.profiles and prediction.mask.any():
-            pictures.append((number, _picture(predictor.bundle.preprocess, prediction)))
-    return Segmented(series_key, sources, headers, masks, probabilities or None, pictures)
+        masks.append(result.mask)
+        headers.append(result.slice.header)
+        with watch.step("encode"):
+            looks.append(quality.look(predictor.bundle.preprocess, result))
+            if "seg-fractional" in task.profiles:
+                probabilities.append(_as_bytes(result.probabilities_KHW))
+            if "overlays" in task.profiles and result.mask.any():
+                pictures.append((number, _picture(predictor.bundle.preprocess, result)))
+    return Segmented(series_key, sources, headers, masks, looks, probabilities or None, pictures)
 
 
 def _as_bytes(probabilities_KHW: np.ndarray) -> np.ndarray:
@@ -201,34 +262,23 @@ def _picture(preprocess: Preprocess, prediction: Prediction) -> bytes:
     return overlay_png(alone.apply(prediction.slice)[..., 0], prediction.mask)
 
 
-def _read(wanted: Sequence[_Place], datasets: dict[str, pydicom.Dataset | Reject]) -> Iterator[Slice | Reject]:
+def _read(
+    wanted: Sequence[_Place], datasets: dict[str, pydicom.Dataset | Reject], watch: Watch
+) -> Iterator[Slice | Reject]:
     """Each slice in order, some read ahead; puts the data set, without pixels, of each object into `datasets`.
 
     Frames of one object that follow each other are read and parsed once.
     """
     runs = [(uri, [frame for _, frame in places]) for uri, places in groupby(wanted, key=lambda place: place[0])]
-    for (uri, frames), data in zip(runs, storage.read_each(uri for uri, _ in runs), strict=True):
+    for (uri, frames), data in zip(runs, watch.each("read", storage.read_each(uri for uri, _ in runs)), strict=True):
         if isinstance(data, OSError):
             yield from (read_failure(data) for _ in frames)
             continue
-        for slice in read_slices(data, frames):
+        for slice in watch.each("decode", read_slices(data, frames)):
             if isinstance(slice, Slice) and slice.header is None:
                 yield Reject(Reason.NOT_DICOM, "an image file, where the manifest has a DICOM instance")
                 continue
             if isinstance(slice, Slice) and uri not in datasets:
-                datasets[uri] = _without_pixels(data)
+                with watch.step("decode"):
+                    datasets[uri] = without_pixels(data)
             yield slice
-
-
-def _without_pixels(data: bytes) -> pydicom.Dataset | Reject:
-    try:
-        return pydicom.dcmread(io.BytesIO(data), stop_before_pixels=True, force=True)
-    except Exception as error:  # ours has read it
-        return Reject(Reason.INTERNAL, type(error).__name__)
-
-
-def _predict(predictor: Predictor, stack: Sequence[Slice | Reject | None]) -> tuple[Prediction, np.ndarray] | Reject:
-    try:
-        return predictor.judge_stack(stack)
-    except Exception as error:  # a defect of ours must cost this slice only
-        return Reject(Reason.INTERNAL, type(error).__name__)

@@ -10,6 +10,7 @@ from typing import Literal
 from rayseg.tracking import registry, runs
 
 _TAG = "rayseg.alias.{alias}.{at}"
+_SERVED = "rayseg.served.{alias}"
 _TIME = "%Y-%m-%dT%H:%M:%S.%fZ"
 
 
@@ -64,3 +65,13 @@ def earlier(moves: list[Move], now: str | None) -> str | None:
     while stack and stack[-1] == now:
         stack.pop()
     return stack[-1] if stack else None
+
+
+def note_served(tracking_uri: str, name: str, alias: str, version: str) -> None:
+    """Says which version the service uses for `alias`: the last one that passed its checks, as a tag of the model."""
+    runs.client(tracking_uri).set_registered_model_tag(name, _SERVED.format(alias=alias), version)
+
+
+def served(tracking_uri: str, name: str, alias: str) -> str | None:
+    """What was noted last; None where nothing was."""
+    return runs.client(tracking_uri).get_registered_model(name).tags.get(_SERVED.format(alias=alias))

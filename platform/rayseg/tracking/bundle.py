@@ -1,12 +1,12 @@
 """Bundles: a model with all that inference needs, in one folder.
 
-`model.keras`, `bundle.json` (preprocess, labels, threshold, digest, what masks the example and the golden slices gave),
-`example.dcm` and `golden-N.dcm`.
+`model.keras`, the same network as OpenVINO reads it (`model.xml`, `model.bin`), `bundle.json` (preprocess, labels,
+threshold, range, digest, what masks the example and the golden slices gave), `example.dcm` and `golden-N.dcm`.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,70 +16,66 @@ import numpy as np
 from rayseg import config
 from rayseg.data.labels import Labels
 from rayseg.data.preprocess import Preprocess
+from rayseg.data.range import Range
 from rayseg.data.stacks import alone
 from rayseg.dicom.reading import Slice, read_slice
+from rayseg.models import engine
+from rayseg.models.engine import Forward, Network
 from rayseg.records import Reject
 
-# TensorFlow takes seconds and hundreds of MB: only a process that saves, loads or runs a model imports it.
+# TensorFlow takes seconds and hundreds of MB: only a process that trains or asks for the Keras model imports it.
 if TYPE_CHECKING:
     import keras
 
-FORMAT = 1
+FORMAT = 2
 EXAMPLE_FILE, GOLDEN_FILE = "example.dcm", "golden-{number}.dcm"
-_MODEL_FILE, _DESCRIPTION_FILE = "model.keras", "bundle.json"
+KERAS_FILE, _DESCRIPTION_FILE = "model.keras", "bundle.json"
+_NETWORK_FILES = ("model.xml", "model.bin")
 
 
 @dataclass(frozen=True)
 class Bundle:
     """A model with all that inference needs.
 
-    model: uint8 (N, height, width, channels) to float32 probabilities: (N, height, width, 1) of the one class, or
+    network: uint8 (N, height, width, channels) to float32 probabilities: (N, height, width, 1) of the one class, or
         (N, height, width, 1 + classes) of the background and several.
     threshold: a pixel is of the one class where its probability, back on the slice's grid, is at least this. Of
         several classes it is of the most probable one there, the background among them.
-    digest: SHA-256 over weights, preprocess, labels, threshold and the example's mask; file times do not count.
+    digest: SHA-256 over weights, preprocess, labels, threshold, range and the example's mask; file times do not count.
+    range: what the model was trained on, to judge inputs by; None where nobody said.
     """
 
-    model: "keras.Model" = field(repr=False)
+    network: Network = field(repr=False)
     preprocess: Preprocess
     labels: Labels
     threshold: float
     digest: str
     example: bytes = field(repr=False)
+    range: Range | None = None
 
-    def compile(self) -> Callable[[Sequence[Slice | None]], np.ndarray]:
-        """The one way from a slice to its probabilities, and with `decide` to its mask, on the slice's own grid.
+    def probabilities(self, stack: Sequence[Slice | None], forward: Forward) -> np.ndarray:
+        """The one way from a slice to its probabilities: float32 (channels, rows, columns) on the slice's own grid.
 
-        A function to float32 (channels, rows, columns), of the model's channels. It takes the slice in the middle of
-        its neighbours, as `Preprocess.apply` does: alone where that looks at none. The network always runs on exactly
-        one image, so a mask cannot depend on what is segmented beside it, nor on how many. A batch would not do:
-        TensorFlow adds up group normalisation in another order for each batch size (the last bits differ), and on a CPU
-        it is no faster. Traced and warmed up here; safe to call from several threads.
+        Args:
+            stack: the slice in the middle of its neighbours, as `Preprocess.apply` takes it; alone where that looks at
+                none.
+            forward: runs the network.
         """
-        import tensorflow as tf
+        return self.restore(forward(self.preprocess.apply(*stack)[np.newaxis])[0], stack)
 
-        shape_NHWC = (1, *self.preprocess.size, self.preprocess.channels)
+    def restore(self, probabilities_HWK: np.ndarray, stack: Sequence[Slice | None]) -> np.ndarray:
+        """What the network gave for the stack, (channels, rows, columns) on the grid of the slice in its middle."""
+        slice = stack[len(stack) // 2]
+        assert slice is not None
+        channels = np.ascontiguousarray(np.moveaxis(probabilities_HWK, -1, 0))
+        return np.stack([self.preprocess.restore(channel, *slice.shape) for channel in channels])
 
-        @tf.function(input_signature=[tf.TensorSpec(shape_NHWC, tf.uint8)], autograph=False)
-        def network(images_NHWC: Any) -> Any:
-            return tf.cast(self.model(images_NHWC, training=False), tf.float32)
 
-        def probabilities(stack: Sequence[Slice | None]) -> np.ndarray:
-            image_HWC = self.preprocess.apply(*stack)
-            slice = stack[len(stack) // 2]
-            assert slice is not None
-            probabilities_HWC = network(image_HWC[np.newaxis]).numpy()[0]
-            channels = np.ascontiguousarray(np.moveaxis(probabilities_HWC, -1, 0))
-            return np.stack([self.preprocess.restore(channel, *slice.shape) for channel in channels])
-
-        network(np.zeros(shape_NHWC, np.uint8))
-        return probabilities
-
-    def decide(self, probabilities_KHW: np.ndarray) -> np.ndarray:
-        """The uint8 label map (rows, columns) of the probabilities that `compile`'s function gives."""
-        if len(probabilities_KHW) == 1:
-            return (probabilities_KHW[0] >= np.float32(self.threshold)).astype(np.uint8)
-        return np.argmax(probabilities_KHW, axis=0).astype(np.uint8)
+def decide(probabilities_KHW: np.ndarray, threshold: float) -> np.ndarray:
+    """The uint8 label map (rows, columns) of probabilities: of one class, or of the background and several."""
+    if len(probabilities_KHW) == 1:
+        return (probabilities_KHW[0] >= np.float32(threshold)).astype(np.uint8)
+    return np.argmax(probabilities_KHW, axis=0).astype(np.uint8)
 
 
 def mask_sha256(mask: np.ndarray) -> str:
@@ -95,6 +91,7 @@ def save(
     threshold: float,
     example: bytes,
     golden: Sequence[bytes] = (),
+    known: Range | None = None,
 ) -> Bundle:
     """Writes a bundle into the folder `bundle_dir` (made if need be) and returns it.
 
@@ -107,6 +104,7 @@ def save(
         example: a DICOM instance; its mask, without neighbours, is recorded and compared wherever the bundle is
             verified.
         golden: further instances whose masks are recorded and compared likewise.
+        known: the range, see `Bundle`.
 
     Raises:
         ValueError: the model's shapes do not fit `preprocess`, the threshold is no probability, an example no slice.
@@ -128,17 +126,20 @@ def save(
             raise ValueError(f"bundle: an example is no readable slice ({slice.reason}: {slice.detail})")
     # As they will be read back: YAML may have given 40 for 40.0, and the digest would tell these apart.
     preprocess, threshold = config.build(Preprocess, config.plain(preprocess)), float(threshold)
-    made = Bundle(model, preprocess, labels, threshold, "", example)
-    probabilities = made.compile()
+    network = engine.convert(model)
+    made = Bundle(network, preprocess, labels, threshold, "", example)
+    exact = engine.compile_openvino(network, "float32").exact
     example_mask, *golden_masks = (
-        mask_sha256(made.decide(probabilities(alone(slice, preprocess.neighbours))))
+        mask_sha256(decide(made.probabilities(alone(slice, preprocess.neighbours), exact), threshold))
         for slice in slices
         if not isinstance(slice, Reject)
     )
-    digest = _digest(model, config.plain(preprocess), config.plain(labels), threshold, example_mask)
+    contents = dict(zip(_NETWORK_FILES, (network.xml, network.weights), strict=True))
     folder = Path(bundle_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    model.save(folder / _MODEL_FILE)
+    model.save(folder / KERAS_FILE)
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
     (folder / EXAMPLE_FILE).write_bytes(example)
     names = [GOLDEN_FILE.format(number=number) for number in range(1, len(golden) + 1)]
     for name, blob in zip(names, golden, strict=True):
@@ -150,30 +151,46 @@ def save(
         "threshold": threshold,
         "example_mask_sha256": example_mask,
         "golden_masks_sha256": dict(zip(names, golden_masks, strict=True)),
-        "digest": digest,
+        "network_sha256": {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()},
+        "weights_sha256": _weights_sha256(model),
+        "range": None if known is None else config.plain(known),
     }
+    description["digest"] = digest = _digest(description)
     (folder / _DESCRIPTION_FILE).write_text(json.dumps(description, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    return Bundle(model, preprocess, labels, threshold, digest, example)
+    return Bundle(network, preprocess, labels, threshold, digest, example, known)
 
 
 def load(bundle_dir: str | Path) -> Bundle:
-    """Reads a bundle; raises ValueError where there is none, or it is damaged or of another format."""
+    """Reads a bundle, without its Keras model; raises ValueError where there is none, or it is damaged."""
+    folder = Path(bundle_dir)
+    description = describe(folder)
+    if _digest(description) != description["digest"]:
+        raise ValueError(f"bundle {folder}: {_DESCRIPTION_FILE} does not have the digest that it was saved with")
+    xml, weights = (_checked(folder, name, description["network_sha256"][name]) for name in _NETWORK_FILES)
+    return Bundle(
+        Network(xml, weights),
+        config.build(Preprocess, description["preprocess"]),
+        config.build(Labels, description["labels"]),
+        description["threshold"],
+        description["digest"],
+        (folder / EXAMPLE_FILE).read_bytes(),
+        description["range"] and config.build(Range, description["range"]),
+    )
+
+
+def load_keras(bundle_dir: str | Path) -> "keras.Model":
+    """The bundle's Keras model; raises ValueError where it cannot be read, or has other weights than were saved."""
     import keras
 
     folder = Path(bundle_dir)
     description = describe(folder)
-    preprocess = config.build(Preprocess, description["preprocess"])
-    labels = config.build(Labels, description["labels"])
     try:
-        model = keras.saving.load_model(folder / _MODEL_FILE, compile=False)
+        model = keras.saving.load_model(folder / KERAS_FILE, compile=False)
     except Exception as error:  # Keras raises many types on files that it cannot read
-        raise ValueError(f"bundle {folder}: {_MODEL_FILE} cannot be read ({type(error).__name__})") from error
-    threshold = description["threshold"]
-    # Of the values as they were written: a bundle made before a setting existed does not name it.
-    written = description["preprocess"], description["labels"]
-    if _digest(model, *written, threshold, description["example_mask_sha256"]) != description["digest"]:
-        raise ValueError(f"bundle {folder}: its content does not have the digest that it was saved with")
-    return Bundle(model, preprocess, labels, threshold, description["digest"], (folder / EXAMPLE_FILE).read_bytes())
+        raise ValueError(f"bundle {folder}: {KERAS_FILE} cannot be read ({type(error).__name__})") from error
+    if _weights_sha256(model) != description["weights_sha256"]:
+        raise ValueError(f"bundle {folder}: {KERAS_FILE} does not have the weights that it was saved with")
+    return model
 
 
 def describe(folder: Path) -> dict[str, Any]:
@@ -187,21 +204,28 @@ def describe(folder: Path) -> dict[str, Any]:
     return description
 
 
-def _digest(
-    model: "keras.Model", preprocess: dict[str, Any], labels: dict[str, Any], threshold: float, example_mask: str
-) -> str:
-    """The example's mask stands for how the layers are wired, which the weights do not tell."""
+def _checked(folder: Path, name: str, sha256: str) -> bytes:
+    try:
+        content = (folder / name).read_bytes()
+    except OSError as error:
+        raise ValueError(f"bundle {folder}: {name} cannot be read ({type(error).__name__})") from None
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise ValueError(f"bundle {folder}: {name} is not as it was saved")
+    return content
+
+
+def _weights_sha256(model: "keras.Model") -> str:
     weights = [
         [str(value.dtype), list(value.shape), hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()]
         for value in model.get_weights()
     ]
-    return config.digest(
-        {
-            "format": FORMAT,
-            "weights": weights,
-            "preprocess": preprocess,
-            "labels": labels,
-            "threshold": threshold,
-            "example_mask_sha256": example_mask,
-        }
-    )
+    return config.digest(weights)
+
+
+def _digest(description: dict[str, Any]) -> str:
+    """The example's mask stands for how the layers are wired, which the weights do not tell.
+
+    Of the values as they were written: a bundle made before a setting existed does not name it.
+    """
+    of = ("format", "weights_sha256", "preprocess", "labels", "threshold", "range", "example_mask_sha256")
+    return config.digest({key: description[key] for key in of})

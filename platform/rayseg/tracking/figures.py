@@ -167,6 +167,47 @@ def pairs(across: np.ndarray, up: np.ndarray, names: tuple[str, str], metric: st
     return _png(figure)
 
 
+def volumes(across: np.ndarray, up: np.ndarray, names: tuple[str, str]) -> bytes:
+    """Two runs on the same series: a point a series, the line where both volumes are equal; logarithmic from 1 mL on.
+
+    Args:
+        across: millilitres by the one run, (series,).
+        up: by the other.
+        names: of the two.
+    """
+    figure, axes = _chart(4.6)
+    most = max([1.0, *across.tolist(), *up.tolist()]) * 1.2
+    axes.plot([0, most], [0, most], color="#8a94a3", linewidth=1, linestyle="--")
+    axes.scatter(across, up, s=20, color="#2266aa", alpha=0.6, linewidths=0)
+    axes.set_xscale("symlog", linthresh=1)
+    axes.set_yscale("symlog", linthresh=1)
+    axes.set(xlim=(-0.05, most), ylim=(-0.05, most), aspect="equal")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set_xlabel(f"{names[0]} [mL]", fontsize=9, color=_FAINT)
+    axes.set_ylabel(f"{names[1]} [mL]", fontsize=9, color=_FAINT)
+    return _png(figure)
+
+
+def histogram(values: np.ndarray, name: str, counted: str) -> bytes:
+    """How many values lie where, by numpy's automatic bins, 60 at most.
+
+    Args:
+        values: (n,), at least one.
+        name: of the values, with their unit.
+        counted: what there is one value of: `series`.
+    """
+    figure, axes = _chart(4.6)
+    edges = np.histogram_bin_edges(values, "auto")
+    if len(edges) > 61:
+        edges = np.linspace(edges[0], edges[-1], 61)
+    axes.hist(values, edges.tolist(), color="#2266aa", alpha=0.85)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel(name, fontsize=9, color=_FAINT)
+    axes.set_ylabel(counted, fontsize=9, color=_FAINT)
+    return _png(figure)
+
+
 def reliability(sums: Mapping[str, np.ndarray]) -> bytes:
     """How often pixels of a probability are of the class, and how many pixels there are.
 

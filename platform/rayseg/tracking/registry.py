@@ -10,7 +10,6 @@ import json
 import re
 import shutil
 import tempfile
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
@@ -34,6 +33,7 @@ import rayseg
 from rayseg.tracking import runs
 from rayseg.tracking.bundle import EXAMPLE_FILE, Bundle, describe, load, save
 from rayseg.tracking.verification import BUNDLE_IN_MODEL, PREDICTOR_MODULE, Verified, verify_folder
+from rayseg.tracking.version import ModelVersion
 
 __all__ = ["Bundle", "ModelVersion", "champion", "fetch", "load", "register", "resolve", "save", "set_alias", "verify"]
 
@@ -46,17 +46,6 @@ _REQUIRED = (
     *("pylibjpeg", "pylibjpeg-libjpeg", "pylibjpeg-openjpeg", "pylibjpeg-rle", "pyjpegls", "nibabel"),
     *("scikit-image", "scipy", "pydantic", "pyyaml"),
 )
-
-
-@dataclass(frozen=True)
-class ModelVersion:
-    """A version in the registry. `uri` is `models:/NAME/VERSION`, `run_id` the run that trained it."""
-
-    name: str
-    version: str
-    uri: str
-    run_id: str
-    digest: str
 
 
 def register(

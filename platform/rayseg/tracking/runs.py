@@ -17,7 +17,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelInput, M
 from mlflow.protos import databricks_pb2 as codes
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-from rayseg import __version__
+from rayseg import __version__, build
 
 _PARAMS_A_BATCH, _METRICS_A_BATCH = 100, 1000  # MLflow's limits for one request
 _SQLITE = "sqlite:///"
@@ -84,12 +84,20 @@ def start(
     run = mlflow.create_run(
         _experiment_id(mlflow, tracking_uri, experiment),
         run_name=name,
-        tags={"rayseg.version": __version__, **(tags or {})},
+        tags={**_code(), **(tags or {})},
     )
     values = [Param(key, str(value)) for key, value in (params or {}).items()]
     for first in range(0, len(values), _PARAMS_A_BATCH):
         mlflow.log_batch(run.info.run_id, params=values[first : first + _PARAMS_A_BATCH])
     return run.info.run_id
+
+
+def _code() -> dict[str, str]:
+    """What made the run. The commit is tagged as MLflow does it, where it is known."""
+    tags = {"rayseg.version": __version__, "rayseg.code_sha256": build.sha256("rayseg")}
+    if known := build.git():
+        tags |= {"mlflow.source.git.commit": known["commit"], "rayseg.git_changed": known["changed"]}
+    return tags
 
 
 def log_metrics(tracking_uri: str, run_id: str, metrics: Mapping[str, float], step: int = 0) -> None:

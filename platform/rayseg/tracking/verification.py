@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from rayseg import build
 from rayseg.tracking.bundle import describe
 
 PREDICTOR_MODULE = "rayseg.inference.predictor"  # by name: that layer lies above this one
@@ -41,11 +42,11 @@ def verify_folder(model_folder: Path, repeats: int = 0) -> Verified:
             [sys.executable, "-m", PREDICTOR_MODULE, str(bundle), str(repeats)],
             cwd=bundle,
             env={
-                **os.environ,
+                # The model's code is its own, whatever that of this job is.
+                **{name: value for name, value in os.environ.items() if name != build.VARIABLE},
                 "PYTHONPATH": str(model_folder / "code"),
                 "PYTHONDONTWRITEBYTECODE": "1",
                 "TF_CPP_MIN_LOG_LEVEL": "3",
-                "TF_FORCE_GPU_ALLOW_GROWTH": "true",  # this process may hold the GPU's memory
             },
             capture_output=True,
             text=True,

@@ -1,13 +1,15 @@
-"""Pictures of a model's best, median and worst validation cases."""
+"""What a model makes of validation: pictures of its best, median and worst cases, and how they usually look."""
 
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from rayseg import storage
 from rayseg.data.prepared import PreparedSet
+from rayseg.data.range import entropy_bits, pieces
 from rayseg.data.samples import limited
 from rayseg.models.metrics import pooled_dice
 from rayseg.tracking import figures
@@ -16,8 +18,20 @@ _ROWS = 200  # looked at, evenly over the patients: the driver may have no GPU
 _COLUMNS = ["patient_key", "foreground_pixels", "image", "mask"]
 
 
-def pictures(model: Any, prepared: PreparedSet, threshold: float) -> list[tuple[str, bytes]]:
-    """Name and PNG of the best, the median and the worst case by Dice, each the slice of it with most to find.
+@dataclass(frozen=True)
+class Cases:
+    """pictures: name and PNG of the best, the median and the worst case by Dice, each its slice with most to find.
+    pieces: the most that the foreground found in a slice lies in.
+    entropy_bits: the greatest mean over the foreground found in a patient; None where nothing was found.
+    """
+
+    pictures: list[tuple[str, bytes]]
+    pieces: int
+    entropy_bits: float | None
+
+
+def look(model: Any, prepared: PreparedSet, threshold: float) -> Cases:
+    """Runs the model over validation.
 
     Args:
         model: Keras model, uint8 (1, H, W, C) to probabilities.
@@ -27,6 +41,8 @@ def pictures(model: Any, prepared: PreparedSet, threshold: float) -> list[tuple[
     height, width, channels = prepared.shape
     counts: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(3, np.int64))
     largest: dict[str, tuple[int, np.ndarray, np.ndarray, np.ndarray]] = {}
+    entropies: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(2))
+    most = 0
     for row in _rows(prepared):
         image_HWC = np.frombuffer(row["image"], np.uint8).reshape(height, width, channels)
         truth_HW = np.frombuffer(row["mask"], np.uint8).reshape(height, width)
@@ -37,6 +53,8 @@ def pictures(model: Any, prepared: PreparedSet, threshold: float) -> list[tuple[
             found_HW = np.argmax(probability_HWC, axis=-1).astype(np.uint8)
         agreed = np.count_nonzero((found_HW == truth_HW) & (truth_HW > 0))
         patient = row["patient_key"]
+        most = max(most, pieces(found_HW))
+        entropies[patient] += entropy_bits(np.moveaxis(probability_HWC, -1, 0), found_HW)
         counts[patient] += [agreed, np.count_nonzero(found_HW) - agreed, np.count_nonzero(truth_HW) - agreed]
         if patient not in largest or row["foreground_pixels"] > largest[patient][0]:
             largest[patient] = (
@@ -45,6 +63,15 @@ def pictures(model: Any, prepared: PreparedSet, threshold: float) -> list[tuple[
                 truth_HW,
                 found_HW,
             )
+    means = [bits / pixels for bits, pixels in entropies.values() if pixels]
+    # Rounded, as it becomes part of a bundle's digest, and processors differ in last bits.
+    return Cases(_pictures(counts, largest), most, round(float(max(means)), 4) if means else None)
+
+
+def _pictures(
+    counts: dict[str, np.ndarray], largest: dict[str, tuple[int, np.ndarray, np.ndarray, np.ndarray]]
+) -> list[tuple[str, bytes]]:
+    """Of each patient agreed, false and missed pixels, and foreground, picture, truth and mask of a slice."""
     dice = {patient: pooled_dice(*(int(count) for count in counts[patient])) for patient in counts}
     ranked = sorted((value, patient) for patient, value in dice.items() if value is not None)
     if not ranked:

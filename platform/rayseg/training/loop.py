@@ -4,6 +4,7 @@ import contextlib
 import logging
 import math
 import tempfile
+import time
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import ray.train
 import tensorflow as tf
 
 from rayseg import config as configuration
-from rayseg import storage
+from rayseg import logs, meters, storage
 from rayseg.data.prepared import describe
 from rayseg.models.encoders import encoder_layers
 from rayseg.training import start
@@ -33,12 +34,13 @@ def train_worker(job: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         job: `config`, a plain `TrainConfig` with absolute URIs; `run_id` in MLflow; `folder`, URI of the run's folder;
-            `quiet`, whether to leave out the lines on each epoch.
+            `quiet`, whether to leave out the lines on each epoch; `told`, of the driver, for the log.
 
     Returns:
         `attempts`, how often workers began on this run; `diverged`, the epoch whose loss is not finite, or None.
     """
     config = configuration.build(TrainConfig, job["config"])
+    logs.adopt(job["told"])
     context = ray.train.get_context()
     rank, ranks = context.get_world_rank(), context.get_world_size()
     _set_up(config, rank, logging.WARNING if job["quiet"] else logging.INFO)
@@ -88,9 +90,12 @@ class _Run:
                 break
             learner.freeze(encoder, epoch < config.freeze_epochs)
             called.on_epoch_begin(epoch)
+            began = time.monotonic()
             logs = learner.train(epoch, called)
             if not math.isfinite(logs["train/loss"]):
                 return epoch + 1
+            if learner.rank == 0:
+                _count(time.monotonic() - began, logs["stall_percent"] / 100)
             learner.check_ranks()
             with learner.averaged():
                 logs |= learner.validate()
@@ -112,6 +117,13 @@ class _Run:
         if self._journal is not None:
             assert self._state.untrained is not None, "validated before the first epoch"
             self._journal.publish(self._state.untrained, self._state.history)
+
+
+def _count(seconds: float, stalled: float) -> None:
+    """An epoch, with the share of its time that it waited for data, for Prometheus."""
+    meters.add("rayseg_epochs_total", stage="train")
+    meters.add("rayseg_seconds_total", seconds * stalled, stage="train", step="wait")
+    meters.add("rayseg_seconds_total", seconds * (1 - stalled), stage="train", step="compute")
 
 
 def _system_metrics(config: TrainConfig, run_id: str) -> AbstractContextManager[None]:

@@ -1,22 +1,19 @@
 """What MLflow is told of a training run beside its values: enough to know what it was, and to repeat it."""
 
 import dataclasses
-import hashlib
 import json
 import logging
 import platform
-import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import rayseg
+from rayseg import build
 from rayseg import config as configuration
 from rayseg.data.prepared import PreparedSet
 from rayseg.tracking import card as cards
 from rayseg.tracking import figures, registry, runs
-from rayseg.training import cases
 from rayseg.training.callbacks import HISTORY_FILE
 from rayseg.training.card import card
 from rayseg.training.settings import TrainConfig
@@ -37,7 +34,7 @@ def begin(config: TrainConfig, prepared: PreparedSet, more_tags: Mapping[str, st
         "prepared_digest": prepared.digest,
         **{f"preprocess.{key}": value for key, value in configuration.flat(prepared.preprocess).items()},
     }
-    tags = {"rayseg.code_sha256": _code(), **_at_a_glance(resolved, prepared), **_git(), **more_tags}
+    tags = {**_at_a_glance(resolved, prepared), **more_tags}
     if config.init_from:
         tags[registry.INITIAL_TAG] = registry.resolve(uri, config.init_from).uri
     if config.reproduce:
@@ -56,7 +53,15 @@ def begin(config: TrainConfig, prepared: PreparedSet, more_tags: Mapping[str, st
     return run_id
 
 
-def end(config: TrainConfig, prepared: PreparedSet, state: State, model: Any, outputs: Path, run_id: str) -> str:
+def end(
+    config: TrainConfig,
+    prepared: PreparedSet,
+    state: State,
+    model: Any,
+    pictures: Sequence[tuple[str, bytes]],
+    outputs: Path,
+    run_id: str,
+) -> str:
     """Logs tables, curves, pictures and the model card; returns the card.
 
     Args:
@@ -64,6 +69,7 @@ def end(config: TrainConfig, prepared: PreparedSet, state: State, model: Any, ou
         prepared: its data.
         state: its last checkpoint.
         model: the Keras model of its best epoch.
+        pictures: names and PNGs of what it makes of validation.
         outputs: the folder of files that its callbacks wrote.
         run_id: in MLflow.
     """
@@ -73,7 +79,7 @@ def end(config: TrainConfig, prepared: PreparedSet, state: State, model: Any, ou
     runs.log_file(uri, run_id, HISTORY_FILE, outputs / HISTORY_FILE)
     runs.log_bytes(uri, run_id, "curves.png", figures.curves(state.history))
     runs.client(uri).set_tag(run_id, "rayseg.parameters", f"{model.count_params():,}")
-    for name, picture in cases.pictures(model, prepared, state.threshold(config)):
+    for name, picture in pictures:
         runs.log_bytes(uri, run_id, f"val/{name}.png", picture)
     for file in sorted((outputs / "tensorboard").rglob("*")):
         if file.is_file():
@@ -107,7 +113,7 @@ def check_repeatable(config: TrainConfig, prepared: PreparedSet) -> None:
     then = set(runs.read_bytes(uri, run_id, _ENVIRONMENT_FILE).decode().splitlines())
     for line in sorted(then ^ set(_environment())):
         logger.warning("train.reproduce: %s %s", "then, not now:" if line in then else "now, not then:", line)
-    if runs.client(uri).get_run(run_id).data.tags.get("rayseg.code_sha256") != _code():
+    if runs.client(uri).get_run(run_id).data.tags.get("rayseg.code_sha256") != build.sha256("rayseg"):
         logger.warning("train.reproduce: the code of rayseg is not that of run %s", run_id)
 
 
@@ -144,27 +150,3 @@ def _environment() -> list[str]:
     """Python, processor and every installed distribution."""
     installed = {f"{found.name}=={found.version}" for found in metadata.distributions() if found.name}
     return [f"python=={platform.python_version()}", f"machine: {platform.machine()}", *sorted(installed)]
-
-
-def _code() -> str:
-    """SHA-256 over the modules of this package: a job on a cluster has no repository to ask."""
-    root = Path(rayseg.__file__).parent
-    sha256 = hashlib.sha256()
-    for file in sorted(root.rglob("*.py")):
-        sha256.update(f"{file.relative_to(root)}\n".encode() + file.read_bytes())
-    return sha256.hexdigest()
-
-
-def _git() -> dict[str, str]:
-    """The commit, as MLflow tags it, where the package stands in a repository; and whether files differ from it."""
-    folder = Path(rayseg.__file__).parent
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(folder), *arguments]  # of the path, as a user's shell finds it
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
-
-    try:
-        changed = bool(git("status", "--porcelain", "--untracked-files=no"))
-        return {"mlflow.source.git.commit": git("rev-parse", "HEAD"), "rayseg.git_changed": str(changed).lower()}
-    except (OSError, subprocess.SubprocessError):
-        return {}

@@ -94,7 +94,7 @@ class TrainConfig:
     feed_tasks: int | None = None
     num_workers: int = 2
     cpus_per_worker: float = 1.0
-    use_gpu: bool = False  # one for each worker
+    gpus_per_worker: float = 0.0  # 1, or a fraction of one that other runs share; of several only one would be used
     max_failures: int = 3  # how often lost workers are replaced before the run fails
     hang_timeout_s: float = 600.0  # a worker that takes longer for a step is taken for hung, and replaced
 
@@ -115,6 +115,11 @@ class TrainConfig:
         for key in ("seed", "max_failures", "warmup_epochs", "freeze_epochs"):
             if getattr(self, key) < 0:
                 raise ValueError(f"train.{key}: 0 or more expected, got {getattr(self, key)}")
+        if not 0 <= self.gpus_per_worker <= 1:
+            raise ValueError(f"train.gpus_per_worker: 0 to 1 expected, got {self.gpus_per_worker}")
+        if 0 < self.gpus_per_worker < 1 < self.num_workers:
+            # What adds up gradients between GPUs (NCCL) takes one process a GPU.
+            raise ValueError("train.gpus_per_worker: workers of one run take a whole GPU each; set 1, or num_workers=1")
         if self.feed_tasks is not None and self.feed_tasks < 0:
             raise ValueError(f"train.feed_tasks: 0 or more expected, got {self.feed_tasks}")
         for key in ("threshold", "ema_momentum"):
@@ -129,11 +134,16 @@ class TrainConfig:
                 raise ValueError(f"train.{key}: missing; give it in the recipe or by --set {key}=...")
 
     @property
+    def bundle(self) -> dict[str, float]:
+        """What each worker asks the cluster for."""
+        return {"CPU": self.cpus_per_worker} | ({"GPU": self.gpus_per_worker} if self.gpus_per_worker else {})
+
+    @property
     def feed_tasks_per_worker(self) -> int:
         """`feed_tasks`, or what stands for it by default."""
         if self.feed_tasks is not None:
             return self.feed_tasks
-        return 4 if self.use_gpu else 0
+        return 4 if self.gpus_per_worker else 0
 
     @property
     def scaled_learning_rate(self) -> float:

@@ -40,7 +40,7 @@ def bring_initial(config: TrainConfig, prepared: PreparedSet, folder: str) -> No
     model = build_network(config.model, prepared.shape, len(prepared.labels.names), config.mixed_precision)
     if config.init_from:
         path, _ = registry.fetch(config.tracking_uri, config.init_from)
-        start_from(model, bundle.load(path).model)
+        start_from(model, bundle.load_keras(path))
     buffer = io.BytesIO()
     np.savez(buffer, **{str(index): weight for index, weight in enumerate(model.get_weights())})
     storage.write(uri, buffer.getvalue())

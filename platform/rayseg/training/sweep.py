@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from rayseg import storage
+from rayseg import meters, storage
 from rayseg.training.halving import Progress, Verdict, verdicts
 from rayseg.training.space import Space
 
@@ -117,7 +117,9 @@ class Sweep:
         ended = Ended(number, values, self._dice[number], failure, seconds)
         self._keep(ended)
         storage.write_json(self._file(number), asdict(ended))
-        self._tell(self.outcome(number))
+        outcome = self.outcome(number)
+        meters.add("rayseg_trials_total", status=outcome.status)
+        self._tell(outcome)
 
     def outcome(self, number: int) -> Outcome:
         """What became of a trial that has ended, by the verdict so far."""

@@ -18,16 +18,17 @@ import pyarrow as pa
 from ray.train import FailureConfig, LoggingConfig, Result, RunConfig, ScalingConfig, TrainingFailedError, UserCallback
 from ray.train.tensorflow import TensorflowTrainer
 
-from rayseg import cluster, storage
+from rayseg import cluster, logs, retry, storage
 from rayseg import config as configuration
 from rayseg.data import synthetic
 from rayseg.data.prepared import PreparedSet, describe
+from rayseg.data.range import measure
 from rayseg.data.split import LEAK_COLUMNS, SPLITS, check_leak
 from rayseg.models.encoders import encoder_layers
 from rayseg.models.losses import loss_function
 from rayseg.models.network import portable
 from rayseg.tracking import bundle, registry, runs
-from rayseg.training import journal, record, start
+from rayseg.training import cases, journal, record, start
 from rayseg.training.callbacks import BEST_FILE
 from rayseg.training.loop import ATTEMPTS_FILE, train_worker
 from rayseg.training.settings import TrainConfig, TrainResult, Trial
@@ -36,6 +37,8 @@ from rayseg.training.state import State
 __all__ = ["TrainConfig", "TrainResult", "fit"]
 
 logger = logging.getLogger(__name__)
+
+KEYS = {"CPU": "cpus_per_worker", "GPU": "gpus_per_worker", "count": "num_workers"}
 
 
 def fit(config: TrainConfig, trial: Trial | None = None, callbacks: Sequence[UserCallback] = ()) -> TrainResult:
@@ -51,8 +54,8 @@ def fit(config: TrainConfig, trial: Trial | None = None, callbacks: Sequence[Use
 
     Raises:
         ValueError: no prepared set, a patient in two splits, no rows to train or validate on, sizes that do not fit
-            the network, weights to start from that do not, a run to reproduce that is not there or had other data, or
-            a loss that is not finite.
+            the network, weights to start from that do not, a run to reproduce that is not there or had other data,
+            workers that the cluster could never hold, or a loss that is not finite.
         RuntimeError: workers failed more often than `max_failures`, or MLflow does not answer; the same job started
             again goes on.
     """
@@ -63,6 +66,7 @@ def fit(config: TrainConfig, trial: Trial | None = None, callbacks: Sequence[Use
         config = absolute(record.to_repeat(config))
     prepared = describe(config.prepared)
     check(config, prepared)
+    cluster.require("train", config.bundle, config.num_workers, KEYS)
     if config.reproduce:
         record.check_repeatable(config, prepared)
     key = f"{config.name}-{configuration.digest([configuration.plain(config), prepared.digest])[:12]}"
@@ -141,8 +145,7 @@ def _train(
     config: TrainConfig, folder: str, run_id: str, trial: Trial | None, callbacks: Sequence[UserCallback]
 ) -> int:
     """Runs the workers, who leave their checkpoints in the folder; returns how often they began."""
-    files, path = storage.filesystem(config.storage, storage.ATTEMPTS)
-    resources = {"CPU": config.cpus_per_worker} | ({"GPU": 1.0} if config.use_gpu else {})
+    files, path = storage.filesystem(config.storage, retry.ATTEMPTS)
     trainer = TensorflowTrainer(
         train_worker,
         train_loop_config={
@@ -150,9 +153,10 @@ def _train(
             "run_id": run_id,
             "folder": folder,
             "quiet": trial is not None,
+            "told": logs.told(),
         },
         scaling_config=ScalingConfig(
-            num_workers=config.num_workers, use_gpu=config.use_gpu, resources_per_worker=resources
+            num_workers=config.num_workers, use_gpu=config.gpus_per_worker > 0, resources_per_worker=config.bundle
         ),
         run_config=RunConfig(
             name=folder.rpartition("/")[2],
@@ -200,13 +204,15 @@ def _conclude(
         model = portable(model)
         best_epoch, best = state.best()
         threshold = state.threshold(config)
-        text = record.end(config, prepared, state, model, outputs, run_id)
+        looked = cases.look(model, prepared, threshold)
+        text = record.end(config, prepared, state, model, looked.pictures, outputs, run_id)
         version = None
         if register:
             saved = Path(temporary, "bundle")
             # Phantoms, as a bundle goes where no patient's picture may.
             example, *golden = (synthetic.slice_bytes(seed, size) for seed, size in ((0, 64), (1, 96), (2, 128)))
-            bundle.save(saved, model, prepared.preprocess, prepared.labels, threshold, example, golden)
+            known = dataclasses.replace(measure(prepared), pieces=looked.pieces, entropy_bits=looked.entropy_bits)
+            bundle.save(saved, model, prepared.preprocess, prepared.labels, threshold, example, golden, known)
             version = registry.register(config.tracking_uri, run_id, saved, config.registered_model, text)
     reproduced = record.repeated(config, state, run_id) if config.reproduce else None
     outcome: dict[str, float] = {"best_epoch": best_epoch, "restarts": restarts}

@@ -15,7 +15,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from rayseg import config as configuration
-from rayseg import storage
+from rayseg import logs, storage
 from rayseg.training import trainer
 from rayseg.training.settings import TrainConfig, Trial
 from rayseg.training.space import Space
@@ -49,7 +49,7 @@ def run(sweep: Sweep, runs_of: Trials, folder: str, abreast: int) -> None:
     parent, _, name = path.rpartition("/")
     tuner = ray_tune.Tuner(
         # The trial's driver takes no CPU; its workers ask the cluster for theirs. Ray wants something: a byte.
-        ray_tune.with_resources(_run_trial, ray_tune.PlacementGroupFactory([{"memory": 1}])),
+        ray_tune.with_resources(logs.carried(_run_trial), ray_tune.PlacementGroupFactory([{"memory": 1}])),
         tune_config=ray_tune.TuneConfig(
             num_samples=sweep.trials,
             search_alg=_InOrder(sweep, runs_of),

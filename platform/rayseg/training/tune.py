@@ -7,13 +7,13 @@ started again goes by.
 import dataclasses
 import json
 import logging
+import math
 import sys
 import time
 import uuid
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import ray
 import yaml
 
 from rayseg import cluster, storage
@@ -30,6 +30,7 @@ from rayseg.training.trials import Trials, run
 
 logger = logging.getLogger(__name__)
 
+_MANY = 1000  # trials at once, where nothing tells how far the cluster grows
 TABLE_FILE, PICTURE_FILE, RECIPE_FILE = "trials.csv", "trials.png", "best.yaml"
 
 
@@ -154,16 +155,10 @@ def tune(config: TuneConfig) -> TuneResult:
 
 
 def _room(train: TrainConfig) -> int:
-    """How many trials the cluster has room for."""
-    has = ray.cluster_resources()
-    needs = {"CPU": train.num_workers * train.cpus_per_worker, "GPU": train.num_workers * float(train.use_gpu)}
-    room = min(int(has.get(kind, 0.0) / needed) for kind, needed in needs.items() if needed)
-    if not room:
-        raise ValueError(
-            f"train.num_workers: a trial needs {needs['CPU']:g} CPUs and {needs['GPU']:g} GPUs, the cluster has "
-            f"{has.get('CPU', 0):g} and {has.get('GPU', 0):g}; lower it, or train.cpus_per_worker"
-        )
-    return room
+    """How many trials the cluster has room for; raises ValueError where there is none for one."""
+    cluster.require("train", train.bundle, train.num_workers, trainer.KEYS)
+    room = cluster.room(train.bundle) / train.num_workers
+    return _MANY if math.isinf(room) else int(room)
 
 
 def _begin(config: TuneConfig, sweep_id: str) -> str:

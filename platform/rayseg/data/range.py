@@ -1,0 +1,136 @@
+"""What a model was trained on, in a few numbers: what makes an input, or a prediction, look foreign to it.
+
+Of each slice `facts` are columns of the prepared set; `measure` sums them up over the training split without reading a
+picture, and the trainer adds what the model says of validation. `inference.quality` judges series by the result.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from rayseg.data.prepared import PreparedSet
+from rayseg.data.preprocess import Preprocess
+from rayseg.dicom.reading import Slice
+
+COLUMNS = (
+    "series_key",
+    "modality",
+    "body_part",
+    "pixel_spacing_mm",
+    "slice_thickness_mm",
+    "intensity_mean",
+    "intensity_sd",
+    "foreground_pixels",
+)
+_QUANTILES = (0.005, 0.995)  # a slice in a hundred may be odd, as a scan's first or last one
+_LEAST_SHARE = 0.01  # of the slices, so that a few mislabelled ones do not widen what is known
+
+
+@dataclass(frozen=True)
+class Range:
+    """What the training split looked like, as it was: margins are the judge's. None, or empty: not known."""
+
+    modalities: tuple[str, ...] = ()  # Modality (PS3.3 C.7.3.1.1.1)
+    body_parts: tuple[str, ...] = ()  # BodyPartExamined, upper case
+    spacing_mm: tuple[float, float] | None = None  # least and greatest, between pixels as the network sees them
+    intensity_mean: tuple[float, float] | None = None  # 0.5 and 99.5 % quantile over slices, see `facts`
+    intensity_sd: tuple[float, float] | None = None
+    foreground_share: float | None = None  # the greatest of a slice's area
+    volume_ml: float | None = None  # the greatest of a series, each slice as wide as its SliceThickness
+    pieces: int | None = None  # the most that the model finds in a validation slice, see `pieces`
+    entropy_bits: float | None = None  # the greatest mean of a validation patient, see `entropy_bits`
+
+
+def facts(slice: Slice, image_HWC: np.ndarray, preprocess: Preprocess) -> dict[str, Any]:
+    """Columns of `records.PREPARED` that tell one kind of slice from another.
+
+    Mean and standard deviation are of the picture as the network sees it, padding included: a missing rescale or
+    another window moves them, where what a fixed window makes of values depends on the values at all.
+
+    Args:
+        slice: as it was read.
+        image_HWC: what `Preprocess.apply` makes of it, with or without its neighbours' channels.
+        preprocess: that one.
+    """
+    header = slice.header
+    geometry = slice.geometry if header is None else header.geometry
+    spacing_mm = None if geometry is None else geometry.pixel_spacing_mm
+    centre = np.ascontiguousarray(preprocess.centre(image_HWC))
+    mean, deviation = cv2.meanStdDev(centre.reshape(len(centre), -1))
+    return {
+        "modality": (header.modality or None) if header else None,
+        "body_part": (header.body_part or None) if header else None,
+        "pixel_spacing_mm": spacing_mm
+        and [mm / scale for mm, scale in zip(spacing_mm, preprocess.scale(*slice.shape), strict=True)],
+        "slice_thickness_mm": None if geometry is None else geometry.slice_thickness_mm,
+        "intensity_mean": float(mean[0, 0]),
+        "intensity_sd": float(deviation[0, 0]),
+    }
+
+
+def pieces(mask: np.ndarray) -> int:
+    """How many connected pieces (8 neighbours) the foreground of a label map has, whatever its classes."""
+    if not mask.any():
+        return 0
+    return int(cv2.connectedComponents((mask > 0).astype(np.uint8), connectivity=8)[0]) - 1
+
+
+def entropy_bits(probabilities_KHW: np.ndarray, mask: np.ndarray) -> tuple[float, int]:
+    """The entropy of the probabilities (Shannon, bits) summed over the foreground of a label map, and its pixels.
+
+    Args:
+        probabilities_KHW: of the one class, or of the background and several.
+        mask: uint8 (rows, columns), what was decided by them.
+    """
+    found = probabilities_KHW.reshape(len(probabilities_KHW), -1)[:, np.flatnonzero(mask)].astype(np.float64)
+    if len(found) == 1:
+        found = np.concatenate([found, 1 - found])
+    return float(-(found * np.log2(np.maximum(found, 1e-12))).sum()), found.shape[1]
+
+
+def measure(prepared: PreparedSet) -> Range:
+    """Of the training split of a set, but for what only a model can tell."""
+    rows = prepared.read_rows("train", COLUMNS)
+    height, width, _ = prepared.shape
+    spacing_mm = pc.list_flatten(rows["pixel_spacing_mm"]).to_numpy()
+    most = pc.max(rows["foreground_pixels"]).as_py()
+    return Range(
+        modalities=_common(rows["modality"]),
+        body_parts=_common(rows["body_part"]),
+        spacing_mm=(float(spacing_mm.min()), float(spacing_mm.max())) if len(spacing_mm) else None,
+        intensity_mean=_spread(rows["intensity_mean"]),
+        intensity_sd=_spread(rows["intensity_sd"]),
+        foreground_share=most / (height * width) if most else None,
+        # With a limit series are not whole.
+        volume_ml=None if prepared.limited else _greatest_volume_ml(rows),
+    )
+
+
+def _common(values: pa.ChunkedArray) -> tuple[str, ...]:
+    counts = Counter(values.drop_null().to_pylist())
+    return tuple(sorted(value for value, count in counts.items() if count >= _LEAST_SHARE * counts.total()))
+
+
+def _spread(values: pa.ChunkedArray) -> tuple[float, float] | None:
+    known = values.drop_null().to_numpy()
+    if not len(known):
+        return None
+    low, high = np.quantile(known, _QUANTILES)
+    return float(low), float(high)
+
+
+def _greatest_volume_ml(rows: pa.Table) -> float | None:
+    """None where a slice with foreground does not say how large its pixels are, or how thick it is."""
+    rows = rows.filter(pc.greater(rows["foreground_pixels"], 0))
+    spacing_mm, thickness_mm = rows["pixel_spacing_mm"], rows["slice_thickness_mm"]
+    if not len(rows) or spacing_mm.null_count or thickness_mm.null_count or rows["series_key"].null_count:
+        return None
+    areas_mm2 = pc.list_flatten(spacing_mm).to_numpy().reshape(-1, 2).prod(axis=1)
+    volumes_ml = rows["foreground_pixels"].to_numpy() * areas_mm2 * thickness_mm.to_numpy() / 1000
+    series = np.asarray(rows["series_key"].combine_chunks().dictionary_encode().indices)
+    return float(np.bincount(series, volumes_ml).max())

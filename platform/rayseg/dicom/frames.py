@@ -1,0 +1,70 @@
+"""Pixel data of a segmentation, made of one frame after the other: never are all of them in memory as arrays."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
+
+import numpy as np
+from highdicom.frame import encode_frame
+from pydicom import uid
+from pydicom.dataset import Dataset
+from pydicom.encaps import encapsulate
+
+
+def fill_pixels(segmentation: Dataset, places: Mapping[str, int], pixels: Sequence[np.ndarray]) -> None:
+    """Puts pixels in place of those of a segmentation that was made of stand-ins of one pixel each.
+
+    Args:
+        segmentation: BINARY and uncompressed, or LABELMAP or FRACTIONAL and RLE compressed. Its frames say by a SOP
+            Instance UID of which slice they are, and of which segment, but for LABELMAP.
+        places: for each of these UIDs where its slice is in `pixels`.
+        pixels: uint8 (rows, columns), or (rows, columns, segments) of FRACTIONAL.
+    """
+    segmentation.Rows, segmentation.Columns = pixels[0].shape[:2]
+    frames = _frames(segmentation, places, pixels)
+    data = b"".join(_packed(frames)) if segmentation.BitsAllocated == 1 else encapsulate([*map(_compressed, frames)])
+    segmentation.PixelData = data + b"\0" * (len(data) % 2)
+
+
+def _frames(segmentation: Dataset, places: Mapping[str, int], pixels: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
+    """Each frame in the order of the functional groups, uint8 (rows, columns)."""
+    shared = segmentation.SharedFunctionalGroupsSequence[0]
+    for groups in segmentation.PerFrameFunctionalGroupsSequence:
+        derivation = (groups.get("DerivationImageSequence") or shared.DerivationImageSequence)[0]
+        of_slice = pixels[places[derivation.SourceImageSequence[0].ReferencedSOPInstanceUID]]
+        if segmentation.SegmentationType == "LABELMAP":
+            yield of_slice
+            continue
+        number = (groups.get("SegmentIdentificationSequence") or shared.SegmentIdentificationSequence)[0]
+        segment = number.ReferencedSegmentNumber
+        yield of_slice[..., segment - 1] if of_slice.ndim == 3 else (of_slice == segment).astype(np.uint8)
+
+
+def _packed(frames: Iterable[np.ndarray]) -> Iterator[bytes]:
+    """Bits, the first of a byte the lowest; a frame begins where the one before ends, within a byte if need be."""
+    rest = np.zeros(0, np.uint8)
+    for frame in frames:
+        bits = np.concatenate([rest, frame.ravel()])
+        whole = len(bits) // 8 * 8
+        yield np.packbits(bits[:whole], bitorder="little").tobytes()
+        rest = bits[whole:]
+    yield np.packbits(rest, bitorder="little").tobytes()
+
+
+def _compressed(frame: np.ndarray) -> bytes:
+    return _encoded(frame) if frame.any() else _nothing(*frame.shape)
+
+
+@lru_cache(maxsize=8)
+def _nothing(rows: int, columns: int) -> bytes:
+    """An empty frame, which most are, and which takes as long as any other."""
+    return _encoded(np.zeros((rows, columns), np.uint8))
+
+
+def _encoded(frame: np.ndarray) -> bytes:
+    return encode_frame(
+        np.ascontiguousarray(frame),
+        uid.RLELossless,
+        bits_allocated=8,
+        bits_stored=8,
+        photometric_interpretation="MONOCHROME2",
+    )

@@ -1,0 +1,176 @@
+"""What an archive run has to do: the manifest's series without those that the ledger has, and how long that takes."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from rayseg import config as configuration
+from rayseg import storage
+from rayseg.data.spool import packed, unpacked
+from rayseg.inference.refusals import Refusals
+from rayseg.inference.series import STAGE, Task, ledger_row, reject_row
+from rayseg.records import Reason, Reject
+
+SCHEMA = pa.schema(
+    [
+        ("series_key", pa.string()),
+        ("patient_key", pa.string()),
+        ("uris", pa.list_(pa.string())),
+        ("frames", pa.list_(pa.int32())),  # at the same places; null: the object is one image
+        ("input_digest", pa.string()),
+    ]
+)
+_MANIFEST_COLUMNS = ("uri", "frame", "etag", "verdict", "reason", "detail", "kind", "patient_key", "series_key")
+KNOWN = ("input_digest", "verdict", "reason")  # what `is_done` looks at of a ledger row
+# A second try may end otherwise, whatever `retry` says.
+_TRY_AGAIN = {Reason.READ_FAILED, Reason.NOT_FOUND, Reason.WRITE_FAILED, Reason.INTERNAL}
+_HOUR_S = 3600.0
+_REJECTS_PER_PART = 50_000  # of the ledger
+
+_Rows = Sequence[dict[str, Any]]
+
+
+@dataclass
+class Plan:
+    """What a manifest holds for an archive run. Memory grows by some 10 to 30 bytes an object."""
+
+    todo: list[bytes] = field(default_factory=list)  # series in the manifest's order, each `packed` rows of `SCHEMA`
+    slices: int = 0  # objects of these
+    series: list[str] = field(default_factory=list)  # keys of all usable series, in the manifest's order
+    done: set[str] = field(default_factory=set)  # of these, what is not to be done again
+    accepted: int = 0  # objects that the catalog has accepted
+    unusable: list[dict[str, Any]] = field(default_factory=list)  # ledger rows of series without any usable object
+    refusals: Refusals = field(default_factory=Refusals)  # objects that are not to be segmented
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run would take, by the ledger's timings of earlier series; None where there are none yet."""
+
+    series: int
+    slices: int
+    seconds: float | None
+    cost: float | None  # where `cost_per_hour` is given
+
+
+def make(
+    manifest: str, task: Task, is_done: Callable[[Mapping[str, Any]], bool], keep: Callable[[_Rows, _Rows], None]
+) -> Plan:
+    """Reads a manifest, a part at a time.
+
+    Args:
+        manifest: its URI. The rows of a series stand together, as the catalog writes them.
+        task: what all series have in common.
+        is_done: whether a series, a row of `SCHEMA`, is not to be done again.
+        keep: gets ledger rows of unusable series, with the rejects that they are about and others.
+
+    Raises:
+        ValueError: there is no manifest, or the rows of a series do not stand together.
+    """
+    made = Plan()
+    unusable: list[dict[str, Any]] = []
+    rejects: list[dict[str, Any]] = []
+    met: set[str] = set()
+    # What is of no series stands for itself.
+    for group, rows in groupby(_rows(manifest), lambda row: row["series_key"] or (row["uri"], row["frame"])):
+        key = group if isinstance(group, str) else None
+        planned, refused = _of_series(key, rows)
+        if key is not None:
+            if key in met:
+                raise ValueError(
+                    f"segment.manifest: series {key} stands in several places of {manifest}; catalog again"
+                )
+            met.add(key)
+        made.refusals.add(refused)
+        rejects += refused
+        if planned is not None:
+            made.series.append(planned["series_key"])
+            made.accepted += len(planned["uris"])
+            if is_done(planned):
+                made.done.add(planned["series_key"])
+            else:
+                made.todo.append(packed(pa.Table.from_pylist([planned], schema=SCHEMA)))
+                made.slices += len(planned["uris"])
+        elif key is not None:
+            first = Reject(Reason(refused[0]["reason"]), refused[0]["detail"])
+            row = ledger_row(task, key, refused[0]["patient_key"], first) | {"rejected_slices": len(refused)}
+            unusable.append(row)
+            made.unusable.append(row)
+        if len(rejects) >= _REJECTS_PER_PART:
+            keep(unusable, rejects)
+            unusable, rejects = [], []
+    keep(unusable, rejects)
+    made.accepted += made.refusals.of_run.total()
+    return made
+
+
+def _rows(manifest: str) -> Iterator[dict[str, Any]]:
+    try:
+        for some in storage.read_row_groups(manifest, _MANIFEST_COLUMNS):
+            columns = [some[name].to_pylist() for name in _MANIFEST_COLUMNS]
+            yield from (dict(zip(_MANIFEST_COLUMNS, values, strict=True)) for values in zip(*columns, strict=True))
+    except FileNotFoundError:
+        raise ValueError(f"segment.manifest: there is no manifest at {manifest}; run the catalog job") from None
+
+
+def _of_series(
+    key: str | None, rows: Iterable[Mapping[str, Any]]
+) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
+    """The series as a row of `SCHEMA`, None where nothing of it can be used, and the rejects."""
+    usable: list[Mapping[str, Any]] = []
+    rejects = []
+    for row in rows:
+        if row["verdict"] != "ok":
+            stage, reject = "catalog", Reject(Reason(row["reason"]), row["detail"] or "")
+        elif row["kind"] != "dicom":
+            reject = Reject(Reason.NOT_DICOM, "a DICOM SEG refers to DICOM instances, and this is an image file")
+            stage = STAGE
+        else:
+            usable.append(row)
+            continue
+        rejects.append(reject_row(row["uri"], row["frame"], stage, reject, row["patient_key"], key))
+    if not usable:
+        return None, rejects
+    planned = {
+        "series_key": key,
+        "patient_key": usable[0]["patient_key"],
+        "uris": [row["uri"] for row in usable],
+        "frames": [row["frame"] for row in usable],
+        "input_digest": configuration.digest([[row["uri"], row["frame"], row["etag"]] for row in usable]),
+    }
+    return planned, rejects
+
+
+def is_done(known: Mapping[str, Any] | None, planned: Mapping[str, Any], retry_rejected: bool) -> bool:
+    """Whether the ledger's row `known` is of the series as planned, and nothing is to be gained by doing it again."""
+    if known is None or known["input_digest"] != planned["input_digest"]:
+        return False
+    if known["verdict"] == "segmented":
+        return True
+    return not retry_rejected and known["reason"] not in _TRY_AGAIN
+
+
+def estimate(planned: Plan, known: pa.Table, concurrency: int, cost_per_hour: float | None) -> Estimate:
+    """By the seconds a slice of all series that were ever segmented into this output: `known`, of `records.LEDGER`."""
+    timed = known.filter(pc.field("verdict") == "segmented")
+    seconds = None
+    if timed.num_rows:
+        slices = sum(pc.sum(timed[name]).as_py() for name in ("slices", "rejected_slices"))
+        seconds = planned.slices * (pc.sum(timed["seconds"]).as_py() or 0.0) / slices / concurrency
+    cost = None if seconds is None or cost_per_hour is None else seconds / _HOUR_S * cost_per_hour
+    return Estimate(len(planned.todo), planned.slices, seconds, cost)
+
+
+def unpacked_series(cell: bytes) -> dict[str, Any]:
+    """The row of `SCHEMA` of a cell of `Plan.todo`."""
+    (row,) = unpacked(cell).to_pylist()
+    return dict(row)
+
+
+def objects(row: Mapping[str, Any]) -> int:
+    """How many objects of the manifest a ledger row accounts for."""
+    return row["slices"] + row["rejected_slices"]

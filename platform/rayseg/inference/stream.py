@@ -1,0 +1,118 @@
+"""Series through Ray Data: actors that segment whole series, several at once each, whose slices share batches."""
+
+import logging
+import math
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+
+from rayseg import logs
+from rayseg.inference.plan import unpacked_series
+from rayseg.inference.predictor import Mirror, Predictor
+from rayseg.inference.series import Task, segment_series
+from rayseg.models.engine import Engine
+from rayseg.records import LEDGER, REJECTS
+from rayseg.tracking.bundle import KERAS_FILE
+
+logger = logging.getLogger(__name__)
+
+SERIES_PER_PART = 64  # of the ledger: what a killed run does again, at most
+_SERIES_PER_THREAD = 16  # of a task, at most: the actor ends one before it begins the next
+# Ray Data takes milliseconds and memory of the driver for each block before the first is worked on. Actors that are
+# started again for the next dataset take seconds, of hours.
+_SERIES_PER_DATASET = 16_000
+_TASKS_PER_ACTOR = 8  # at least, so that all end at about the same time
+_FOUND = pa.schema([*LEDGER, pa.field("rejects", pa.list_(pa.struct(list(REJECTS))))])
+
+# A bundle's files by name, uint8. It travels through Ray: actors need neither the registry nor its artifact store. What
+# is bytes would be pickled, which takes seconds where a network is large; arrays are copied once.
+_Files = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Workers:
+    """The actors of a run."""
+
+    actors: int = 1
+    cpus: int = 1  # of each: so many series, and slices of theirs in the network, at once
+    gpus: float = 0.0  # of each; without any it runs on the CPU
+    engine: Engine = field(default_factory=Engine)
+    mirror: Mirror | None = None
+
+
+def rows(
+    todo: Sequence[bytes], task: Task, bundle_dirs: Sequence[Path], workers: Workers
+) -> Iterator[list[dict[str, Any]]]:
+    """Yields the series' ledger rows as they end, with their rejects beside in `rejects`.
+
+    Args:
+        todo: series, each as `plan.Plan` has it.
+        task: what they have in common.
+        bundle_dirs: of the model, or of several that are averaged.
+        workers: what does it.
+    """
+    if not workers.gpus and workers.engine.name == "auto":
+        workers = replace(workers, engine=replace(workers.engine, name="openvino"))
+    needless = {KERAS_FILE} if workers.engine.name == "openvino" else set()
+    files = [{file.name: file for file in folder.iterdir() if file.name not in needless} for folder in bundle_dirs]
+    bundles = ray.put([{name: np.fromfile(file, np.uint8) for name, file in some.items()} for some in files])
+    share = len(todo) // (_TASKS_PER_ACTOR * workers.actors)
+    per_task = min(max(share, workers.cpus), _SERIES_PER_THREAD * workers.cpus)
+    for first in range(0, len(todo), _SERIES_PER_DATASET):
+        some = [{"series": cell} for cell in todo[first : first + _SERIES_PER_DATASET]]
+        dataset = ray.data.from_items(some, override_num_blocks=math.ceil(len(some) / per_task)).map_batches(
+            _Segmenter,
+            batch_size=None,
+            batch_format="pyarrow",
+            fn_constructor_args=(bundles, task, workers, logs.told()),
+            compute=ray.data.ActorPoolStrategy(size=workers.actors),
+            num_cpus=workers.cpus,
+            num_gpus=workers.gpus,
+        )
+        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+            yield batch.to_pylist()
+
+
+class _Segmenter:
+    """An actor: series in, ledger rows out; what it makes lies on the store before a row comes back.
+
+    Its threads are its own: Ray's, of an actor with several calls at once, now and then crash it as it ends (SIGSEGV in
+    `tstate_delete_common`).
+    """
+
+    def __init__(
+        self, bundles: "ray.ObjectRef[list[_Files]]", task: Task, workers: Workers, told: Mapping[str, str]
+    ) -> None:
+        logs.adopt(told)
+        self._task = task
+        self._threads = ThreadPoolExecutor(workers.cpus, "series")
+        with tempfile.TemporaryDirectory() as folder:
+            places = []
+            for number, files in enumerate(ray.get(bundles)):
+                places.append(Path(folder, str(number)))
+                places[-1].mkdir()
+                for name, content in files.items():
+                    content.tofile(places[-1] / name)
+            self._predictor = Predictor.load(
+                *places, engine=workers.engine, threads=workers.cpus, mirror=workers.mirror
+            )
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        rows = self._threads.map(self._segment, batch["series"].to_pylist())
+        return pa.Table.from_pylist(list(rows), schema=_FOUND)
+
+    def _segment(self, cell: bytes) -> dict[str, Any]:
+        series = unpacked_series(cell)
+        with logs.about(series=series["series_key"]):
+            row = segment_series(self._predictor, self._task, **series)
+            if row["verdict"] == "rejected":
+                logger.warning("series %s is rejected: %s", series["series_key"], row["reason"])
+            return row

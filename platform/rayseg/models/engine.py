@@ -1,0 +1,183 @@
+"""Engines: what runs a network's forward pass, in which precision. OpenVINO on CPUs, TensorFlow on GPUs.
+
+OpenVINO reads a network in its own form (`convert`, two files of every bundle), so a process that only segments needs
+no TensorFlow: it starts in a second and takes a tenth of the memory.
+"""
+
+import contextlib
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from rayseg.models.sharing import Shared
+
+# TensorFlow takes seconds and hundreds of MB: only what needs it imports it.
+if TYPE_CHECKING:
+    import keras
+
+# uint8 (N, height, width, channels) to float32 probabilities (N, height, width, outputs), for any N.
+Forward = Callable[[np.ndarray], np.ndarray]
+
+_GPU_BATCH = 16
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Which engine runs the network, and how exactly.
+
+    name: `auto` is TensorFlow where there is a GPU, else OpenVINO.
+    precision: `screened` runs every slice in bfloat16 and those where something may be found once more in float32, so
+        that masks are float32's and slices with nothing cost half; where the processor has no bfloat16 it is `float32`.
+    """
+
+    name: Literal["auto", "openvino", "tensorflow"] = "auto"
+    precision: Literal["screened", "bfloat16", "float32"] = "screened"
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network in OpenVINO's form, float32."""
+
+    xml: bytes
+    weights: bytes
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """The network, ready to run; `screen` is None where all slices go through `exact`."""
+
+    exact: Forward
+    screen: Forward | None
+    description: str  # engine with its version, and precision
+
+
+def convert(model: "keras.Model") -> Network:
+    """The float32 form of a Keras model, whatever the precision that it was trained in."""
+    import tensorflow as tf
+
+    openvino = _openvino()
+    exact = _with_policy(model, "float32")
+    spec = tf.TensorSpec((1, *exact.input_shape[1:]), tf.uint8)
+    function = tf.function(lambda images: exact(images, training=False), input_signature=[spec], autograph=False)
+    converted = openvino.convert_model(function.get_concrete_function())
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "model.xml")
+        openvino.save_model(converted, file, compress_to_fp16=False)
+        return Network(file.read_bytes(), file.with_suffix(".bin").read_bytes())
+
+
+def compile_openvino(network: Network, precision: str, threads: int = 1) -> Compiled:
+    """The network on this machine's CPU; safe to call from several threads, of which `threads` run at once.
+
+    A forward pass takes exactly one image, so that a mask cannot depend on what is segmented beside it; on a CPU a
+    batch is no faster. Its result does not depend on `threads`.
+    """
+    openvino = _openvino()
+    core = openvino.Core()
+    version = openvino.__version__.partition("-")[0]
+    model = core.read_model(network.xml, network.weights)
+    has_bfloat16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+    def ready(hint: str) -> Forward:
+        settings = {
+            "INFERENCE_PRECISION_HINT": hint,
+            "INFERENCE_NUM_THREADS": threads,
+            "NUM_STREAMS": threads,
+            "ENABLE_CPU_PINNING": False,  # several processes would all sit on the same first cores
+        }
+        compiled = core.compile_model(model, "CPU", settings)
+        # Two threads that are the first of a process to give an array to OpenVINO wait for each other for ever: one
+        # imports numpy's interface and needs the interpreter's lock for it, the other has that and waits for the first.
+        compiled.create_infer_request().infer([np.zeros(model.input(0).shape, np.uint8)])
+        own = threading.local()
+
+        def forward(images_NHWC: np.ndarray) -> np.ndarray:
+            if not hasattr(own, "request"):
+                own.request = compiled.create_infer_request()
+            made = []
+            for image_HWC in images_NHWC:
+                own.request.infer([image_HWC[np.newaxis]])
+                made.append(own.request.get_output_tensor().data[0].copy())
+            return np.stack(made)
+
+        return forward
+
+    if precision == "bfloat16" and has_bfloat16:
+        return Compiled(ready("bf16"), None, f"openvino {version} bfloat16")
+    exact = ready("f32")
+    if precision == "screened" and has_bfloat16:
+        return Compiled(exact, ready("bf16"), f"openvino {version} bfloat16 screened, float32")
+    return Compiled(exact, None, f"openvino {version} float32")
+
+
+def compile_tensorflow(model: "keras.Model", precision: str, threads: int = 1) -> Compiled:
+    """The network through TensorFlow; safe to call from several threads, whose images share batches.
+
+    The network always runs on exactly one number of images, filled up where there are fewer: TensorFlow adds up group
+    normalisation in another order for each batch size, and a mask must not depend on its company. By default it takes
+    every core of the machine: `threads` bounds that, unless TensorFlow runs in this process already.
+    """
+    import tensorflow as tf
+
+    with contextlib.suppress(RuntimeError):
+        tf.config.threading.set_intra_op_parallelism_threads(threads)
+        tf.config.threading.set_inter_op_parallelism_threads(1)
+    on_gpu = bool(tf.config.list_physical_devices("GPU"))
+    batch = _GPU_BATCH if on_gpu else 1
+
+    def ready(policy: str) -> Forward:
+        cast = _with_policy(model, policy)
+        shape_NHWC = (batch, *cast.input_shape[1:])
+
+        @tf.function(input_signature=[tf.TensorSpec(shape_NHWC, tf.uint8)], autograph=False, jit_compile=on_gpu)
+        def network(images_NHWC: Any) -> Any:
+            return tf.cast(cast(images_NHWC, training=False), tf.float32)
+
+        network(np.zeros(shape_NHWC, np.uint8))  # traced and warmed up
+        return Shared(lambda images_NHWC: network(images_NHWC).numpy(), batch)
+
+    name = f"tensorflow {tf.__version__}{' xla' if on_gpu else ''}"
+    if precision == "float32":
+        return Compiled(ready("float32"), None, f"{name} float32")
+    if precision == "bfloat16":
+        return Compiled(ready("mixed_bfloat16"), None, f"{name} bfloat16")
+    return Compiled(ready("float32"), ready("mixed_bfloat16"), f"{name} bfloat16 screened, float32")
+
+
+@cache
+def _openvino() -> Any:
+    # OpenVINO tells Google Analytics that it is imported, unless its package for that is not there.
+    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
+    import openvino
+
+    return openvino
+
+
+def _with_policy(model: "keras.Model", policy: str) -> "keras.Model":
+    """The same network and weights computing in another precision; itself where it does already."""
+    import keras
+
+    config = _replaced(model.get_config(), policy)
+    cast = type(model).from_config(config) if isinstance(model, keras.Sequential) else keras.Model.from_config(config)
+    cast.set_weights(model.get_weights())
+    return cast
+
+
+def _replaced(config: Any, policy: str) -> Any:
+    if isinstance(config, dict):
+        if config.get("class_name") == "DTypePolicy" and config["config"].get("name", "") in _FLOATS:
+            return config | {"config": {"name": policy}}
+        return {key: _replaced(value, policy) for key, value in config.items()}
+    if isinstance(config, list | tuple):
+        return type(config)(_replaced(value, policy) for value in config)
+    return config
+
+
+_FLOATS = ("float32", "mixed_bfloat16", "mixed_float16")

@@ -1,0 +1,256 @@
+"""What the masks of a series become on the wire: figures of volumes and lesions, DICOM SEG, NIfTI, GLB."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from pydantic import BaseModel, Field
+from scipy import ndimage
+from scipy.spatial import ConvexHull
+from scipy.spatial.distance import pdist
+
+from rayseg import config
+from rayseg.dicom.reading import Geometry
+from rayseg.inference import exports, outputs, quality
+from rayseg.inference.postprocess import Postprocess
+from rayseg.inference.quality import Look
+from rayseg.inference.stack import Stack, stack
+from rayseg.inference.volume import volume_ml, voxels_mm3
+from rayseg.records import QualityFlag, Reason, Reject
+from rayseg.tracking.version import ModelVersion
+from serving.answers import DICOM, GLB, NIFTI, Quality
+from serving.messages import Masked, ModelInfo
+from serving.upload import Series
+
+MOST_LESIONS = 100
+_EVERYWHERE = np.ones((3, 3, 3), bool)  # across faces, edges and corners, as in scores and postprocessing
+
+
+class LabelVolume(BaseModel):
+    """One foreground class of a series."""
+
+    value: int = Field(description="the masks' value for this class")
+    name: str
+    pixels: int
+    volume_ml: float | None = Field(description="null where the positions tell no volume")
+
+
+class Lesion(BaseModel):
+    """What is connected across faces, edges or corners of voxels."""
+
+    label: str
+    pixels: int
+    volume_ml: float | None
+    area_mm2: float | None = Field(description="on the slice with most of it")
+    slices: tuple[int, int] = Field(description="first and last slice, from 0 in the order of the series")
+    max_diameter_mm: float | None = Field(description="maximum 3D diameter (IBSI L0JK)")
+
+
+class SeriesAnswer(BaseModel):
+    """The JSON answer of `POST /v1/segment` for a series."""
+
+    rows: int
+    columns: int
+    slices: int = Field(description="with a mask")
+    foreground_pixels: int
+    volume_ml: float | None = Field(description="of the foreground; null where the positions tell no volume")
+    labels: list[LabelVolume]
+    lesions: list[Lesion] = Field(description=f"the largest first, {MOST_LESIONS} at most")
+    lesion_count: int
+    quality: Quality
+    rejected: dict[str, int] = Field(description="objects and slices without a mask, by reason")
+    detail: str = Field(description="what was found in the series: gaps, uneven distances, tilt, what was left out")
+    model: str
+    version: str
+    digest: str
+    engine: str
+    timings_ms: dict[str, float] = Field(description="receive: body; segment: decoding and model; total")
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """The slices of a series that have a mask, in order."""
+
+    series: Series
+    model: ModelInfo
+    threshold: float | None  # that a client asked for
+    numbers: Sequence[int]  # of the series' slices
+    masks: Sequence[np.ndarray]  # uint8 label maps (rows, columns)
+    looks: Sequence[Look]
+    rejected: dict[str, int]
+
+    @property
+    def geometries(self) -> list[Geometry]:
+        """Of each slice; of an image file that has none, its size."""
+        found = [self.series.geometries[number] for number in self.numbers]
+        return [one or Geometry(*mask.shape) for one, mask in zip(found, self.masks, strict=True)]
+
+    @property
+    def flags(self) -> dict[QualityFlag, str]:
+        """As the bulk job has them."""
+        foreground = [int(np.count_nonzero(mask)) for mask in self.masks]
+        return quality.judge(self.model.range, self.looks, volume_ml(foreground, self.geometries))
+
+
+def found(
+    series: Series, model: ModelInfo, threshold: float | None, masks: Sequence[Masked | Reject]
+) -> Found | Reject:
+    """The slices that have a mask; as the bulk job a reject where there are none."""
+    rejects = [mask for mask in masks if isinstance(mask, Reject)]
+    if len(rejects) == len(masks):
+        first = rejects[0]
+        return Reject(
+            first.reason, f"none of {len(masks)} slices can be used; the first: {first.detail or first.reason}"
+        )
+    rejected = Counter(series.left_out) + Counter(reject.reason.value for reject in rejects)
+    made = {number: mask for number, mask in enumerate(masks) if not isinstance(mask, Reject)}
+    return Found(
+        series,
+        model,
+        threshold,
+        list(made),
+        [one.mask for one in made.values()],
+        [one.look for one in made.values()],
+        dict(sorted(rejected.items())),
+    )
+
+
+def encode(kind: str, found: Found) -> bytes | Reject:
+    """The series as DICOM SEG, gzipped NIfTI or GLB; a reject where it lacks what the format must state."""
+    if kind == DICOM:
+        return _dicom_seg(found)
+    volume = stack(found.masks, found.geometries)
+    if isinstance(volume, Reject):
+        return volume
+    if kind == NIFTI:
+        return exports.nifti(volume, found.model.labels)
+    assert kind == GLB
+    return exports.glb(exports.surfaces(volume, found.model.labels))
+
+
+def measure(found: Found, timings_ms: dict[str, float]) -> SeriesAnswer:
+    """Volumes and lesions."""
+    model, geometries, masks_SHW = found.model, found.geometries, np.stack(found.masks)
+    counts = np.stack([np.bincount(mask.ravel(), minlength=len(model.labels) + 1) for mask in masks_SHW])
+
+    def volume(pixels: np.ndarray) -> float | None:
+        return _rounded(volume_ml(pixels.tolist(), geometries))
+
+    lesions = sorted(_lesions(found, masks_SHW), key=lambda one: -one.pixels)
+    return SeriesAnswer(
+        rows=masks_SHW.shape[1],
+        columns=masks_SHW.shape[2],
+        slices=len(masks_SHW),
+        foreground_pixels=int(counts[:, 1:].sum()),
+        volume_ml=volume(counts[:, 1:].sum(axis=1)),
+        labels=[
+            LabelVolume(value=value, name=name, pixels=int(counts[:, value].sum()), volume_ml=volume(counts[:, value]))
+            for value, name in enumerate(model.labels, start=1)
+        ],
+        lesions=_with_diameters(found, masks_SHW, lesions[:MOST_LESIONS]),
+        lesion_count=len(lesions),
+        quality=Quality.of(found.flags),
+        rejected=found.rejected,
+        detail=found.series.detail,
+        model=model.name,
+        version=model.version,
+        digest=model.digest,
+        engine=model.engine,
+        timings_ms=timings_ms,
+    )
+
+
+def _dicom_seg(found: Found) -> bytes | Reject:
+    if found.series.headers is None:
+        return Reject(Reason.MISSING_ATTRIBUTE, "an image file or volume is no DICOM instance: ask for another format")
+    places = [found.series.places[number] for number in found.numbers]
+    datasets = {index: outputs.without_pixels(found.series.objects[index]) for index, _ in places}
+    sources = []
+    for index, _ in places:
+        source = datasets[index]
+        if isinstance(source, Reject):
+            return source
+        sources.append(source)
+    model = found.model
+    settings = outputs.settings_digest(Postprocess(), model.settings, None)
+    if found.threshold is not None:  # another mask, so another name
+        settings = config.digest([settings, found.threshold])
+    headers = [found.series.headers[number] for number in found.numbers]
+    made = outputs.files(
+        outputs.Segmented("", sources, headers, found.masks, found.looks, None, ()),
+        ("seg",),
+        model.labels,
+        ModelVersion(model.name, model.version, "", model.run_id, model.digest),
+        found.flags,
+        settings,
+        model.engine,
+    )
+    if isinstance(made, Reject):
+        return Reject(made.reason, made.detail.removeprefix("seg: "))
+    return made[0].data
+
+
+@dataclass
+class _Lesion:
+    value: int
+    pixels: int
+    slices: slice
+    inside: np.ndarray  # bool (slices, rows, columns), the box around it
+
+
+def _lesions(found: Found, masks_SHW: np.ndarray) -> Iterator[_Lesion]:
+    for value in range(1, len(found.model.labels) + 1):
+        where = ndimage.find_objects((masks_SHW == value).view(np.uint8))
+        if not where:
+            continue
+        corner = where[0][0].start
+        labels_SHW, _ = ndimage.label(masks_SHW[where[0]] == value, _EVERYWHERE)
+        for number, extents in enumerate(ndimage.find_objects(labels_SHW), start=1):
+            inside_SHW = labels_SHW[extents] == number
+            slices = slice(extents[0].start + corner, extents[0].stop + corner)
+            yield _Lesion(value, int(np.count_nonzero(inside_SHW)), slices, inside_SHW)
+
+
+def _with_diameters(found: Found, masks_SHW: np.ndarray, lesions: Sequence[_Lesion]) -> list[Lesion]:
+    geometries = found.geometries
+    voxels = voxels_mm3(geometries)
+    place = stack(found.masks, geometries)
+    told = []
+    for lesion in lesions:
+        pixels = np.count_nonzero(lesion.inside, axis=(1, 2))
+        spacing = geometries[lesion.slices.start].pixel_spacing_mm
+        told.append(
+            Lesion(
+                label=found.model.labels[lesion.value - 1],
+                pixels=lesion.pixels,
+                volume_ml=None if voxels is None else _rounded(float(pixels @ voxels[lesion.slices]) / 1000),
+                area_mm2=None if spacing is None else round(int(pixels.max()) * spacing[0] * spacing[1], 3),
+                slices=(found.numbers[lesion.slices.start], found.numbers[lesion.slices.stop - 1]),
+                max_diameter_mm=None if isinstance(place, Reject) else round(_diameter_mm(place, lesion), 2),
+            )
+        )
+    return told
+
+
+def _diameter_mm(place: Stack, lesion: _Lesion) -> float:
+    """The greatest distance between two points of its surface.
+
+    Marching cubes would put its vertices halfway between a voxel of the lesion and one beside it that is not: these are
+    found without making triangles of them. Where rows and columns begin does not change a distance.
+    """
+    padded_SHW = np.pad(lesion.inside, 1)
+    points = []
+    for axis in range(3):
+        for step in (-1, 1):
+            edge_SHW = padded_SHW & ~np.roll(padded_SHW, -step, axis)
+            halfway = np.argwhere(edge_SHW).astype(float)
+            halfway[:, axis] += step / 2
+            points.append(halfway)
+    voxels = np.concatenate(points) + np.array([lesion.slices.start - 1, 0, 0])
+    points_mm = place.points_mm(voxels)
+    return float(pdist(points_mm[ConvexHull(points_mm).vertices]).max())
+
+
+def _rounded(volume: float | None) -> float | None:
+    return None if volume is None else round(volume, 4)

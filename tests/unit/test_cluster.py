@@ -1,0 +1,115 @@
+"""What a cluster can never give is refused; its nodes are told here as Ray would tell them."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import yaml
+
+from rayseg import cluster
+from rayseg.training.settings import TrainConfig
+
+ROOT = Path(__file__).parents[2]
+KEYS = {"CPU": "cpus_per_worker", "GPU": "gpus_per_worker", "decode": "resources", "count": "num_workers"}
+
+
+def node(labels: dict[str, str] | None = None, alive: bool = True, **resources: float) -> dict[str, Any]:
+    return {"Alive": alive, "Resources": resources, "Labels": labels or {}}
+
+
+@pytest.fixture
+def nodes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, Any]]:
+    """The nodes that Ray tells of; there is no launcher."""
+    known: list[dict[str, Any]] = []
+    monkeypatch.setattr(ray, "nodes", lambda: known)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return known
+
+
+def launched(folder: Path, **changes: Any) -> None:
+    """As `ray up` leaves the repository's file on the head."""
+    file = yaml.safe_load((ROOT / "cluster.yaml").read_text(encoding="utf-8"))
+    (folder / "ray_bootstrap_config.yaml").write_text(yaml.safe_dump({**file, **changes}), encoding="utf-8")
+
+
+def test_a_bundle_lies_on_one_node(nodes):
+    nodes += [node(CPU=0), node(CPU=3), node(CPU=5, GPU=1), node(alive=False, CPU=64)]
+    assert cluster.room({"CPU": 2}) == 3, "one on the second node, two on the third"
+    assert cluster.room({"CPU": 1, "GPU": 0.25}) == 4
+    assert cluster.room({"CPU": 2, "GPU": 0.25}) == 2
+    assert cluster.room({"CPU": 0.1}) == 80
+    assert cluster.room({"CPU": 6}) == 0, "eight CPUs in all, but no node has six"
+    assert cluster.room({"CPU": 0, "GPU": 0}) == math.inf
+
+
+@pytest.mark.parametrize(
+    ("bundle", "count", "told"),
+    [
+        ({"CPU": 6}, 1, r"^train\.cpus_per_worker: 6 CPU is wanted of one node, and of CPU the largest node has 5;"),
+        (
+            {"CPU": 1, "GPU": 1},
+            1,
+            r"^train\.gpus_per_worker: 1 CPU \+ 1 GPU is wanted of one node, and of GPU no node has any;",
+        ),
+        ({"CPU": 1, "decode": 1}, 1, r"^train\.resources: .* of decode no node has any;"),
+        ({"CPU": 2, "GPU": 0}, 4, r"^train\.num_workers: 4 times 2 CPU is wanted at once, .* has room for 3;"),
+    ],
+)
+def test_the_key_and_what_is_missing_are_named(nodes, bundle, count, told):
+    nodes += [node(CPU=3), node(CPU=5)]
+    with pytest.raises(ValueError, match=told):
+        cluster.require("train", bundle, count, KEYS)
+    cluster.require("train", {"CPU": 2}, 3, KEYS)
+
+
+def test_resources_that_no_node_has_together_are_refused(nodes):
+    nodes += [node(CPU=8), node(GPU=1, CPU=1)]
+    with pytest.raises(ValueError, match=r"^train\.num_workers: 1 times 4 CPU \+ 1 GPU .* has room for 0"):
+        cluster.require("train", {"CPU": 4, "GPU": 1}, 1, KEYS)
+
+
+def test_a_launched_cluster_counts_as_large_as_it_may_become(nodes, tmp_path):
+    nodes += [node({"ray.io/node-group": "head"}, CPU=0)]
+    kinds = {
+        "head": {"resources": {"CPU": 0}},
+        "gpu": {"resources": {"CPU": 8, "GPU": 2}, "max_workers": 3},
+        "cpu": {"resources": {"CPU": 16, "decode": 16}, "max_workers": 50},
+    }
+    launched(tmp_path, available_node_types=kinds, head_node_type="head", max_workers=4)
+    assert cluster.room({"GPU": 1}) == 6
+    assert cluster.room({"CPU": 1, "decode": 1}) == 64, "no more than max_workers of all kinds"
+    with pytest.raises(ValueError, match=r"^train\.gpus_per_worker: 4 GPU .* the largest node has 2"):
+        cluster.require("train", {"GPU": 4}, 1, KEYS)
+
+
+def test_hosts_of_ones_own_are_as_many_as_have_joined(nodes, tmp_path):
+    group = {"ray.io/node-group": "local.cluster.node"}
+    nodes += [node(group, CPU=4), node(group, CPU=4)]
+    kinds = {"local.cluster.node": {"resources": {}, "max_workers": 5}}
+    launched(tmp_path, available_node_types=kinds, head_node_type="local.cluster.node")
+    assert cluster.room({"CPU": 4}) == 2
+
+
+def test_nothing_is_refused_where_nothing_tells_how_far_it_grows(nodes):
+    nodes += [node({"ray.io/node-group": "headgroup"}, CPU=0)]
+    assert cluster.room({"GPU": 1}) == math.inf
+    cluster.require("train", {"GPU": 1}, 100, KEYS)
+
+
+def test_a_training_worker_asks_for_its_share_of_a_gpu():
+    places = {"prepared": "p", "storage": "s", "tracking_uri": "t"}
+    assert TrainConfig(**places).bundle == {"CPU": 1}
+    shared = TrainConfig(**places, num_workers=1, gpus_per_worker=0.5, cpus_per_worker=4)
+    assert shared.bundle == {"CPU": 4, "GPU": 0.5}
+    for count, share in ((2, 0.5), (1, 2), (1, -1)):
+        with pytest.raises(ValueError, match=r"train\.gpus_per_worker"):
+            TrainConfig(**places, num_workers=count, gpus_per_worker=share, batch_size=8)
+
+
+def test_trials_that_share_gpus_fit_twice_as_often(nodes):
+    nodes += [node(CPU=16, GPU=2)]
+    places = {"prepared": "p", "storage": "s", "tracking_uri": "t", "num_workers": 1}
+    assert cluster.room(TrainConfig(**places, gpus_per_worker=1).bundle) == 2
+    assert cluster.room(TrainConfig(**places, gpus_per_worker=0.5).bundle) == 4

@@ -1,0 +1,226 @@
+"""Going from one version to the next in a replica: who gets which, and what is not taken."""
+
+import asyncio
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fastapi.testclient import TestClient
+
+from rayseg.data.synthetic import slice_bytes
+from rayseg.dicom.reading import Slice
+from rayseg.inference.predictor import Prediction, Predictor
+from rayseg.models.engine import Engine
+from rayseg.tracking import registry
+from serving import routes, series
+from serving.messages import Ask, Segmented, Stacked
+from serving.replica import ModelReplica
+from serving.segment import Settings
+from serving.swap import Shadowing, UnsoundError, Versions, check
+from serving.upload import Series
+from tests import bundles
+
+NAME = "tiny"
+EXACT = Engine("openvino", "float32")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("swap")
+
+
+@pytest.fixture(scope="module")
+def uri(folder: Path) -> str:
+    """Versions 1 and 2 are sound; 3 records another mask than it gives, 4 has a damaged file, 5 another golden mask."""
+    uri = f"sqlite:///{folder}/mlflow.db"
+    for name, level in (("1", 100), ("2", 160)):
+        bundles.register(uri, NAME, bundles.write_bundle(folder / name, level))
+    spoiled = bundles.spoil(bundles.write_bundle(folder / "3", 100), example_mask_sha256="0" * 64)
+    bundles.register(uri, NAME, spoiled)
+    bundles.register(uri, NAME, bundles.write_bundle(folder / "4", 100))
+    (folder / "4-artifact" / "data" / "bundle" / "model.xml").write_text("<net/>")
+    golden = bundles.spoil(bundles.write_bundle(folder / "5", 100), golden_masks_sha256={"golden-1.dcm": "0" * 64})
+    bundles.register(uri, NAME, golden)
+    return uri
+
+
+def point(uri: str, version: str, alias: str = "champion") -> None:
+    registry.set_alias(uri, NAME, alias, version)
+
+
+def versions(uri: str, **settings: Any) -> Versions:
+    return Versions(tracking_uri=uri, model_uri=f"models:/{NAME}@champion", engine=EXACT, threads=1, **settings)
+
+
+def test_a_sound_version_is_taken_and_the_one_before_is_kept(uri: str) -> None:
+    point(uri, "1")
+    held = versions(uri)
+    before = held.current
+    held.poll()
+    assert held.current is before, "the alias has not moved"
+    point(uri, "2")
+    held.poll()
+    assert (held.current.info.version, held.previous, held.swaps) == ("2", before, 1)
+    assert [(one.model.version, one.roles, one.aliases) for one in held.held()] == [
+        ("2", ("current",), ("champion",)),
+        ("1", ("previous",), ()),
+    ]
+    point(uri, "1")
+    held.poll()
+    assert held.current is before, "was not loaded again"
+
+
+@pytest.mark.parametrize(("bad", "told"), [("3", "recorded mask"), ("4", "cannot be loaded"), ("5", "golden-1")])
+def test_an_unsound_version_is_not_taken_not_even_by_a_replica_that_starts(uri: str, bad: str, told: str) -> None:
+    point(uri, "1")
+    held = versions(uri)
+    point(uri, "2")
+    held.poll()
+    point(uri, bad)
+    held.poll()
+    held.poll()
+    assert held.current.info.version == "2"
+    assert (held.failures, held.swaps) == (1, 1)
+    assert held.failure is not None
+    assert held.failure.version == bad
+    assert told in held.failure.detail
+    assert held.get(bad) is None
+    started = versions(uri, fallback="1")
+    assert started.current.info.version == "2", "what was in use, not what the service began with"
+    point(uri, "1")
+    held.poll()
+    assert held.current.info.version == "1", "the alias is followed again"
+
+
+def test_a_service_whose_only_version_is_unsound_does_not_start(uri: str) -> None:
+    with pytest.raises(UnsoundError, match="recorded mask"):
+        Versions(tracking_uri=uri, model_uri=f"models:/{NAME}/3", engine=EXACT, threads=1)
+
+
+class Off:
+    """A predictor that is off by so many pixels of one of the slices."""
+
+    engine = "another"
+
+    def __init__(self, exact: Predictor, name: bytes, pixels: int) -> None:
+        self.exact, self.name, self.pixels = exact, name, pixels
+
+    def segment_alone(self, recorded: bytes) -> Prediction:
+        made = self.exact.segment_alone(recorded)
+        if recorded == self.name:
+            made.mask.flat[np.flatnonzero(made.mask)[: self.pixels]] = 0
+        return made
+
+
+@pytest.mark.parametrize("name", ["example.dcm", "golden-1.dcm"])
+def test_an_engine_may_differ_in_one_pixel_of_a_hundred_found(folder: Path, uri: str, name: str) -> None:
+    exact, blob = Predictor.load(folder / "1", engine=EXACT), (folder / "1" / name).read_bytes()
+    few = np.count_nonzero(exact.segment_alone(blob).mask) // 100
+    assert few > 3
+    check(folder / "1", Off(exact, blob, few), exact)  # type: ignore[arg-type]
+    with pytest.raises(UnsoundError, match=f"{name}: {few + 1} of"):
+        check(folder / "1", Off(exact, blob, few + 1), exact)  # type: ignore[arg-type]
+
+
+def replica(uri: str, **settings: Any) -> ModelReplica:
+    return ModelReplica(tracking_uri=uri, model_uri=f"models:/{NAME}@champion", engine=EXACT, poll_s=3600, **settings)
+
+
+class SwappingMeanwhile:
+    """A replica in which the alias moves after the first group of a series."""
+
+    def __init__(self, uri: str) -> None:
+        self.replica, self.uri, self.groups = replica(uri), uri, 0
+
+    async def segment_stacks(self, slices: list[Slice | None], ask: Ask) -> Stacked:
+        made = await self.replica.segment_stacks(slices, ask)
+        self.groups += 1
+        if self.groups == 1:
+            point(self.uri, "2")
+            self.replica._versions.poll()
+        assert isinstance(made, Stacked)
+        return made
+
+
+def test_a_series_ends_on_the_version_that_it_began_on(uri: str, folder: Path) -> None:
+    point(uri, "1")
+    blobs = [slice_bytes(seed, 64) for seed in range(20)]
+    found = Series(blobs, [(index, None) for index in range(20)], None, [None] * 20, {})
+    model = SwappingMeanwhile(uri)
+    masks = asyncio.run(series.segment(model, found, Ask(model="1"), 0, False))  # type: ignore[arg-type]
+    assert model.groups == 3
+    assert model.replica._versions.current.info.version == "2"
+    expected = Predictor.load(folder / "1", engine=EXACT).segment(blobs)
+    assert [made.mask.tobytes() for made in masks] == [one.mask.tobytes() for one in expected]
+
+
+def test_a_shadow_sees_the_same_slices_and_its_agreement_is_counted(uri: str, folder: Path) -> None:
+    point(uri, "1")
+    point(uri, "2", "challenger")
+    model = replica(uri, shadow="challenger", shadow_share=1.0)
+    blobs = [slice_bytes(seed, 64) for seed in range(5)]
+    answered = [asyncio.run(model.segment(blob, Ask())) for blob in blobs]
+    model._workers.submit(lambda: None, "bulk", 60).result(60)  # what is of the shadow was before
+    state = asyncio.run(model.state())
+    one, two = (
+        np.stack([made.mask for made in Predictor.load(folder / name, engine=EXACT).segment(blobs)]) for name in "12"
+    )
+    assert all(isinstance(made, Segmented) and made.model.version == "1" for made in answered)
+    assert state.agreement is not None
+    assert (state.agreement.version, state.agreement.slices) == ("2", 5)
+    assert state.agreement.identical == sum(np.array_equal(a, b) for a, b in zip(one, two, strict=True))
+    assert state.agreement.dice == pytest.approx(2 * (one & two).sum() / (one.sum() + two.sum()))
+    assert [held.roles for held in state.held] == [("current",), ("shadow",)]
+
+
+def test_agreement_of_several_classes_by_hand() -> None:
+    counted = Shadowing()
+    counted.add("7", np.array([[0, 1, 2, 2]], np.uint8), np.array([[1, 1, 2, 1]], np.uint8))
+    assert (counted.both, counted.sizes, counted.identical) == (2, 7, 0)  # of 3 and 4 pixels, 2 in common
+    counted.add("8", np.zeros((1, 1), np.uint8), np.zeros((1, 1), np.uint8))
+    assert (counted.slices, counted.both, counted.sizes, counted.identical) == (1, 0, 0, 1)
+
+
+def test_an_unhealthy_replica_says_so(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    point(uri, "1")
+    model = replica(uri)
+    asyncio.run(model.check_health())
+    assert model._workers.done == 1
+    asyncio.run(model.check_health())
+    assert model._workers.done == 1, "the example was run a moment ago"
+    monkeypatch.setattr("serving.replica.IDLE_S", 0.0)
+    model._versions.current.predictor.threshold = 1e-9
+    assert not asyncio.run(model.check()).matches
+    asyncio.run(model.check_health())  # slices passed since
+    with pytest.raises(RuntimeError, match="recorded mask"):
+        asyncio.run(model.check_health())
+
+
+def test_who_goes_or_waits_too_long_or_comes_too_late_costs_nothing(uri: str) -> None:
+    point(uri, "1")
+    model, go, begun = replica(uri, max_queue=4), threading.Event(), threading.Event()
+    model._workers.submit(lambda: (begun.set(), go.wait(60)), "urgent", 60)
+    assert begun.wait(60)
+    client = TestClient(routes.create(model, Settings(2**20, deadline_s=0.5)))
+    body, kind = slice_bytes(0, 64), {"content-type": "application/dicom"}
+
+    late = client.post("/v1/segment", content=body, headers=kind)
+    assert (late.status_code, late.json()["reason"]) == (503, "deadline")
+    assert int(late.headers["retry-after"]) > 0
+
+    async def gone() -> None:
+        asked = asyncio.create_task(model.segment(body, Ask()))
+        while model._workers.waiting < 2:
+            await asyncio.sleep(0)
+        asked.cancel()
+        await asyncio.gather(asked, return_exceptions=True)
+
+    asyncio.run(gone())
+    refused = client.post("/v1/segment", content=body, headers=kind, params={"priority": "bulk"})
+    assert (refused.status_code, refused.json()["reason"]) == (503, "busy")
+    assert int(refused.headers["retry-after"]) > 0
+    go.set()
+    assert client.post("/v1/segment", content=body, headers=kind).status_code == 200
+    assert client.get("/v1/models").json()["dropped"] == 2
