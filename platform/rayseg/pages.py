@@ -11,7 +11,8 @@ def render(package: str, template: str, filters: Mapping[str, Callable[..., Any]
     """The template of a package, filled; what it is given is text and never markup.
 
     Args:
-        package: whose folder has it, and what it includes; `style.css`, the look of reports, lies beside this module.
+        package: whose folder has it, and what it includes; `page.html`, that pages extend, and `style.css`, their look,
+            lie beside this module.
         template: name of the file.
         filters: by the names that it uses, beside `data_uri` of PNG bytes.
         values: by the names that it uses; one that it uses and lacks raises `jinja2.UndefinedError`.
