@@ -276,6 +276,7 @@ def test_another_version_or_setting_is_done_anew_and_leaves_the_old(archive: Seg
     assert "cannot be read" not in Path(told.report).read_text()
     third = segment(replace(archive, ensemble=("models:/brain/2",), mirror="columns"))
     assert (third.segmented, third.skipped, third.model_uri) == (PATIENTS, 0, "models:/brain/1 + models:/brain/2")
+    assert len(runs.client(models.tracking_uri).get_run(str(third.run_id)).inputs.model_inputs) == 2
     assert {path: contents(archive)[path] for path in after} == after
     folders = [registry.fetch(models.tracking_uri, f"models:/brain/{version}")[0] for version in (1, 2)]
     together = Predictor.load(*folders, mirror="columns")

@@ -2,6 +2,8 @@
 
 import csv
 import io
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +24,9 @@ from rayseg.data.prepare import PrepareConfig, prepare
 from rayseg.data.prepared import describe
 from rayseg.data.preprocess import Preprocess, Window
 from rayseg.data.split import Split
+from rayseg.dicom.reading import Slice, read_slice
 from rayseg.evaluation.cases import read
+from rayseg.evaluation.compare import CompareConfig, compare
 from rayseg.evaluation.evaluate import EvaluateConfig, evaluate
 from rayseg.inference.predictor import Prediction, Predictor
 from rayseg.tracking import bundle, registry, runs
@@ -41,13 +45,18 @@ class World(NamedTuple):
     bundle: Path
 
 
-def bright_but_no_bone() -> keras.Model:
-    """A model that needs no training: grey values of about 0.66 to 0.97 are a bleed."""
+def bright_but_no_bone(shift: int = 0) -> keras.Model:
+    """A model that needs no training: grey values of about 0.66 to 0.97 are a bleed.
+
+    It finds them `shift` columns too far left.
+    """
     image = keras.Input((INPUT, INPUT, 1), dtype="uint8")
-    above = keras.layers.Conv2D(2, 1, activation="relu")
+    above = keras.layers.Conv2D(2, (1, 2 * shift + 1), padding="same", activation="relu")
     decide = keras.layers.Conv2D(1, 1, activation="sigmoid", dtype="float32")
     model = keras.Model(image, decide(above(keras.layers.Rescaling(1 / 255)(image))))
-    above.set_weights([np.array([[[[1.0, 1.0]]]]), np.array([-0.66, -0.95])])
+    kernel = np.zeros((1, 2 * shift + 1, 1, 2))
+    kernel[0, -1] = 1.0
+    above.set_weights([kernel, np.array([-0.66, -0.95])])
     decide.set_weights([np.array([[[[200.0], [-4000.0]]]]), np.array([-0.5])])
     return model
 
@@ -139,6 +148,72 @@ def test_scores_are_those_of_the_source_objects_on_their_own_grid(world: World) 
     assert len(result.overlays) == 3
     for uri in result.overlays:
         assert Image.open(io.BytesIO(storage.read(uri))).size > (400, 200)
+
+
+def test_an_ensemble_and_mirror_images_have_a_run_of_their_own_to_compare(world: World, tmp_path: Path) -> None:
+    plain = EvaluateConfig(prepared=world.prepared, model_uri=world.model_uri, tracking_uri=world.tracking, overlays=1)
+    alone = evaluate(plain)
+    assert alone.run_id == world.run_id
+    models = [bright_but_no_bone(), bright_but_no_bone(shift=4)]
+    rows = describe(world.prepared).read_rows("test")
+    folder = tmp_path / "shifted"
+    bundle.save(folder, models[1], PREPROCESS, Labels(), 0.4, synthetic.slice_bytes())
+    trained = runs.start(world.tracking, "evaluate", "shifted")
+    patient = rows["patient_key"][0].as_py()
+    runs.log_bytes(world.tracking, trained, "split.csv", f"patient_key,split\n{patient},train\n".encode())
+    shifted = registry.register(world.tracking, trained, folder, "shifted")
+    result = evaluate(replace(plain, ensemble=(shifted.uri,), mirror="columns"))
+
+    truths, predictions = [], []
+    for row in rows.to_pylist():
+        slice = read_slice(Path(row["uri"]).read_bytes())
+        assert isinstance(slice, Slice)
+        both_NHWC = np.stack([image := PREPROCESS.apply(slice), image[:, ::-1]])
+        found_NHW = [model.predict(both_NHWC, verbose=0)[..., 0] for model in models]
+        mean_HW = np.mean([(one + mirrored[:, ::-1]) / 2 for one, mirrored in found_NHW], axis=0)
+        predictions.append(PREPROCESS.restore(mean_HW, *slice.shape).ravel() >= (0.5 + 0.4) / 2)
+        truths.append(np.asarray(Image.open(row["masks"][0]["uri"])).ravel() > 0)
+    expected = f1_score(np.concatenate(truths), np.concatenate(predictions))
+    assert result.dice_pooled == pytest.approx(expected, abs=1e-4)
+    assert abs(expected - alone.metrics["dice_pooled"]) > 0.01  # else the comparison would say little
+
+    client = runs.client(world.tracking)
+    run = client.get_run(result.run_id)
+    assert run.info.run_name == "evaluate-bright-v1+shifted-v1-mirror-columns"
+    assert run.info.experiment_id == client.get_run(world.run_id).info.experiment_id
+    assert (run.info.status, run.data.metrics["test/dice_pooled"]) == ("FINISHED", result.dice_pooled)
+    assert json.loads(run.data.tags["rayseg.models"]) == {world.model_uri: world.run_id, shifted.uri: trained}
+    assert len(run.inputs.model_inputs) == 2
+    assert "tracking_uri" not in run.data.params
+    assert client.get_run(world.run_id).data.metrics["test/dice_pooled"] == alone.dice_pooled
+    assert "test/dice_pooled" not in client.get_run(trained).data.metrics
+
+    # The first one's run cannot tell whom it was trained on, the second one's names one of them.
+    unknown, leaked = result.doubts
+    assert world.model_uri in unknown
+    assert f"1 of {result.cases} test patients" in leaked
+    report = storage.read(result.report).decode()
+    assert leaked in report
+    assert f"{world.model_uri} + {shifted.uri}, mirror columns on test" in report
+
+    told = compare(CompareConfig(models=(world.model_uri, result.run_id), tracking_uri=world.tracking))
+    (found,) = told.differences.values()
+    assert found["dice_pooled"]["difference"] == pytest.approx(expected - alone.metrics["dice_pooled"], abs=1e-4)
+
+
+def test_what_is_no_ensemble_is_refused(world: World, tmp_path: Path) -> None:
+    image = keras.Input((INPUT, INPUT, 3), dtype="uint8")
+    of_colours = keras.Model(image, keras.layers.Conv2D(1, 1, activation="sigmoid")(keras.layers.Rescaling(1)(image)))
+    colour = replace(PREPROCESS, window=None, percentiles=(0, 100), color=True)
+    for name, model, preprocess, labels, refused in (
+        ("tumors", bright_but_no_bone(), PREPROCESS, Labels(("tumor",)), "finds .'tumor',., the prepared set is of"),
+        ("colours", of_colours, colour, Labels(), "all at grey or all at colour images"),
+    ):
+        bundle.save(tmp_path / name, model, preprocess, labels, 0.5, synthetic.slice_bytes())
+        run_id = runs.start(world.tracking, "evaluate", name)
+        other = registry.register(world.tracking, run_id, tmp_path / name, name)
+        with pytest.raises(ValueError, match=refused):
+            evaluate(EvaluateConfig(world.prepared, world.model_uri, world.tracking, ensemble=(other.uri,)))
 
 
 def test_rows_that_cannot_be_read_any_more_end_the_job_by_the_budget_with_their_reasons(world: World) -> None:

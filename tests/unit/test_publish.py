@@ -19,7 +19,7 @@ from rayseg.dicom.reading import Slice
 from rayseg.evaluation import cases
 from rayseg.evaluation import publish as publish_module
 from rayseg.evaluation.cases import Tolerance
-from rayseg.evaluation.publish import Artifacts, publish, set_tag
+from rayseg.evaluation.publish import Artifacts, add_to_card, publish, set_tag
 from rayseg.evaluation.record import Record
 from rayseg.evaluation.scorer import Scorer, read_truth
 from rayseg.inference.predictor import Judgement
@@ -79,7 +79,12 @@ def recorded(split: str, labels: Labels, rows: Sequence[dict[str, Any]]) -> Reco
 def published(tracking: str, record: Record, version: registry.ModelVersion, **wanted: int) -> Artifacts:
     held_out = PreparedSet("", (8, 8, 1), Preprocess(size=(8, 8)), record.labels, {}, "d" * 64, {}, {}, 1)
     pictures = {"overlays": 0, "worst": 0} | wanted
-    return publish(tracking, version, held_out, record, record.findings(**OPTIONS), tolerance="2 mm, 2 px", **pictures)
+    findings = record.findings(**OPTIONS)
+    made = publish(
+        tracking, version.run_id, version.uri, held_out, record, findings, tolerance="2 mm, 2 px", **pictures
+    )
+    add_to_card(tracking, version, held_out, record, findings, tolerance="2 mm, 2 px")
+    return made
 
 
 def version_of(tracking: str) -> registry.ModelVersion:

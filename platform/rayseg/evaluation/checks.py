@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,9 +50,9 @@ def clean_process(
     return checks
 
 
-def no_leak(tracking_uri: str, version: ModelVersion, tested: Sequence[Evaluated]) -> Check:
-    """That no patient whom it was trained or validated on is tested; nor one of the models that it started from."""
-    test = {patient for one in tested for patient in one.patients}
+def no_leak(tracking_uri: str, version: ModelVersion, patients: Collection[str]) -> Check:
+    """That it was trained or validated on none of the patients who test it; nor the models that it started from."""
+    test = set(patients)
     trained: dict[str, str] = {}  # by patient: the model
     held_out: set[str] = set()
     ancestor: ModelVersion | None = version

@@ -7,6 +7,7 @@ import json
 import re
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -88,13 +89,8 @@ def compare(config: CompareConfig) -> CompareResult:
         }
         challengers.append(Challenger(other.name, together, single, _scatter(config, baseline, other)))
     page = Comparison(baseline.name, config.split, len(baseline.patients), config.metric, config.level, challengers)
-    run_id = _begin(config, [baseline, *others])
-    try:
+    with _run(config, [baseline, *others]) as run_id:
         kept = _keep(config, run_id, page, [baseline, *others])
-    except BaseException:
-        runs.finish(uri, run_id, "FAILED")
-        raise
-    runs.finish(uri, run_id, "FINISHED")
     return CompareResult(
         run_id=run_id,
         baseline=baseline.name,
@@ -118,7 +114,7 @@ def _scatter(config: CompareConfig, baseline: Evaluated, other: Evaluated) -> by
     return figures.pairs(across, up, (baseline.name, other.name), config.metric, low=low)
 
 
-def _begin(config: CompareConfig, models: Sequence[Evaluated]) -> str:
+def _run(config: CompareConfig, models: Sequence[Evaluated]) -> AbstractContextManager[str]:
     """A run in the experiment of the baseline, which names the models and has them as its inputs."""
     client = runs.client(config.tracking_uri)
     trained = [client.get_run(one.run_id) for one in models]
@@ -128,7 +124,7 @@ def _begin(config: CompareConfig, models: Sequence[Evaluated]) -> str:
         f"[{one.name}](#/experiments/{run.info.experiment_id}/runs/{one.run_id})"
         for one, run in zip(models, trained, strict=True)
     ]
-    run_id = runs.start(
+    return runs.running(
         config.tracking_uri,
         experiment,
         "compare-" + "-".join(_short(one.name) for one in models),
@@ -140,9 +136,8 @@ def _begin(config: CompareConfig, models: Sequence[Evaluated]) -> str:
             set_tag(config.split): models[0].digest,
             "mlflow.note.content": "\n".join([f"Compared on {config.split}, research software:", "", *links]),
         },
+        [one.run_id for one in models],
     )
-    runs.log_models_used(config.tracking_uri, run_id, [one.run_id for one in models])
-    return run_id
 
 
 def _keep(config: CompareConfig, run_id: str, page: Comparison, models: Sequence[Evaluated]) -> dict[str, str]:

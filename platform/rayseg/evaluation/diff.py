@@ -205,25 +205,20 @@ def _keep(config: DiffConfig, page: Page, files: dict[str, Any]) -> str:
     """A run with the summary's numbers as metrics and the files as artifacts, but for the table that can be large."""
     uri = config.tracking_uri
     assert uri is not None
-    run_id = runs.start(
+    told = {"diff/not_compared": float(sum(row["verdict"] == "not_compared" for row in page.rows))}
+    told |= _metrics(page.together, "")
+    for name, one in page.classes.items():
+        told |= _metrics(one, f"/{name}") if len(page.classes) > 1 else {}
+    with runs.running(
         uri,
         config.experiment,
         f"diff-{page.challenger}-{page.baseline}".replace("/", "-"),
         configuration.flat(config),
         {"rayseg.kind": "diff", "rayseg.baseline": page.baseline, "rayseg.challenger": page.challenger},
-    )
-    try:
-        told = {"diff/not_compared": float(sum(row["verdict"] == "not_compared" for row in page.rows))}
-        told |= _metrics(page.together, "")
-        for name, one in page.classes.items():
-            told |= _metrics(one, f"/{name}") if len(page.classes) > 1 else {}
+    ) as run_id:
         runs.log_metrics(uri, run_id, told)
         for name in (REPORT, CSV):
             runs.log_bytes(uri, run_id, name, files[name])
-    except BaseException:
-        runs.finish(uri, run_id, "FAILED")
-        raise
-    runs.finish(uri, run_id, "FINISHED")
     return run_id
 
 

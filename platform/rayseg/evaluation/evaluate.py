@@ -4,37 +4,36 @@ The prepared set only says which rows are held out. Each row's image and mask ar
 scores include what resampling costs, and models of different input sizes are scored on the same pixels. A case is a
 patient, all of whose rows go to one task: what is held at a time are the label maps of one series in each actor, and
 sums of each patient in the driver.
+
+The scores of a model by itself, as it is served, go to the run that trained it. An ensemble, or a model with its mirror
+images, is what the segment job may run over an archive: its scores go to a run of their own, for `compare`.
 """
 
-import tempfile
+import json
+import logging
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from itertools import groupby
-from pathlib import Path
 from typing import Any, Literal
 
-import pyarrow as pa
-import pyarrow.compute as pc
-import ray
-import ray.data
-from tqdm import tqdm
-
-from rayseg import cluster, logs, meters
+from rayseg import cluster
+from rayseg import config as configuration
 from rayseg.data import prepared as prepared_sets
-from rayseg.data.labels import Labels
+from rayseg.data.prepared import PreparedSet
+from rayseg.evaluation import checks
 from rayseg.evaluation.cases import Tolerance
-from rayseg.evaluation.publish import publish
+from rayseg.evaluation.publish import add_to_card, publish
 from rayseg.evaluation.record import Record
-from rayseg.evaluation.scorer import COLUMNS, SCORED, Scorer
-from rayseg.inference.predictor import Predictor
-from rayseg.models.engine import Engine
+from rayseg.evaluation.scorer import COLUMNS
+from rayseg.evaluation.scoring import CPUS_PER_ACTOR, score
+from rayseg.inference.predictor import Mirror
 from rayseg.tracking import bundle as bundles
-from rayseg.tracking import registry
+from rayseg.tracking import registry, runs
+from rayseg.tracking.version import ModelVersion, together
 
-_ROWS_PER_TASK = 32  # and as many more as a patient has
-_CPUS_PER_ACTOR = 1
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -45,6 +44,8 @@ class EvaluateConfig:
     model_uri: str  # models:/NAME/VERSION or models:/NAME@ALIAS
     tracking_uri: str
     split: Literal["train", "val", "test"] = "test"
+    ensemble: tuple[str, ...] = ()  # further models, whose probabilities are averaged with the first one's
+    mirror: Mirror | None = None  # averages over mirror images, too
     concurrency: int = 1  # actors, one CPU each
     tolerance: Tolerance = field(default_factory=Tolerance)  # of the normalised surface distance
     resamples: int = 2000  # draws of patients for the intervals
@@ -61,6 +62,11 @@ class EvaluateConfig:
         if min(self.tolerance.mm, self.tolerance.px) < 0:
             raise ValueError("evaluate.tolerance: 0 or more expected")
 
+    @property
+    def alone(self) -> bool:
+        """Whether it is one model as it is served."""
+        return not self.ensemble and self.mirror is None
+
 
 @dataclass(frozen=True)
 class EvaluateResult:
@@ -71,6 +77,7 @@ class EvaluateResult:
     """
 
     model_uri: str
+    run_id: str  # of the run that has all of it
     split: str
     cases: int
     slices: int
@@ -82,40 +89,42 @@ class EvaluateResult:
     classes: dict[str, dict[str, float]]  # metrics of each class
     rejected: int
     reasons: dict[str, int]
-    cases_table: str  # URI of a CSV in the model's run: counts and scores of each case; `cases.parquet` is beside it
-    report: str  # URI of an HTML file in the model's run
-    overlays: list[str]  # URIs of PNG files in the model's run
+    doubts: list[str]  # what speaks against the scores: of `test`, models that were trained on its patients
+    cases_table: str  # URI of a CSV in the run: counts and scores of each case; `cases.parquet` is beside it
+    report: str  # URI of an HTML file in the run
+    overlays: list[str]  # URIs of PNG files in the run
     seconds: float
 
 
 def evaluate(config: EvaluateConfig) -> EvaluateResult:
     """Scores a registered model on a split; everything goes to the MLflow run that trained it, and its card is renewed.
 
+    With `ensemble` or `mirror` everything goes to a run of its own, and no card is touched.
+
     Raises:
-        ValueError: no such set or model, a split without rows, labels that are not the model's, a set that does not
-            know the neighbours that the model looks at, too many rejects.
+        ValueError: no such set or model, a split without rows, labels that are not the model's, models that are no
+            ensemble, a set that does not know the neighbours that the model looks at, too many rejects.
     """
     began = time.monotonic()
     cluster.connect()
-    cluster.require("evaluate", {"CPU": _CPUS_PER_ACTOR}, config.concurrency, {"count": "concurrency"})
+    cluster.require("evaluate", {"CPU": CPUS_PER_ACTOR}, config.concurrency, {"count": "concurrency"})
     held_out = prepared_sets.describe(config.prepared)
     rows = held_out.read_rows(config.split, COLUMNS)
     if rows.num_rows == 0:
         raise ValueError(f"evaluate.split: the prepared set has no rows in {config.split}")
-    bundle_dir, version = registry.fetch(config.tracking_uri, config.model_uri)
-    description = bundles.describe(bundle_dir)
-    found = tuple(description["labels"]["names"])
-    neighbours, known = description["preprocess"].get("neighbours", 0), held_out.preprocess.neighbours
-    if neighbours > known:
+    fetched = [registry.fetch(config.tracking_uri, uri) for uri in (config.model_uri, *config.ensemble)]
+    described = [bundles.describe(bundle_dir) for bundle_dir, _ in fetched]
+    for (_, version), description in zip(fetched, described, strict=True):
+        _check_fits(version, description, held_out)
+    if len({(one["preprocess"].get("neighbours", 0), one["preprocess"].get("color", False)) for one in described}) > 1:
         raise ValueError(
-            f"evaluate.prepared: {version.uri} looks at {neighbours} slices on each side, the set names {known}; "
-            f"prepare one with preprocess.neighbours of at least {neighbours}"
+            "evaluate.ensemble: models that look at equally many neighbours, and all at grey or all at colour images, "
+            "expected"
         )
-    if found != held_out.labels.names:
-        raise ValueError(f"evaluate: {version.uri} finds {found}, the prepared set is of {held_out.labels.names}")
 
     record = Record(config.split, held_out.labels)
-    for row in _score(rows, bundle_dir, held_out.labels, config):
+    bundle_dirs = [bundle_dir for bundle_dir, _ in fetched]
+    for row in score(rows, bundle_dirs, held_out.labels, config.tolerance, config.mirror, config.concurrency):
         record.add(row)
     rejected, scored = len(record.rejects), record.slices
     assert rejected + scored == rows.num_rows, "every row is accounted for"
@@ -127,19 +136,27 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
         )
 
     findings = record.findings(resamples=config.resamples, min_patients=config.min_patients)
-    artifacts = publish(
-        config.tracking_uri,
-        version,
-        held_out,
-        record,
-        findings,
-        tolerance=str(config.tolerance),
-        overlays=config.overlays,
-        worst=config.worst,
-    )
+    versions = [version for _, version in fetched]
+    doubts = _doubts(config, versions, record.of_patient)
+    with _run(config, versions) as run_id:
+        artifacts = publish(
+            config.tracking_uri,
+            run_id,
+            _told(config, versions),
+            held_out,
+            record,
+            findings,
+            tolerance=str(config.tolerance),
+            overlays=config.overlays,
+            worst=config.worst,
+            doubts=doubts,
+        )
+    if config.alone:
+        add_to_card(config.tracking_uri, versions[0], held_out, record, findings, tolerance=str(config.tolerance))
     metrics = {name: one.value for name, one in findings.together.items()}
     return EvaluateResult(
-        model_uri=version.uri,
+        model_uri=together(versions).uri,
+        run_id=run_id,
         split=config.split,
         cases=record.patients,
         slices=scored,
@@ -157,6 +174,7 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
         },
         rejected=rejected,
         reasons=reasons,
+        doubts=doubts,
         cases_table=artifacts.cases_table,
         report=artifacts.report,
         overlays=artifacts.overlays,
@@ -164,56 +182,48 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
     )
 
 
-class _Actor:
-    """Rows of whole patients in, a row of `SCORED` for each out."""
-
-    def __init__(
-        self,
-        bundle: "ray.ObjectRef[dict[str, bytes]]",
-        labels: Labels,
-        tolerance: Tolerance,
-        told: Mapping[str, str],
-    ) -> None:
-        logs.adopt(told)
-        with tempfile.TemporaryDirectory() as folder:
-            for name, content in ray.get(bundle).items():
-                Path(folder, name).write_bytes(content)
-            # Probabilities are scored too, and screening leaves those of slices with nothing in bfloat16.
-            predictor = Predictor.load(folder, engine=Engine(precision="float32"), threads=_CPUS_PER_ACTOR)
-            self._scorer = Scorer(predictor, labels, tolerance)
-
-    def __call__(self, rows: pa.Table) -> pa.Table:
-        patients = groupby(rows.to_pylist(), key=lambda row: row["patient_key"])
-        return pa.Table.from_pylist([self._scorer.score(list(of)) for _, of in patients], schema=SCORED)
+def _check_fits(version: ModelVersion, description: Mapping[str, Any], held_out: PreparedSet) -> None:
+    found = tuple(description["labels"]["names"])
+    neighbours, known = description["preprocess"].get("neighbours", 0), held_out.preprocess.neighbours
+    if neighbours > known:
+        raise ValueError(
+            f"evaluate.prepared: {version.uri} looks at {neighbours} slices on each side, the set names {known}; "
+            f"prepare one with preprocess.neighbours of at least {neighbours}"
+        )
+    if found != held_out.labels.names:
+        raise ValueError(f"evaluate: {version.uri} finds {found}, the prepared set is of {held_out.labels.names}")
 
 
-def _score(rows: pa.Table, bundle_dir: Path, labels: Labels, config: EvaluateConfig) -> Iterator[dict[str, Any]]:
-    """Yields the rows of `SCORED` as dictionaries, in no certain order."""
-    # The bundle travels through Ray: actors need neither the registry nor its artifact store.
-    bundle = ray.put({file.name: file.read_bytes() for file in bundle_dir.iterdir()})
-    dataset = ray.data.from_arrow(list(_tasks(rows))).map_batches(
-        _Actor,
-        batch_size=None,
-        batch_format="pyarrow",
-        fn_constructor_args=(bundle, labels, config.tolerance, logs.told()),
-        compute=ray.data.ActorPoolStrategy(size=config.concurrency),
-        num_cpus=_CPUS_PER_ACTOR,
+def _doubts(config: EvaluateConfig, versions: Sequence[ModelVersion], patients: Collection[str]) -> list[str]:
+    """Tells of models that were trained on patients who test them, or of which that is not known."""
+    if config.split != "test":
+        return []
+    made = [checks.no_leak(config.tracking_uri, version, patients) for version in versions]
+    doubts = [check.detail for check in made if not check.passed]
+    for doubt in doubts:
+        logger.warning("evaluate: %s", doubt)
+    return doubts
+
+
+def _told(config: EvaluateConfig, versions: Sequence[ModelVersion]) -> str:
+    return together(versions).uri + (f", mirror {config.mirror}" if config.mirror else "")
+
+
+def _run(config: EvaluateConfig, versions: Sequence[ModelVersion]) -> AbstractContextManager[str]:
+    """The run that trained the model, as it is; for anything but a model alone a new one in that one's experiment."""
+    uri, first, model = config.tracking_uri, versions[0], together(versions)
+    if config.alone:
+        return nullcontext(first.run_id)
+    mlflow = runs.client(uri)
+    return runs.running(
+        uri,
+        mlflow.get_experiment(mlflow.get_run(first.run_id).info.experiment_id).name,
+        f"evaluate-{model.name}-v{model.version}" + (f"-mirror-{config.mirror}" if config.mirror else ""),
+        {key: value for key, value in configuration.flat(config).items() if key != "tracking_uri"},
+        {
+            "rayseg.kind": "evaluation",
+            "rayseg.models": json.dumps({one.uri: one.run_id for one in versions}),
+            "mlflow.note.content": f"{_told(config, versions)} on {config.split}, research software.",
+        },
+        [one.run_id for one in versions],
     )
-    with tqdm(total=rows.num_rows, desc="evaluate", unit=" slices", disable=None) as progress:
-        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-            for row in batch.to_pylist():
-                yield row
-                progress.update(len(row["row_ids"]) + len(row["rejects"]))
-                meters.slices("evaluate", len(row["row_ids"]), Counter(one["reason"] for one in row["rejects"]))
-                meters.show("rayseg_waiting", rows.num_rows - progress.n, stage="evaluate")
-
-
-def _tasks(rows: pa.Table) -> Iterator[pa.Table]:
-    """Tables of whole patients; within them the slices of a series stand together, in the order that they had."""
-    ordered = rows.take(pc.sort_indices(rows, [("patient_key", "ascending"), ("series_key", "ascending")]))  # stable
-    keys = ordered["patient_key"].to_pylist()
-    start = 0
-    for row in range(1, len(keys) + 1):
-        if row == len(keys) or (row - start >= _ROWS_PER_TASK and keys[row] != keys[row - 1]):
-            yield ordered.slice(start, row - start)
-            start = row

@@ -121,7 +121,8 @@ def _checks(config: PromoteConfig, candidate: ModelVersion, champion: ModelVersi
     own = checks.value(demand, tested[0])
     told = f"{config.metric} {own:.4f}" if own is not None else f"{config.metric} is undefined"
     given = {"value": own, "set": tested[0].digest, "patients": len(tested[0].patients)}
-    made += [Check("evaluated", own is not None, told, given), checks.no_leak(uri, candidate, tested)]
+    patients = {patient for one in tested for patient in one.patients}
+    made += [Check("evaluated", own is not None, told, given), checks.no_leak(uri, candidate, patients)]
     if len(tested) > 1:
         made.append(checks.not_worse(demand, *tested))
     return made

@@ -1,4 +1,4 @@
-"""What an evaluation leaves in the run that trained the model: metrics, tables, pictures, a report and a new card."""
+"""What an evaluation leaves in a run of MLflow: metrics, tables, pictures and a report; and the model's new card."""
 
 import csv
 import dataclasses
@@ -39,7 +39,8 @@ class Artifacts:
 
 def publish(
     tracking_uri: str,
-    version: ModelVersion,
+    run_id: str,
+    model: str,
     held_out: PreparedSet,
     record: Record,
     findings: Findings,
@@ -47,20 +48,23 @@ def publish(
     tolerance: str,
     overlays: int,
     worst: int,
+    doubts: Sequence[str] = (),
 ) -> Artifacts:
-    """Writes metrics `SPLIT/...`, the tag of the set and the files `SPLIT/...` to the run, and the model's card anew.
+    """Writes metrics `SPLIT/...`, tags of the set and the tolerance, and the files `SPLIT/...` to the run.
 
     Args:
         tracking_uri: of MLflow.
-        version: the model that was evaluated.
+        run_id: of the run.
+        model: what was evaluated, in words: the report's head.
         held_out: its `preprocess` gives the pictures the grey values that the network sees.
         record: the cases.
         findings: of the record.
         tolerance: in words, that of the normalised surface distances.
+        doubts: what speaks against the scores, in words, for the report.
         overlays: number of pictures: the largest slice of so many cases, evenly from the worst to the best.
         worst: the slice with most wrong pixels of so many of the worst cases.
     """
-    split, run_id = record.split, version.run_id
+    split = record.split
     artifact_uri = runs.client(tracking_uri).get_run(run_id).info.artifact_uri
 
     def keep(name: str, data: bytes) -> str:
@@ -92,8 +96,9 @@ def publish(
     }
     uris = {name: [keep(f"{one.name}.png", one.png) for one in made] for name, made in pictures.items()}
     page = report.Report(
-        model=version.uri, split=split, patients=record.patients, slices=record.slices, rejects=len(record.rejects),
-        tolerance=tolerance, findings=findings, charts=charts, worst=pictures["worst"], cases=_worst_first(table),
+        model=model, doubts=doubts, split=split, patients=record.patients, slices=record.slices,
+        rejects=len(record.rejects), tolerance=tolerance, findings=findings, charts=charts, worst=pictures["worst"],
+        cases=_worst_first(table),
     )  # fmt: skip
     artifacts = Artifacts(
         cases_table=keep(cases.CSV, cases.to_csv(table)),
@@ -103,8 +108,20 @@ def publish(
     runs.client(tracking_uri).set_tag(run_id, set_tag(split), record.digest())
     runs.client(tracking_uri).set_tag(run_id, tolerance_tag(split), tolerance)
     runs.log_metrics(tracking_uri, run_id, _metrics(record, findings))
-    card.add_evaluation(tracking_uri, version, _evaluation(record, held_out, findings, tolerance))
     return artifacts
+
+
+def add_to_card(
+    tracking_uri: str,
+    version: ModelVersion,
+    held_out: PreparedSet,
+    record: Record,
+    findings: Findings,
+    *,
+    tolerance: str,
+) -> None:
+    """Writes the card of the model anew, with these scores of the split; arguments as `publish` has them."""
+    card.add_evaluation(tracking_uri, version, _evaluation(record, held_out, findings, tolerance))
 
 
 def set_tag(split: str) -> str:

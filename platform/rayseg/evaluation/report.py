@@ -33,6 +33,7 @@ class Report:
     """What the report tells."""
 
     model: str
+    doubts: Sequence[str]  # what speaks against the numbers
     split: str
     patients: int
     slices: int

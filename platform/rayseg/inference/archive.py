@@ -4,11 +4,10 @@ The series is the unit of work. It is done when its files are whole and its row 
 anywhere and started again skips what is done before reading anything, and does the rest to the same bytes.
 """
 
-import contextlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +27,7 @@ from rayseg.inference.refusals import Refusals
 from rayseg.inference.series import Task
 from rayseg.models.engine import Engine
 from rayseg.tracking import registry, runs
-from rayseg.tracking.version import ModelVersion
+from rayseg.tracking.version import together
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +119,9 @@ def segment(config: SegmentConfig) -> SegmentResult:
         cluster.require("segment", bundle, config.concurrency, _KEYS)
     output = storage.absolute(config.output)
     manifest = config.manifest or _cataloged(config, output)
-    folders, model = _models(config)
+    fetched = [registry.fetch(config.tracking_uri, uri) for uri in (config.model_uri, *config.ensemble)]
+    folders, versions = [folder for folder, _ in fetched], [version for _, version in fetched]
+    model = together(versions)
     digest = _config_digest(config)
     task = Task(
         storage.join(output, f"{model.name}-v{model.version}-{digest[:8]}"),
@@ -156,7 +157,14 @@ def segment(config: SegmentConfig) -> SegmentResult:
     found: list[dict[str, Any]] = []
     run_id = None
     if planned.todo:
-        with _run(config, model) as run_id:
+        with runs.running(
+            config.tracking_uri,
+            config.experiment,
+            f"segment-{model.name}-v{model.version}",
+            _asked(config, model.uri),
+            {"rayseg.kind": "archive", "rayseg.model_version": model.uri},
+            [one.run_id for one in versions],
+        ) as run_id:
             found = _segmented(planned, task, folders, output, config, run_id)
     made = {row["series_key"]: row for row in found if row["verdict"] == "segmented"}
     done = {row["series_key"]: row for row in known.to_pylist() if row["series_key"] in planned.done}
@@ -190,24 +198,6 @@ def _cataloged(config: SegmentConfig, output: str) -> str:
     return manifest
 
 
-def _models(config: SegmentConfig) -> tuple[list[Path], ModelVersion]:
-    """The folders of the models' bundles, and the model that they are together."""
-    fetched = [registry.fetch(config.tracking_uri, uri) for uri in (config.model_uri, *config.ensemble)]
-    folders, versions = [folder for folder, _ in fetched], [version for _, version in fetched]
-    first = versions[0]
-    if len(versions) == 1:
-        return folders, first
-    others = [one.version if one.name == first.name else f"{one.name}-v{one.version}" for one in versions[1:]]
-    together = ModelVersion(
-        first.name,
-        "+".join([first.version, *others]),
-        " + ".join(one.uri for one in versions),
-        first.run_id,
-        configuration.digest([one.digest for one in versions]),
-    )
-    return folders, together
-
-
 def _config_digest(config: SegmentConfig) -> str:
     """Of what decides about a series' files."""
     return configuration.digest([_settings(config), list(config.profiles), config.nothing_found, config.pacs, VERSION])
@@ -226,25 +216,6 @@ def _asked(config: SegmentConfig, model_uri: str) -> dict[str, Any]:
 
 def _settings(config: SegmentConfig) -> str:
     return settings_digest(config.postprocess, config.engine, config.mirror)
-
-
-@contextlib.contextmanager
-def _run(config: SegmentConfig, model: ModelVersion) -> Iterator[str]:
-    """A run in MLflow that ends as the block does."""
-    run_id = runs.start(
-        config.tracking_uri,
-        config.experiment,
-        f"segment-{model.name}-v{model.version}",
-        _asked(config, model.uri),
-        {"rayseg.kind": "archive", "rayseg.model_version": model.uri},
-    )
-    runs.log_models_used(config.tracking_uri, run_id, [model.run_id])
-    try:
-        yield run_id
-    except BaseException:
-        runs.finish(config.tracking_uri, run_id, "FAILED")
-        raise
-    runs.finish(config.tracking_uri, run_id, "FINISHED")
 
 
 def _segmented(

@@ -92,6 +92,29 @@ def start(
     return run.info.run_id
 
 
+@contextmanager
+def running(
+    tracking_uri: str,
+    experiment: str,
+    name: str,
+    params: Mapping[str, Any] | None = None,
+    tags: Mapping[str, str] | None = None,
+    models_of: Sequence[str] = (),
+) -> Iterator[str]:
+    """A run, by its id, that ends as the block does: FINISHED or FAILED.
+
+    Arguments as `start` has them; the models that the runs `models_of` gave are the run's inputs.
+    """
+    run_id = start(tracking_uri, experiment, name, params, tags)
+    try:
+        _log_models_used(tracking_uri, run_id, models_of)
+        yield run_id
+    except BaseException:
+        finish(tracking_uri, run_id, "FAILED")
+        raise
+    finish(tracking_uri, run_id, "FINISHED")
+
+
 def _code() -> dict[str, str]:
     """What made the run. The commit is tagged as MLflow does it, where it is known."""
     tags = {"rayseg.version": __version__, "rayseg.code_sha256": build.sha256("rayseg")}
@@ -132,8 +155,7 @@ def log_dataset(tracking_uri: str, run_id: str, uri: str, digest: str, profile: 
     client(tracking_uri).log_inputs(run_id, datasets=[DatasetInput(dataset, tags=[tag])])
 
 
-def log_models_used(tracking_uri: str, run_id: str, trained_by: Sequence[str]) -> None:
-    """Names the models that the runs `trained_by` gave as inputs of the run."""
+def _log_models_used(tracking_uri: str, run_id: str, trained_by: Sequence[str]) -> None:
     mlflow = client(tracking_uri)
     given = [output for one in trained_by for output in mlflow.get_run(one).outputs.model_outputs]
     if given:
