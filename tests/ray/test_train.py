@@ -179,6 +179,31 @@ def test_one_worker_ends_with_the_weights_of_two_at_the_same_global_batch(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("way", "tolerance"),
+    [
+        ({"accumulation": 3}, 1e-5),
+        # Adam turns other roundings into other weights, but not into another loss.
+        ({"jit_compile": True}, 1e-3),
+        # A step that one rank alone skipped for an overflow would end the run: its ranks must be bit-equal.
+        ({"mixed_precision": "mixed_float16"}, 5e-3),
+    ],
+)
+def test_two_workers_learn_alike_in_parts_by_xla_and_in_half_precision(
+    discs: str,
+    tmp_path: Path,
+    undisturbed: tuple[TrainConfig, TrainResult],
+    unregistered: None,
+    way: dict[str, object],
+    tolerance: float,
+) -> None:
+    result = fit(config(discs, tmp_path, **way))
+    for row, other in zip(result.history, undisturbed[1].history, strict=True):
+        for name in ("train/loss", "val/loss"):
+            assert row[name] == pytest.approx(other[name], abs=tolerance)
+
+
+@pytest.mark.slow
 def test_a_run_whose_worker_is_killed_reproduces_the_undisturbed_one(
     tmp_path: Path, undisturbed: tuple[TrainConfig, TrainResult], unregistered: None
 ) -> None:
