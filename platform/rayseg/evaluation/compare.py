@@ -27,7 +27,7 @@ from rayseg.tracking import figures, runs
 class CompareConfig:
     """Which models; the first is the baseline that each of the others is compared with."""
 
-    models: tuple[str, ...]  # models:/NAME/VERSION, models:/NAME@ALIAS, or ids of the runs that trained them
+    models: tuple[str, ...]  # models:/NAME/VERSION, models:/NAME@ALIAS, or ids of runs that have scores
     tracking_uri: str
     split: Literal["train", "val", "test"] = "test"
     metric: str = "dice_per_case"  # of single patients: what the picture and the report's head are about

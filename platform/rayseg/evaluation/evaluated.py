@@ -47,7 +47,7 @@ class Evaluated:
 
 
 def read(tracking_uri: str, model: str, split: str) -> Evaluated:
-    """The cases of `models:/NAME/VERSION`, `models:/NAME@ALIAS` or of the model that a run (by its id) trained.
+    """The cases of `models:/NAME/VERSION`, `models:/NAME@ALIAS` or of what a run, by its id, trained or evaluated.
 
     Raises:
         ValueError: there is no such model or run, or it was never evaluated on the split.
