@@ -11,9 +11,9 @@ from pydantic import BaseModel, Field
 
 from rayseg.data.preprocess import Preprocess
 from rayseg.dicom.reading import Slice
+from rayseg.geometry.volume import volume_ml
 from rayseg.inference import quality
 from rayseg.inference.outputs import overlay_png
-from rayseg.inference.volume import volume_ml
 from rayseg.records import QualityFlag
 from serving.messages import ModelInfo, Segmented
 

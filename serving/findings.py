@@ -11,12 +11,12 @@ from scipy.spatial import ConvexHull
 from scipy.spatial.distance import pdist
 
 from rayseg import config
-from rayseg.dicom.reading import Geometry
+from rayseg.geometry.grid import Geometry
+from rayseg.geometry.stack import Stack, stack
+from rayseg.geometry.volume import volume_ml, voxels_mm3
 from rayseg.inference import exports, outputs, quality
 from rayseg.inference.postprocess import Postprocess
 from rayseg.inference.quality import Look
-from rayseg.inference.stack import Stack, stack
-from rayseg.inference.volume import volume_ml, voxels_mm3
 from rayseg.records import QualityFlag, Reason, Reject
 from rayseg.tracking.version import ModelVersion
 from serving.answers import DICOM, GLB, NIFTI, Quality

@@ -8,7 +8,8 @@ import numpy as np
 
 from rayseg.data.preprocess import Preprocess
 from rayseg.data.range import Range
-from rayseg.dicom.reading import Geometry, Slice
+from rayseg.dicom.reading import Slice
+from rayseg.geometry.grid import Geometry
 from rayseg.inference.quality import Look
 from rayseg.models.engine import Engine
 from rayseg.records import Reject

@@ -19,8 +19,9 @@ from python_multipart import multipart
 from python_multipart.exceptions import FormParserError
 
 from rayseg.dicom import image_files, nifti
-from rayseg.dicom.reading import Geometry, Header, Slice, read_headers, read_slices
+from rayseg.dicom.reading import Header, Slice, read_headers, read_slices
 from rayseg.dicom.series import verdict
+from rayseg.geometry.grid import Geometry
 from rayseg.records import Reason, Reject
 
 # It warns of each wrong byte, and what a client sends is no log's business.

@@ -8,8 +8,9 @@ import httpx
 import nibabel as nib
 import numpy as np
 
-from rayseg.dicom.reading import Geometry, Slice
-from rayseg.inference.stack import stack
+from rayseg.dicom.reading import Slice
+from rayseg.geometry.grid import Geometry
+from rayseg.geometry.stack import stack
 from rayseg.records import Reject
 from serving.answers import FORM, NIFTI
 from serving.findings import Found, SeriesAnswer

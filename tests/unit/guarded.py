@@ -12,7 +12,8 @@ import numpy as np
 import uvicorn
 
 from rayseg.data.preprocess import Preprocess
-from rayseg.dicom.reading import Geometry, Slice, read_slice
+from rayseg.dicom.reading import Slice, read_slice
+from rayseg.geometry.grid import Geometry
 from rayseg.inference.quality import Look
 from rayseg.records import Reason, Reject
 from serving import guard, routes

@@ -5,10 +5,10 @@ import pytest
 
 from rayseg.data.preprocess import Preprocess
 from rayseg.data.range import Range
-from rayseg.dicom.reading import Geometry
+from rayseg.geometry.grid import Geometry
+from rayseg.geometry.stack import Stack, stack
 from rayseg.inference import exports
 from rayseg.inference.quality import Look
-from rayseg.inference.stack import Stack, stack
 from serving import answers, findings
 from serving.messages import ModelInfo, Segmented
 from serving.upload import Series

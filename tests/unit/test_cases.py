@@ -7,10 +7,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from rayseg.dicom.reading import Geometry
 from rayseg.evaluation import cases
 from rayseg.evaluation.calibration import Probabilities
 from rayseg.evaluation.cases import CASES, Case, Tolerance, images
+from rayseg.geometry.grid import Geometry
 
 SIDE = 6
 AXIAL = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)

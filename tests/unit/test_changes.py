@@ -11,7 +11,7 @@ from rayseg.data import synthetic
 from rayseg.dicom import segmentation
 from rayseg.dicom.reading import Header, read_header
 from rayseg.evaluation.changes import DIFF, compare_series
-from rayseg.inference.volume import volume_ml
+from rayseg.geometry.volume import volume_ml
 from tests.unit.archive_runs import SIZE, SLICES, empty, file, seg, squares
 
 

@@ -12,9 +12,9 @@ import pytest
 import SimpleITK
 import trimesh
 
-from rayseg.dicom.reading import Geometry
+from rayseg.geometry.grid import Geometry
+from rayseg.geometry.stack import Stack, stack
 from rayseg.inference import exports
-from rayseg.inference.stack import Stack, stack
 from rayseg.records import Reason, Reject
 
 ROWS, COLUMNS = 20, 24

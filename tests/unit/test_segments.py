@@ -15,8 +15,9 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 from rayseg.data.labels import Labels
 from rayseg.data.masks import truth
 from rayseg.dicom import segments
-from rayseg.dicom.reading import Geometry, Header
+from rayseg.dicom.reading import Header
 from rayseg.dicom.segmentation import encode
+from rayseg.geometry.grid import Geometry
 from rayseg.records import Reason, Reject
 
 ROWS, COLUMNS = 11, 13  # frames of single bits do not end at whole bytes

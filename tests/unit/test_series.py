@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rayseg.dicom.reading import Geometry, Header, read_header
+from rayseg.dicom.reading import Header, read_header
 from rayseg.dicom.series import verdict
+from rayseg.geometry.grid import Geometry
 from rayseg.records import Reason
 
 AXIAL = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)

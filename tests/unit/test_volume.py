@@ -3,8 +3,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from rayseg.dicom.reading import Geometry
-from rayseg.inference.volume import volume_ml
+from rayseg.geometry.grid import Geometry
+from rayseg.geometry.volume import volume_ml
 
 AXIAL = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 

@@ -11,7 +11,8 @@ from PIL import Image
 from rayseg import storage
 from rayseg.dicom import image_files, nifti, series
 from rayseg.dicom.pseudonyms import Pseudonyms
-from rayseg.dicom.reading import Geometry, Header, read_headers
+from rayseg.dicom.reading import Header, read_headers
+from rayseg.geometry.grid import Geometry
 from rayseg.records import Reason, Reject
 
 MAX_OBJECT_BYTES = 2**31  # larger objects are refused unread

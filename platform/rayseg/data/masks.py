@@ -11,9 +11,11 @@ from pydicom import uid
 from pydicom.pixels import pixel_array
 
 from rayseg.data.labels import Labels
-from rayseg.dicom import image_files, nifti, planes, segments
+from rayseg.dicom import image_files, nifti, segments
 from rayseg.dicom.parsing import parse, silence_libraries
-from rayseg.dicom.reading import Geometry, Header
+from rayseg.dicom.reading import Header
+from rayseg.geometry import planes
+from rayseg.geometry.grid import Geometry
 from rayseg.records import Reason, Reject
 
 _FORMATS = ("PNG", "JPEG", "TIFF", "BMP")

@@ -11,7 +11,6 @@ so these bound memory (some 10 bytes a pixel) and, as no decoder can be stopped 
 slowest needs 0.1 microseconds a pixel, 7 s for the largest frame.
 """
 
-import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +21,8 @@ from pydicom import uid
 
 from rayseg.dicom import image_files, nifti, pixels, tables
 from rayseg.dicom.parsing import PIXEL_TAGS, Elements, Parsed, frame_elements, parse, silence_libraries
+from rayseg.geometry.grid import Geometry
+from rayseg.geometry.planes import is_orthonormal
 from rayseg.records import Reason, Reject
 
 MAX_PIXELS = 2**26  # rows * columns * samples that a frame may declare: 8192 x 8192 grey pixels
@@ -37,18 +38,6 @@ _NO_SOURCE_IMAGE = {
 }
 # A CT without an intercept has no HU (type 1 in PS3.3 C.8.2.1 and C.8.15.3.10); elsewhere stored values are values.
 _IN_HU = {str(uid.CTImageStorage), str(uid.EnhancedCTImageStorage), str(uid.LegacyConvertedEnhancedCTImageStorage)}
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """Where the slice's pixels lie. What the object lacks, or says in an unusable way, is None."""
-
-    rows: int
-    columns: int
-    pixel_spacing_mm: tuple[float, float] | None = None  # between rows, between columns
-    slice_thickness_mm: float | None = None
-    image_position_mm: tuple[float, float, float] | None = None  # centre of the first pixel, patient coordinates
-    image_orientation: tuple[float, float, float, float, float, float] | None = None  # along a row, along a column
 
 
 @dataclass(frozen=True)
@@ -373,7 +362,7 @@ def _geometry(elements: Elements, rows: int, columns: int, placed: bool) -> Geom
     thickness = elements.number("SliceThickness", None)
     position = elements.numbers("ImagePositionPatient", 3) if placed else None
     orientation = elements.numbers("ImageOrientationPatient", 6) if placed else None
-    if orientation is not None and not _is_orthonormal(orientation[:3], orientation[3:]):
+    if orientation is not None and not is_orthonormal(orientation):
         orientation = None
     return Geometry(
         rows=rows,
@@ -383,9 +372,3 @@ def _geometry(elements: Elements, rows: int, columns: int, placed: bool) -> Geom
         image_position_mm=cast(tuple[float, float, float] | None, position),
         image_orientation=cast(tuple[float, float, float, float, float, float] | None, orientation),
     )
-
-
-def _is_orthonormal(row: tuple[float, ...], column: tuple[float, ...]) -> bool:
-    product = sum(a * b for a, b in zip(row, column, strict=True))
-    lengths = math.hypot(*row), math.hypot(*column)
-    return abs(product) < 0.01 and all(abs(length - 1.0) < 0.01 for length in lengths)

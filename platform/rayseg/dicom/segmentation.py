@@ -22,14 +22,15 @@ from pydicom.sr.coding import Code
 
 from rayseg.dicom.frames import fill_pixels
 from rayseg.dicom.parsing import silence_libraries
-from rayseg.dicom.reading import Geometry, slice_uid
-from rayseg.dicom.series import SAME_DIRECTION
+from rayseg.dicom.reading import slice_uid
 from rayseg.dicom.sources import PLAIN_CLASS, Source, attributes, name_sources
+from rayseg.geometry import planes
+from rayseg.geometry.grid import Geometry
 from rayseg.records import QualityFlag, Reason, Reject
 
 Kind = Literal["BINARY", "LABELMAP", "FRACTIONAL"]
 
-_ROUNDING = 2.001 * SAME_DIRECTION  # any two of the slices that a series' verdict keeps together
+_ROUNDING = 2.001 * planes.SAME_DIRECTION  # any two of the slices that a series' verdict keeps together
 _NO_DATE, _NO_TIME = "19700101", "000000"  # of a source without dates; the attributes are mandatory
 
 _ALTERED = Code("49755003", "SCT", "Morphologically Altered Structure")
@@ -106,8 +107,7 @@ def encode(
         return Reject(Reason.SERIES_MIXED, "slices of several series, frames of reference or sizes")
     slices.sort(key=lambda one: (_along_normal_mm(one.dataset), one.sop_instance_uid, one.frame or 0))
     datasets = [one.dataset for one in slices]
-    orientations = np.array([dataset.ImageOrientationPatient for dataset in datasets], float)
-    if np.abs(orientations - orientations[0]).max() > _ROUNDING:
+    if not planes.are_parallel([dataset.ImageOrientationPatient for dataset in datasets], _ROUNDING):
         return Reject(Reason.SERIES_MIXED, "ImageOrientationPatient differs within the series by more than rounding")
     for dataset in datasets:
         dataset.ImageOrientationPatient = datasets[0].ImageOrientationPatient  # the frames share it
@@ -240,8 +240,7 @@ def _geometry(dataset: Dataset, groups: Dataset, shared: Dataset) -> Geometry:
 
 
 def _along_normal_mm(dataset: Dataset) -> float:
-    row, column = np.array(dataset.ImageOrientationPatient, float).reshape(2, 3)
-    return float(np.cross(row, column) @ np.array(dataset.ImagePositionPatient, float))
+    return float(planes.along_mm([dataset.ImagePositionPatient], dataset.ImageOrientationPatient)[0])
 
 
 def _nominal_thickness(datasets: Sequence[Dataset]) -> str:

@@ -19,8 +19,9 @@ from pydicom.dataset import Dataset
 from pydicom.encaps import get_frame
 from pydicom.pixels import get_decoder
 
-from rayseg.dicom import planes
-from rayseg.dicom.reading import Geometry, Header
+from rayseg.dicom.reading import Header
+from rayseg.geometry import planes
+from rayseg.geometry.grid import Geometry
 from rayseg.records import Reason, Reject
 
 SOP_CLASSES = (str(uid.SegmentationStorage), "1.2.840.10008.5.1.4.1.1.66.7")  # the other: Label Map Segmentation

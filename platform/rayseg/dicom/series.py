@@ -8,14 +8,10 @@ from typing import Literal
 
 import numpy as np
 
-from rayseg.dicom.reading import Geometry, Header
+from rayseg.dicom.reading import Header
+from rayseg.geometry import planes
 from rayseg.records import Reason
 
-_SAME_POSITION_MM = 0.01  # closer slices lie at one position
-# Of direction cosines, against the first of the planes: what rounding to three decimals leaves. On the far edge of a
-# slice of 250 mm it is an eighth of a millimetre, a quarter of a pixel. A slice that differs by more lies on a plane of
-# its own, and no segmentation can be of it and the others: the frames of one share an orientation.
-SAME_DIRECTION = 5e-4
 _SAME_SPACING = 0.001  # of the pixel spacing, relative
 _UNEVEN = 0.02  # of the slice distance, relative to the median; less is rounding in the attributes
 _GAP = 1.5  # times the median slice distance
@@ -65,20 +61,20 @@ def verdict(headers: Sequence[Header]) -> SeriesVerdict:
         return SeriesVerdict("rejected", Reason.SERIES_MIXED, detail, [], None)
     if len(groups) > 1:
         notes.append(f"{len(unique) - len(kept)} of {len(unique)} slices of another size, spacing or plane left out")
-    if not _is_placed(headers[kept[0]].geometry):
+    if not planes.is_placed(headers[kept[0]].geometry):
         if len(kept) > 1:
             notes.append("no positions: ordered by InstanceNumber")
         order = sorted(kept, key=lambda index: _by_number(headers[index]))
         return SeriesVerdict("salvaged" if notes else "ok", None, "; ".join(notes), order, None)
 
     positions_mm = np.array([headers[index].geometry.image_position_mm for index in kept])
-    orientation = np.array(headers[kept[0]].geometry.image_orientation)
-    normal = np.cross(orientation[:3], orientation[3:])
-    along_mm = positions_mm @ (normal / np.linalg.norm(normal))
+    orientation = headers[kept[0]].geometry.image_orientation
+    assert orientation is not None
+    along_mm = planes.along_mm(positions_mm, orientation)
     ascending = np.argsort(along_mm, kind="stable")
     steps_mm = np.diff(along_mm[ascending])
-    if (steps_mm < _SAME_POSITION_MM).any():
-        detail = _of_duplicates(steps_mm < _SAME_POSITION_MM)
+    if (steps_mm < planes.SAME_POSITION_MM).any():
+        detail = _of_duplicates(steps_mm < planes.SAME_POSITION_MM)
         return SeriesVerdict("rejected", Reason.SERIES_DUPLICATES, detail, [], None)
     outcome: Literal["ok", "salvaged"] = "salvaged" if notes else "ok"
     notes += _findings(positions_mm[ascending], steps_mm)
@@ -102,21 +98,16 @@ def _groups(headers: Sequence[Header], indices: Sequence[int]) -> list[list[int]
 
 def _match(first: Header, second: Header) -> bool:
     a, b = first.geometry, second.geometry
-    if (a.rows, a.columns) != (b.rows, b.columns) or _is_placed(a) != _is_placed(b):
+    if (a.rows, a.columns) != (b.rows, b.columns) or planes.is_placed(a) != planes.is_placed(b):
         return False
     spacing_a, spacing_b = (geometry.pixel_spacing_mm or (0.0, 0.0) for geometry in (a, b))
     if not all(math.isclose(x, y, rel_tol=_SAME_SPACING) for x, y in zip(spacing_a, spacing_b, strict=True)):
         return False
-    if a.image_orientation is None or b.image_orientation is None or not _is_placed(a):
+    if a.image_orientation is None or b.image_orientation is None or not planes.is_placed(a):
         return True
     if first.frame_of_reference_uid != second.frame_of_reference_uid:
         return False
-    cosines = zip(a.image_orientation, b.image_orientation, strict=True)
-    return all(abs(x - y) <= SAME_DIRECTION for x, y in cosines)
-
-
-def _is_placed(geometry: Geometry) -> bool:
-    return geometry.image_position_mm is not None and geometry.image_orientation is not None
+    return planes.are_parallel([a.image_orientation, b.image_orientation])
 
 
 def _by_number(header: Header) -> tuple[bool, int, str, int]:

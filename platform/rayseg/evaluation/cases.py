@@ -18,12 +18,12 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from rayseg.dicom.reading import Geometry
 from rayseg.evaluation.calibration import Probabilities
 from rayseg.evaluation.lesions import Lesions, lesions
 from rayseg.evaluation.scores import Counts, counts
 from rayseg.evaluation.surfaces import Grid, distances, together
-from rayseg.inference.volume import volume_ml
+from rayseg.geometry.grid import Geometry
+from rayseg.geometry.volume import volume_ml
 
 PARQUET, CSV = "cases.parquet", "cases.csv"  # below the split's folder in the model's run
 

@@ -1,6 +1,6 @@
 """What changed between two segmentations of one series. Knows no Ray.
 
-Volumes are by Cavalieri's principle from the positions that the segmentations themselves hold (`inference.volume`);
+Volumes are by Cavalieri's principle from the positions that the segmentations themselves hold (`geometry.volume`);
 lesions are connected components matched by overlap, as `evaluation.lesions` scores them, the baseline in place of the
 truth: one that has no voxel of the challenger has vanished, and one without a voxel of the baseline has appeared.
 """
@@ -18,10 +18,10 @@ from scipy import ndimage
 from rayseg import storage
 from rayseg.data.manifest import read_failure
 from rayseg.dicom import segmentation
-from rayseg.dicom.reading import Geometry
 from rayseg.dicom.segmentation import Decoded
 from rayseg.evaluation.lesions import lesions
-from rayseg.inference.volume import volume_ml
+from rayseg.geometry.grid import Geometry
+from rayseg.geometry.volume import volume_ml
 from rayseg.records import Reason, Reject
 
 # A row for each series, `class` empty, and one for each class of it that both sides know.

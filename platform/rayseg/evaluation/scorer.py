@@ -15,10 +15,11 @@ from rayseg import storage
 from rayseg.data.labels import Labels
 from rayseg.data.manifest import read_failure
 from rayseg.data.masks import truth
-from rayseg.dicom.reading import Geometry, Slice, read_slice
+from rayseg.dicom.reading import Slice, read_slice
 from rayseg.evaluation.calibration import Probabilities
 from rayseg.evaluation.cases import CASES, Case, Image, Tolerance, images, slice_distance_mm
 from rayseg.evaluation.scores import Counts, counts
+from rayseg.geometry.grid import Geometry
 from rayseg.inference.predictor import Predictor
 from rayseg.records import PREPARED, Reason, Reject
 

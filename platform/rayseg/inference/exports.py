@@ -14,7 +14,7 @@ from scipy.spatial import ConvexHull, QhullError
 from scipy.spatial.distance import pdist
 from skimage.measure import marching_cubes
 
-from rayseg.inference.stack import Stack
+from rayseg.geometry.stack import Stack
 from rayseg.records import Reject
 
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])

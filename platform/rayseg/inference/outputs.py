@@ -14,11 +14,11 @@ from rayseg import config as configuration
 from rayseg.dicom import report, segmentation
 from rayseg.dicom.reading import Header
 from rayseg.dicom.sources import KEYWORDS
+from rayseg.geometry.stack import Stack, stack
+from rayseg.geometry.volume import volume_ml
 from rayseg.inference import exports
 from rayseg.inference.postprocess import Postprocess
 from rayseg.inference.quality import Look
-from rayseg.inference.stack import Stack, stack
-from rayseg.inference.volume import volume_ml
 from rayseg.models.engine import Engine
 from rayseg.records import QualityFlag, Reason, Reject
 from rayseg.tracking.version import ModelVersion

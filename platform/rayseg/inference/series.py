@@ -16,13 +16,13 @@ from rayseg.data.manifest import read_failure
 from rayseg.data.preprocess import Preprocess
 from rayseg.data.stacks import along
 from rayseg.dicom.reading import Header, Slice, read_slices
+from rayseg.geometry.volume import volume_ml, voxels_mm3
 from rayseg.inference import quality
 from rayseg.inference.delivery import deliver
 from rayseg.inference.outputs import Profile, Segmented, files, overlay_png, without_pixels
 from rayseg.inference.packed import Packed
 from rayseg.inference.postprocess import Postprocess
 from rayseg.inference.predictor import Prediction, Predictor
-from rayseg.inference.volume import volume_ml, voxels_mm3
 from rayseg.records import Reason, Reject
 from rayseg.tracking.version import ModelVersion
 

@@ -4,11 +4,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rayseg.dicom.reading import Geometry
-from rayseg.dicom.series import SAME_DIRECTION
+from rayseg.geometry import planes
+from rayseg.geometry.grid import Geometry
 
-_SAME_PLANE = 4 * SAME_DIRECTION  # of components of unit normals: what a series' verdict lets pass
-_LEAST_DISTANCE_MM = 0.01
+_SAME_PLANE = 4 * planes.SAME_DIRECTION  # of components of unit normals: what a series' verdict lets pass
 
 
 def volume_ml(foreground_pixels: Sequence[int], geometries: Sequence[Geometry]) -> float | None:
@@ -44,21 +43,20 @@ def _widths_mm(geometries: Sequence[Geometry]) -> np.ndarray | None:
     if len(geometries) == 1:
         thickness_mm = geometries[0].slice_thickness_mm
         return np.array([thickness_mm]) if thickness_mm else None
-    planes = [
+    places = [
         (geometry.image_position_mm, geometry.image_orientation)
         for geometry in geometries
         if geometry.image_position_mm is not None and geometry.image_orientation is not None
     ]
-    if not planes or len(planes) < len(geometries):
+    if not places or len(places) < len(geometries):
         return None
-    orientations = np.array([orientation for _, orientation in planes])
-    normals = np.cross(orientations[:, :3], orientations[:, 3:])
-    if np.abs(normals - normals[0]).max() > _SAME_PLANE:
+    normals = [planes.normal(orientation) for _, orientation in places]
+    if not planes.are_parallel(np.array(normals), _SAME_PLANE):
         return None
-    along_mm = np.array([position for position, _ in planes]) @ (normals[0] / np.linalg.norm(normals[0]))
+    along_mm = planes.along_mm([position for position, _ in places], places[0][1])
     order = np.argsort(along_mm, kind="stable")
     distances_mm = np.diff(along_mm[order])
-    if distances_mm.min() < _LEAST_DISTANCE_MM:
+    if distances_mm.min() < planes.SAME_POSITION_MM:
         return None
     below_mm = np.concatenate([distances_mm[:1], distances_mm])
     above_mm = np.concatenate([distances_mm, distances_mm[-1:]])

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rayseg.dicom.planes import tolerance_mm
-from rayseg.dicom.reading import Geometry
+from rayseg.geometry import planes
+from rayseg.geometry.grid import Geometry
 from rayseg.records import Reason, Reject
 
 
@@ -73,17 +73,17 @@ def stack(masks: Sequence[np.ndarray], geometries: Sequence[Geometry]) -> Stack 
         return Reject(Reason.SERIES_MIXED, "slices of several sizes")
     _, orientation, spacing_mm = places[0]
     along_row, along_column = np.array(orientation, float).reshape(2, 3)
-    normal = np.cross(along_row, along_column)
     positions_mm = np.array([position for position, _, _ in places], float)
-    order = np.argsort(positions_mm @ normal, kind="stable")
+    along_mm = planes.along_mm(positions_mm, orientation)
+    order = np.argsort(along_mm, kind="stable")
     positions_mm = positions_mm[order]
-    tolerance = tolerance_mm(geometries[0])
+    tolerance = planes.tolerance_mm(geometries[0])
     if len(places) > 1:
-        if np.diff(positions_mm @ normal).min() <= 0.01:
+        if np.diff(along_mm[order]).min() < planes.SAME_POSITION_MM:
             return Reject(Reason.SERIES_DUPLICATES, "several slices at one position")
         beyond_mm = positions_mm[-1] - positions_mm[-2]
     elif geometries[0].slice_thickness_mm:
-        beyond_mm = normal * geometries[0].slice_thickness_mm
+        beyond_mm = planes.normal(orientation) * geometries[0].slice_thickness_mm
     else:
         return Reject(Reason.MISSING_ATTRIBUTE, "SliceThickness of a slice alone")
     return Stack(

@@ -1,0 +1,80 @@
+"""Planes of slices: their normals, the order along these, and what counts as the same direction, position or place."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from rayseg.geometry.grid import Geometry
+
+# Of direction cosines, against the first of the planes: what rounding to three decimals leaves. On the far edge of a
+# slice of 250 mm it is an eighth of a millimetre, a quarter of a pixel. A slice that differs by more lies on a plane of
+# its own, and no segmentation can be of it and the others: the frames of one share an orientation.
+SAME_DIRECTION = 5e-4
+SAME_POSITION_MM = 0.01  # slices that are closer along their normal lie at one position
+_SAME_PLACE = 0.25  # of the smaller pixel spacing: less than what would put a pixel upon another one
+_ORTHONORMAL = 0.01  # of the product of the two directions, and of their lengths against 1
+
+
+def is_orthonormal(orientation: Sequence[float]) -> bool:
+    """Whether ImageOrientationPatient is of two unit vectors at a right angle, as PS3.3 C.7.6.2.1.1 demands."""
+    row, column = orientation[:3], orientation[3:]
+    product = sum(a * b for a, b in zip(row, column, strict=True))
+    lengths = math.hypot(*row), math.hypot(*column)
+    return abs(product) < _ORTHONORMAL and all(abs(length - 1.0) < _ORTHONORMAL for length in lengths)
+
+
+def normal(orientation: Sequence[float] | np.ndarray) -> np.ndarray:
+    """The unit normal of a plane, row direction x column direction, float64 (3,)."""
+    row, column = np.asarray(orientation, np.float64).reshape(2, 3)
+    across = np.cross(row, column)
+    unit: np.ndarray = across / np.linalg.norm(across)
+    return unit
+
+
+def along_mm(positions_mm: Sequence[Sequence[float]] | np.ndarray, orientation: Sequence[float]) -> np.ndarray:
+    """How far positions (slices, 3) lie along the normal of an orientation, float64 (slices,)."""
+    distances: np.ndarray = np.asarray(positions_mm, np.float64) @ normal(orientation)
+    return distances
+
+
+def are_parallel(orientations: Sequence[Sequence[float]] | np.ndarray, tolerance: float = SAME_DIRECTION) -> bool:
+    """Whether no direction cosine (slices, 6) differs from the first slice's by more than the tolerance."""
+    cosines = np.asarray(orientations, np.float64)
+    return bool(np.abs(cosines - cosines[0]).max() <= tolerance)
+
+
+def is_placed(geometry: Geometry) -> bool:
+    """Whether position and orientation are known."""
+    return geometry.image_position_mm is not None and geometry.image_orientation is not None
+
+
+def corners_mm(geometry: Geometry) -> np.ndarray | None:
+    """The centres of three corner pixels, float64 (3, 3), or None where the geometry does not say where they are.
+
+    The first pixel, the last one of the first row and the last one of the first column, by PS3.3 equation C.7.6.2.1-1.
+    """
+    position_mm, orientation, spacing_mm = (
+        geometry.image_position_mm,
+        geometry.image_orientation,
+        geometry.pixel_spacing_mm,
+    )
+    if position_mm is None or orientation is None or spacing_mm is None:
+        return None
+    first = np.array(position_mm, float)
+    along_row, along_column = np.array(orientation, float).reshape(2, 3)
+    last_column = first + along_row * spacing_mm[1] * (geometry.columns - 1)
+    last_row = first + along_column * spacing_mm[0] * (geometry.rows - 1)
+    return np.stack([first, last_column, last_row])
+
+
+def apart_mm(one: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """How far the corners (..., 3, 3) of other grids lie from those of one, the farthest of each: float64 (...)."""
+    distances: np.ndarray = np.linalg.norm(others - one, axis=-1).max(axis=-1)
+    return distances
+
+
+def tolerance_mm(geometry: Geometry) -> float:
+    """How far apart the corners may lie where two grids are one, rounding in the attributes being the rest."""
+    assert geometry.pixel_spacing_mm is not None
+    return _SAME_PLACE * min(geometry.pixel_spacing_mm)
