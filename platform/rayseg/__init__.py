@@ -18,6 +18,10 @@ for _switch, _value in {
 }.items():
     os.environ.setdefault(_switch, _value)
 
+# Terminals and logs show our own lines; of these libraries' those that warn. TensorFlow's own "warning" is a greeting.
+for _switch, _value in {"MLFLOW_LOGGING_LEVEL": "WARNING", "TF_CPP_MIN_LOG_LEVEL": "2"}.items():
+    os.environ.setdefault(_switch, _value)
+
 # Processes may share a GPU (`gpus_per_worker` and its like take fractions), and TensorFlow's first one would take all
 # of its memory.
 os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")

@@ -1,5 +1,6 @@
-"""Listings of S3 buckets with each object's ETag, which pyarrow's listings do not tell, through boto3."""
+"""What pyarrow cannot do with S3 buckets, through boto3: listings with ETags, reading objects with odd keys."""
 
+import contextlib
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -40,6 +41,33 @@ def page(bucket: str, prefix: str, after: str | None) -> tuple[list[Entry], str 
         PermissionError: the store refuses.
         OSError: the store did not answer, or with an error; another try may help.
     """
+    more = {} if after is None else {"ContinuationToken": after}
+    with _errors(f"listing bucket {bucket}"):
+        answer = _client(environment()).list_objects_v2(Bucket=bucket, Prefix=prefix, **more)
+    entries = [
+        Entry(found["Key"], found["Size"], found["LastModified"], found["ETag"].strip('"'))
+        for found in answer.get("Contents", ())
+    ]
+    return entries, answer.get("NextContinuationToken")
+
+
+def is_odd(path: str) -> bool:
+    """Whether BUCKET/KEY has a component without a character, as `ct//2.dcm`, which pyarrow takes for a mistake."""
+    return "" in path.split("/")
+
+
+def read(path: str, length: int | None = None) -> bytes:
+    """The object at BUCKET/KEY, or its first `length` bytes at most, with one request; raises as `page` does."""
+    bucket, _, key = path.partition("/")
+    some = {} if length is None else {"Range": f"bytes=0-{length - 1}"}
+    with _errors("reading an object"):
+        data: bytes = _client(environment()).get_object(Bucket=bucket, Key=key, **some)["Body"].read()
+        return data
+
+
+@contextlib.contextmanager
+def _errors(doing: str) -> Iterator[None]:
+    """Makes boto3's errors the system's own."""
     # Only here: it takes 50 MB, and who reads local files needs none of it.
     from botocore.exceptions import (
         BotoCoreError,
@@ -50,22 +78,16 @@ def page(bucket: str, prefix: str, after: str | None) -> tuple[list[Entry], str 
         ProfileNotFound,
     )
 
-    more = {} if after is None else {"ContinuationToken": after}
     try:
-        answer = _client(environment()).list_objects_v2(Bucket=bucket, Prefix=prefix, **more)
+        yield
     except ClientError as error:
         code = error.response.get("Error", {}).get("Code", "")
         kind = FileNotFoundError if code in _MISSING else PermissionError if code in _FORBIDDEN else OSError
-        raise kind(f"listing bucket {bucket}: {code}") from error
+        raise kind(f"{doing}: {code}") from error
     except (NoCredentialsError, PartialCredentialsError, ProfileNotFound) as error:
-        raise PermissionError(f"listing bucket {bucket}: {error}") from error
+        raise PermissionError(f"{doing}: {error}") from error
     except (BotoCoreError, HTTPClientError) as error:
-        raise OSError(f"listing bucket {bucket}: {type(error).__name__}") from error
-    entries = [
-        Entry(found["Key"], found["Size"], found["LastModified"], found["ETag"].strip('"'))
-        for found in answer.get("Contents", ())
-    ]
-    return entries, answer.get("NextContinuationToken")
+        raise OSError(f"{doing}: {type(error).__name__}") from error
 
 
 def objects(bucket: str, prefix: str, attempt: Any) -> Iterator[Entry]:

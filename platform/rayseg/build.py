@@ -8,6 +8,7 @@ themselves: a cluster's nodes have no repository to ask, and a working tree may 
 import functools
 import hashlib
 import importlib.util
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from pathlib import Path
 from rayseg import __version__
 
 VARIABLE = "RAYSEG_CODE"
+SILENT = "RAYSEG_CODE_SILENT"  # in the environment of workers that need not say what they are
 COMMIT = "COMMIT"  # a file in the package of a release, see `release`
 _SUFFIXES = {".py", ".html", ".css", ".js", ".svg"}
 
@@ -71,7 +73,8 @@ def require(told: str, *packages: str) -> None:
             f"{names} {own} at {where()} is not the driver's, {driver}: two versions would mix. Take the package off "
             "the nodes, and let our code travel with each job (--runtime-env configs/runtime_env.yaml, or a release)"
         )
-    print(f"{names} {own} from {where()}", file=sys.stderr, flush=True)
+    if SILENT not in os.environ:
+        print(f"{names} {own} from {where()}", file=sys.stderr, flush=True)
 
 
 @functools.cache

@@ -22,6 +22,7 @@ _LAUNCHED = "ray_bootstrap_config.yaml"
 _NODE_GROUP = "ray.io/node-group"  # label of nodes that a launcher or KubeRay has started
 _ROUNDING = 1e-9
 _NO_KEYS: Mapping[str, str] = {}
+_private: list[bool] = []  # not empty while this process has a cluster of its own
 
 
 def connect() -> None:
@@ -35,10 +36,14 @@ def connect() -> None:
     if ray.is_initialized():
         return
     # Added to the runtime environment of a submitted job: Ray merges them, and refuses keys that both have.
-    environment = {"env_vars": {build.VARIABLE: build.current().told()}}
+    variables = {build.VARIABLE: build.current().told()}
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(logging_level=logging.WARNING, runtime_env=environment)
+        ray.init(logging_level=logging.WARNING, runtime_env={"env_vars": variables})
         return
+    # Ray Train asks the API server whether a run's controller lives, and takes its workers' places away where that
+    # server knows no such controller. A private cluster has no such server, so Ray would ask whatever other cluster is
+    # on the machine. Nothing listens here: then training goes on.
+    os.environ.setdefault("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9")
     # Nobody takes this machine away with a notice, and the process that would wait for one costs seconds to start.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     ray.init(
@@ -47,15 +52,27 @@ def connect() -> None:
         object_store_memory=LOCAL_OBJECT_STORE_BYTES,
         include_dashboard=False,
         logging_level=logging.WARNING,
-        runtime_env={**environment, "worker_process_setup_hook": f"{__name__}.{hush.__name__}"},
+        runtime_env={
+            "env_vars": variables | {build.SILENT: "1"},  # the driver has said it, of the same files
+            "worker_process_setup_hook": f"{__name__}.{hush.__name__}",
+        },
     )
+    _private.append(True)
     logger.info("started a Ray cluster on this machine with %s CPUs", ray.cluster_resources().get("CPU"))
+
+
+def leave() -> None:
+    """Ends the private cluster, where this process has started one: no line of its workers comes after this."""
+    if _private:
+        _private.clear()
+        ray.shutdown()
 
 
 def quiet() -> None:
     """In this process Ray Data does not tell how far its operators are: stages show their own progress, in rows."""
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # warns that there are none
 
 
 def hush() -> None:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rayseg import build, config, logs, meters
+from rayseg import build, cluster, config, logs, meters
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +22,8 @@ def run(
     whole_recipe: bool = False,
 ) -> Any:
     """Loads the section of the recipe, calls `function` with it, prints its dataclass result as the last line, JSON.
+
+    That line is the last one of both streams: a cluster that the job has started for itself has ended before it.
 
     With `whole_recipe` the job reads all sections, not only its own.
 
@@ -42,11 +44,19 @@ def run(
         result = function(
             config.load(config_class, None if whole_recipe else section, options.config, options.overrides)
         )
+        cluster.leave()
     except Exception as error:
+        cluster.leave()
         refused = type(error) is ValueError  # ours; libraries and Ray's workers raise kinds of it
         meters.add("rayseg_jobs_total", stage=section, outcome="refused" if refused else "failed")
-        print(f"{section}: {error}" if refused else logs.without_texts(error), file=sys.stderr)
+        print(_refusal(section, error) if refused else logs.without_texts(error), file=sys.stderr)
         raise SystemExit(2 if refused else 1) from None
     meters.add("rayseg_jobs_total", stage=section, outcome="succeeded")
     print(json.dumps(dataclasses.asdict(result)), flush=True)
     return result
+
+
+def _refusal(section: str, error: Exception) -> str:
+    """The error's text, which begins with the section's name, or one of its keys, once."""
+    text = str(error)
+    return text if text.startswith((f"{section}:", f"{section}.")) else f"{section}: {text}"

@@ -67,7 +67,8 @@ def about(**of: str) -> Iterator[None]:
 
 def set_up() -> None:
     """The lines of a driver, on standard error."""
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line a request
+    for library in ("httpx", "botocore", "alembic"):  # a line a request, a credential, a change of a database
+        logging.getLogger(library).setLevel(logging.WARNING)
     if os.environ.get(ENCODING) != "JSON":
         form = "%(asctime)s %(levelname)s %(name)s: %(message)s"
         logging.basicConfig(level=logging.INFO, format=form, stream=sys.stderr)

@@ -1,5 +1,5 @@
 """Files by URI: plain local paths, `file://...` and `s3://BUCKET/KEY`, through pyarrow's filesystems
-(and boto3 for listings); to list and read also instances of DICOMweb services, see `pacs`.
+(and boto3 for listings, and keys that pyarrow refuses); to list and read also DICOMweb services, see `pacs`.
 
 S3 settings are the standard environment variables (`AWS_ENDPOINT_URL`, `AWS_REGION`, `AWS_ACCESS_KEY_ID`, ...), which
 every process reads for itself. URIs are taken as written: nothing in them is percent-decoded. A write is atomic: a
@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from rayseg import pacs
+from rayseg import bucket, pacs
 from rayseg.ahead import mapped
 from rayseg.bucket import CONNECT_TIMEOUT_S, REQUEST_TIMEOUT_S, environment, objects, place
 from rayseg.retry import tried
@@ -108,12 +108,12 @@ def list_files(uri: str, suffixes: Sequence[str] = ()) -> Iterator[FileInfo]:
 
 
 def _listed_s3(uri: str) -> Iterator[FileInfo]:
-    bucket, _, prefix = filesystem(uri)[1].partition("/")
+    name, _, prefix = filesystem(uri)[1].partition("/")
     empty = True
-    for entry in objects(bucket, f"{prefix}/" if prefix else "", tried):
+    for entry in objects(name, f"{prefix}/" if prefix else "", tried):
         empty = False
         if not entry.key.endswith("/"):  # what some tools leave for a folder
-            yield FileInfo(f"s3://{bucket}/{entry.key}", entry.size, entry.modified, entry.etag)
+            yield FileInfo(f"s3://{name}/{entry.key}", entry.size, entry.modified, entry.etag)
     if empty and prefix:
         raise FileNotFoundError(f"no objects below {uri}")
 
@@ -157,12 +157,17 @@ def read(uri: str, length: int | None = None) -> bytes:
     if pacs.is_dicomweb(uri):
         return pacs.read(uri)[:length]
     files, path = filesystem(uri)
+    if uri.startswith("s3://") and bucket.is_odd(path):
+        return tried(lambda: bucket.read(path, length))
 
     def call() -> bytes:
         with files.open_input_file(path) as file:
             return file.read() if length is None else file.read(length)
 
-    return tried(call)
+    try:
+        return tried(call)
+    except pa.ArrowInvalid as error:  # a ValueError; its text quotes the path
+        raise OSError("the object's name is one that pyarrow refuses") from error
 
 
 def read_each(uris: Iterable[str], length: int | None = None) -> Iterator[bytes | OSError]:

@@ -34,6 +34,8 @@ def test_equal_code_elsewhere_works_and_says_what_it_is(elsewhere: Path) -> None
     worker = run(elsewhere, "import rayseg", **{build.VARIABLE: driver.told()})
     assert worker.returncode == 0
     assert worker.stderr == f"rayseg {driver} from {elsewhere / 'rayseg'}\n"
+    silent = run(elsewhere, "import rayseg", **{build.VARIABLE: driver.told(), build.SILENT: "1"})
+    assert (silent.returncode, silent.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("change", ["a comment", "a new module", "a lost module", "a template"])

@@ -40,3 +40,22 @@ def test_a_users_error_is_one_line_and_code_2(capsys, value):
     assert "output" in streams.err
     assert len(streams.err.strip().splitlines()) == 1
     assert streams.out == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("train: 3 of 4 workers failed", "train: 3 of 4 workers failed"),
+        ("train.epochs: 1 or more expected", "train.epochs: 1 or more expected"),
+        ("prepared.json: not valid JSON", "train: prepared.json: not valid JSON"),
+        ("training data are missing", "train: training data are missing"),
+    ],
+)
+def test_an_error_names_its_job_once(capsys: pytest.CaptureFixture[str], text: str, line: str) -> None:
+    def refuse(config: Config) -> Result:
+        """Refuses."""
+        raise ValueError(text)
+
+    with pytest.raises(SystemExit):
+        job.run("train", Config, refuse, ["--set", "output=ab"])
+    assert capsys.readouterr().err.strip() == line

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from mlflow.store.model_registry.dbmodels.models import SqlModelVersion
 from PIL import Image
 
 from rayseg import storage
@@ -249,6 +250,44 @@ def test_the_card_is_written_anew_with_each_split(rows: list[dict[str, Any]], tr
     assert "test: 5 patients only" in text
     assert "| lesion | size: nothing to find | 1 |" not in text  # it has no Dice
     assert "| val/dice_pooled | 0.5000 |" in text
+
+
+@pytest.mark.parametrize(("classes", "splits"), [(1, ("test",)), (5, ("test", "val")), (40, ("test", "train", "val"))])
+def test_a_description_fits_the_registry_and_the_run_has_the_whole_card(
+    tracking: str, classes: int, splits: tuple[str, ...]
+) -> None:
+    ends = (0.7123, 0.6512, 0.7734)
+    names = tuple(f"class number {number}" for number in range(classes))
+    scores = dict.fromkeys(("dice_pooled", "dice_per_case", "lesion_f1"), ends)
+    evaluations = tuple(
+        card.Evaluation(
+            split, "d" * 16, 40, 1200, 0, "2 px", scores, dict.fromkeys(names, scores),
+            [
+                card.Group(name, "size", size, 12, {"dice_per_case": ends})
+                for name in names
+                for size in ("small", "large")
+            ],
+        )
+        for split in splits
+    )  # fmt: skip
+    version = version_of(tracking)
+    model = card.Card(
+        name="m 0.1", run_id=version.run_id, labels=names, shape=(8, 8, 1), threshold=0.5, threshold_chosen=False,
+        digest="d" * 16, rows={"train": 7}, preprocess=plain(Preprocess()), label_settings=plain(Labels(names)),
+        model={"preset": "unet"}, epochs=3, best_epoch=2, batch_size=8, rate=1e-3, schedule="cosine",
+        precision="float32", seed=1, validation={f"val/dice_pooled/{name}": 0.5 for name in names} | {"val/loss": 0.25},
+        evaluations=evaluations,
+    )  # fmt: skip
+    column = SqlModelVersion.__table__.c.description.type
+    assert column.length == card.MAX_DESCRIPTION
+    description = card.log(tracking, model)
+    whole = runs.read_bytes(tracking, version.run_id, card.MARKDOWN).decode()
+    assert len(description) <= column.length
+    for text in ("not a medical device", "| val/loss | 0.2500 |", *(f"## Scores on {split}" for split in splits)):
+        assert text in description
+    assert all(whole.count(f"| {name} | size: small | 12 |") == len(splits) for name in names)
+    assert (description == whole) == (len(whole) <= column.length)
+    assert (card.MARKDOWN in description) == (description != whole)
 
 
 def test_truth_is_empty_without_a_mask_and_refused_on_another_grid(tmp_path: Path) -> None:

@@ -91,10 +91,10 @@ def catalog(config: CatalogConfig) -> CatalogResult:
             written, more rejects than `max_reject_fraction`.
     """
     began = time.monotonic()
+    pseudonyms = from_environment()
     cluster.connect()
     cluster.require("catalog", {"CPU": 1, **config.resources}, keys=dict.fromkeys(config.resources, "resources"))
     source, output = storage.absolute(config.source), storage.absolute(config.output)
-    pseudonyms = from_environment()
     groups = _groups(source, config.layout)
     mark = standing.mark(config.layout, groups, pseudonyms)
     with TemporaryDirectory(prefix="rayseg-catalog-") as folder, Spool(Path(folder, "found"), _FOUND) as found:

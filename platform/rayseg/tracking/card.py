@@ -1,7 +1,8 @@
 """The model card: what a registered model is, for who finds it in the registry and did not train it.
 
 Training writes it, as Markdown and as values (JSON), to the model's run and as the version's description; each
-evaluation adds what it found, and writes it anew.
+evaluation adds what it found, and writes it anew. A registry's column holds 5,000 characters, so the description of a
+model of many classes leaves tables out; the run has the whole card.
 """
 
 import json
@@ -17,6 +18,8 @@ from rayseg.tracking.registry import ModelVersion
 logger = logging.getLogger(__name__)
 
 MARKDOWN, VALUES = "model_card.md", "model_card.json"
+MAX_DESCRIPTION = 5000  # characters of MLflow's column `model_versions.description`, which PostgreSQL insists on
+_LEFT_OUT = "Some tables are left out here. The run's artifact `model_card.md` has them."
 
 End = float | None
 Ends = tuple[float, End, End]  # a value and its 95 % interval
@@ -140,11 +143,10 @@ class Card:
 
 
 def log(tracking_uri: str, card: Card) -> str:
-    """Keeps the card with its run; returns its Markdown."""
-    text = render(card)
+    """Keeps the whole card with its run; returns it as a description of the model's version."""
     runs.log_bytes(tracking_uri, card.run_id, VALUES, json.dumps(config.plain(card), indent=2).encode())
-    runs.log_bytes(tracking_uri, card.run_id, MARKDOWN, text.encode())
-    return text
+    runs.log_bytes(tracking_uri, card.run_id, MARKDOWN, whole(card).encode())
+    return render(card)
 
 
 def add_evaluation(tracking_uri: str, version: ModelVersion, evaluation: Evaluation) -> None:
@@ -162,7 +164,31 @@ def add_evaluation(tracking_uri: str, version: ModelVersion, evaluation: Evaluat
 
 
 def render(card: Card) -> str:
-    """The card as Markdown."""
+    """The card as Markdown of at most MAX_DESCRIPTION characters: as much of `whole` as a registry's column holds.
+
+    Tables of subgroups go first, then those of classes, then settings; the card says so.
+    """
+    text = whole(card)
+    for shorter in _shortened(card):
+        if len(text) <= MAX_DESCRIPTION:
+            break
+        text = f"{_LEFT_OUT}\n\n{whole(shorter)}"
+    return text[:MAX_DESCRIPTION]
+
+
+def _shortened(card: Card) -> Iterator[Card]:
+    """The card with ever less."""
+    card = replace(card, evaluations=tuple(replace(one, groups=[]) for one in card.evaluations))
+    yield card
+    of_all_classes = {name: value for name, value in card.validation.items() if name.count("/") == 1}
+    evaluations = tuple(replace(one, classes={}) for one in card.evaluations)
+    card = replace(card, validation=of_all_classes, evaluations=evaluations)
+    yield card
+    yield replace(card, preprocess={}, label_settings={}, model={})
+
+
+def whole(card: Card) -> str:
+    """The card as Markdown, with all its tables."""
     single = len(card.labels) == 1
     decision = f"foreground from a probability of {card.threshold:.4g}" if single else "the most probable class"
     told = "\n".join(_evaluation(one) for one in card.evaluations)
