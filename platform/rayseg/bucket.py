@@ -52,8 +52,8 @@ def page(bucket: str, prefix: str, after: str | None) -> tuple[list[Entry], str 
 
 
 def is_odd(path: str) -> bool:
-    """Whether BUCKET/KEY has a component without a character, as `ct//2.dcm`, which pyarrow takes for a mistake."""
-    return "" in path.split("/")
+    """Whether BUCKET/KEY has a component that pyarrow refuses or resolves: `ct//2.dcm`, `ct/../2.dcm`."""
+    return not {"", ".", ".."}.isdisjoint(path.split("/"))
 
 
 def read(path: str, length: int | None = None) -> bytes:
