@@ -28,6 +28,7 @@ class Reason(StrEnum):
     TOO_LARGE = "too_large"  # over a limit of pixels, frames, inflated bytes, scans or tiles; detail names it
     NOT_AN_IMAGE = "not_an_image"  # an image file (PNG, JPEG, TIFF) that cannot be decoded
     NO_MASK = "no_mask"  # the layout asks for a mask and none pairs with this image
+    NO_IMAGE = "no_image"  # a mask that no image pairs with
     MASK_MISMATCH = "mask_mismatch"  # the mask's size or place is not its image's
     MASK_VALUES = "mask_values"  # the mask holds a value, colour or segment that no class is named for
     LOCALIZER = "localizer"  # a scout view, no part of a stack

@@ -18,7 +18,7 @@ from rayseg.data import synthetic
 from rayseg.data.catalog import CatalogConfig, catalog
 from rayseg.data.layouts import Layout
 from rayseg.dicom.pseudonyms import from_environment
-from rayseg.records import MANIFEST
+from rayseg.records import MANIFEST, REJECTS
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
@@ -276,6 +276,23 @@ def test_an_image_without_a_mask(tmp_path: Path, missing_mask: str, reason: str 
     ).to_pylist()
     assert [row["reason"] for row in rows] == [None, reason]
     assert [row["masks"] == [] for row in rows] == [False, True]
+
+
+def test_masks_without_an_image_are_listed(tmp_path: Path) -> None:
+    for name in ("images/1.png", "masks/1.png", "masks/2.png", "masks/deep/3.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / name)
+    result = catalog(config_of(tmp_path, tmp_path, Layout("images", "masks")))
+    assert (result.accepted, result.rejected, result.masks_without_image) == (1, 0, 2)
+    table = storage.read_table(str(tmp_path / "manifest.masks-without-image.parquet"))
+    assert table.schema == REJECTS
+    assert {(row["uri"], row["stage"], row["reason"]) for row in table.to_pylist()} == {
+        (str(tmp_path / name), "catalog", "no_image") for name in ("masks/2.png", "masks/deep/3.png")
+    }
+    shutil.rmtree(tmp_path / "masks" / "deep")
+    (tmp_path / "masks" / "2.png").unlink()
+    assert catalog(config_of(tmp_path, tmp_path, Layout("images", "masks"))).masks_without_image == 0
+    assert not storage.exists(str(tmp_path / "manifest.masks-without-image.parquet"))
 
 
 @pytest.mark.parametrize(

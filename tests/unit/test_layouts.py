@@ -137,6 +137,14 @@ def test_part_paired_warns_with_counts_and_three_examples(caplog: pytest.LogCapt
     assert "4.png" not in message
 
 
+def test_all_masks_without_an_image_are_listed() -> None:
+    without_image: list[str] = []
+    masks = [f"masks/{number}.png" for number in range(9)]
+    objects = [(path, None) for path in ("images/4.png", *masks)]
+    assert len(list(plan(FOLDERS, objects, {}, without_image))) == 1
+    assert sorted(without_image) == [path for path in masks if path != "masks/4.png"]
+
+
 def test_a_lonely_mask_is_a_warning_even_where_masks_may_be_missing(caplog: pytest.LogCaptureFixture) -> None:
     layout = Layout("images", "masks", missing_mask="empty")
     planned(layout, ["images/1.png", "images/2.png", "masks/1.png", "masks/3.png"])

@@ -20,7 +20,7 @@ from rayseg.data import manifest, standing
 from rayseg.data.layouts import Layout, plan, read_groups
 from rayseg.data.spool import Spool, by_series, packed, unpacked
 from rayseg.dicom.pseudonyms import Pseudonyms, from_environment
-from rayseg.records import MANIFEST, MASKS, Reason, Reject
+from rayseg.records import MANIFEST, MASKS, REJECTS, Reason, Reject
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +73,12 @@ class CatalogResult:
     patients: int
     series: int
     seconds: float
+    masks_without_image: int = 0  # listed in the table beside the manifest, see `without_image_table`
+
+
+def without_image_table(manifest: str) -> str:
+    """URI of the table, schema `records.REJECTS`, of masks that no image pairs with; there is none without any."""
+    return f"{manifest.removesuffix('.parquet')}.masks-without-image.parquet"
 
 
 def catalog(config: CatalogConfig) -> CatalogResult:
@@ -99,10 +105,12 @@ def catalog(config: CatalogConfig) -> CatalogResult:
     mark = standing.mark(config.layout, groups, pseudonyms)
     with TemporaryDirectory(prefix="rayseg-catalog-") as folder, Spool(Path(folder, "found"), _FOUND) as found:
         earlier = standing.Standing(output, mark, Path(folder, "standing"))
-        unread, unchanged = _plan(source, config.layout, groups, earlier, found)
+        lonely: list[str] = []
+        unread, unchanged = _plan(source, config.layout, groups, earlier, found, lonely)
         objects = unread.objects + unchanged
         _headers(unread, config, pseudonyms, found)
         counts = _write(found, Path(folder, "manifest"), mark)
+        _write_without_image(output, [storage.join(source, path) for path in lonely])
         storage.write_file(output, Path(folder, "manifest"))
     rows, rejected = counts.accepted + counts.reasons.total(), counts.reasons.total()
     reasons = dict(sorted(counts.reasons.items()))
@@ -125,7 +133,17 @@ def catalog(config: CatalogConfig) -> CatalogResult:
         patients=len(counts.patients),
         series=len(counts.series),
         seconds=time.monotonic() - began,
+        masks_without_image=len(lonely),
     )
+
+
+def _write_without_image(manifest: str, masks: list[str]) -> None:
+    table = without_image_table(manifest)
+    if not masks:
+        storage.delete(table)  # of an earlier catalog
+        return
+    rejected = {"stage": "catalog", "reason": Reason.NO_IMAGE.value, "detail": ""}
+    storage.write_table(table, pa.Table.from_pylist([{"uri": uri, **rejected} for uri in masks], schema=REJECTS))
 
 
 @dataclass
@@ -178,11 +196,19 @@ class _Unread:
 
 
 def _plan(
-    source: str, layout: Layout, groups: Mapping[str, str], earlier: standing.Standing, found: Spool
+    source: str,
+    layout: Layout,
+    groups: Mapping[str, str],
+    earlier: standing.Standing,
+    found: Spool,
+    lonely: list[str],
 ) -> tuple[_Unread, int]:
-    """Lists the objects and tells which to read; the rows of unchanged ones, which are counted, go to `found`."""
+    """Lists the objects and tells which to read; the rows of unchanged ones, which are counted, go to `found`.
+
+    Paths of masks that no image pairs with go to `lonely`.
+    """
     unread, unchanged = _Unread(), 0
-    listed = enumerate(_listed(source, layout, groups))
+    listed = enumerate(_listed(source, layout, groups, lonely))
     while some := [{"index": index, **row} for index, row in islice(listed, _ROWS_PER_TASK)]:
         rows = earlier.rows(some)
         known = [{**row, "index": one["index"]} for one, of_one in zip(some, rows, strict=True) for row in of_one]
@@ -196,7 +222,7 @@ def _plan(
     return unread, unchanged
 
 
-def _listed(source: str, layout: Layout, groups: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+def _listed(source: str, layout: Layout, groups: Mapping[str, str], lonely: list[str]) -> Iterator[dict[str, Any]]:
     """The images in the order of the listing, with the masks and the group of each: `_PLAN` without the index.
 
     An archive without masks is streamed. To pair images with masks all of their paths are needed first.
@@ -213,7 +239,8 @@ def _listed(source: str, layout: Layout, groups: Mapping[str, str]) -> Iterator[
 
     empty = True
     try:
-        for image in plan(layout, tqdm(objects(), desc="catalog: list", unit=" objects", disable=None), groups):
+        listing = tqdm(objects(), desc="catalog: list", unit=" objects", disable=None)
+        for image in plan(layout, listing, groups, lonely):
             empty = False
             yield {
                 "uri": image.file.uri,

@@ -83,7 +83,12 @@ class Planned(Generic[FileT]):
     masks: tuple[Mask, ...]
 
 
-def plan(layout: Layout, objects: Iterable[tuple[str, FileT]], groups: Mapping[str, str]) -> Iterator[Planned[FileT]]:
+def plan(
+    layout: Layout,
+    objects: Iterable[tuple[str, FileT]],
+    groups: Mapping[str, str],
+    without_image: list[str] | None = None,
+) -> Iterator[Planned[FileT]]:
     """The images among the objects, with what belongs to each, in their order; without masks, as the objects come.
 
     What is left over is logged at the end: as a warning where images and masks do not pair, else as information.
@@ -92,6 +97,7 @@ def plan(layout: Layout, objects: Iterable[tuple[str, FileT]], groups: Mapping[s
         layout: the patterns.
         objects: paths below the source, each with whatever the caller wants back.
         groups: the CSV of groups.
+        without_image: gets the paths of the masks that no image pairs with, before the plan ends.
 
     Raises:
         ValueError: no image or no pair at all, two masks for one image by one pattern, or one mask image for several
@@ -110,6 +116,8 @@ def plan(layout: Layout, objects: Iterable[tuple[str, FileT]], groups: Mapping[s
             yield from _image(layout, path, file, groups, masks, told)
     for path, file in held:
         yield from _image(layout, path, file, groups, masks, told)
+    if without_image is not None:
+        without_image += masks.lonely()
     _tell(layout, masks, told)
 
 
