@@ -59,7 +59,9 @@ def test_the_best_threshold_is_the_one_that_trying_all_finds(pixels: tuple[np.nd
     probability, truth = pixels
     found = histograms.best_threshold(*histograms.histograms(probability, truth))
     assert found is not None
-    threshold, dice = found
+    threshold, dice, *counts = found
+    taken = probability >= threshold
+    assert counts == [(taken & truth).sum(), (taken & ~truth).sum(), (~taken & truth).sum()]
     assert f1_score(truth.ravel(), probability.ravel() >= threshold) == pytest.approx(dice, abs=1e-9)
     tried = [f1_score(truth.ravel(), probability.ravel() >= one) for one in np.linspace(0.01, 0.99, 197)]
     assert dice >= max(tried) - 2e-3  # edges of bins are no value of `tried`
@@ -71,9 +73,9 @@ def test_the_best_threshold_by_hand_of_equally_good_ones_the_middle() -> None:
     # 2 * 2 / (2 + 3) at 0.6, where 2 of 3 are found and nothing is wrong.
     probability = np.array([0.2, 0.3, 0.3, 0.9, 0.9], np.float32)
     truth = np.array([False, False, True, True, True])
-    threshold, dice = histograms.best_threshold(*histograms.histograms(probability, truth)) or (0, 0)
+    threshold, dice, *_ = histograms.best_threshold(*histograms.histograms(probability, truth)) or (0, 0)
     assert dice == pytest.approx(2 * 3 / (4 + 3))
     assert 0.29 < threshold < 0.3  # from 0.2 to 0.3 all are equal: the nearest to a half
     apart = np.array([0.01, 0.02, 0.97], np.float32)
-    assert histograms.best_threshold(*histograms.histograms(apart, apart > 0.5)) == (0.5, 1.0)
+    assert histograms.best_threshold(*histograms.histograms(apart, apart > 0.5)) == (0.5, 1.0, 1, 0, 0)
     assert histograms.best_threshold(*histograms.histograms(apart, apart > 1)) is None

@@ -10,6 +10,7 @@ import tensorflow as tf
 from sklearn.metrics import f1_score
 
 from rayseg.data.prepared import describe
+from rayseg.models.encoders import encoder_layers
 from rayseg.models.losses import bce_dice
 from rayseg.models.presets import NetworkConfig
 from rayseg.training.learner import Learner
@@ -56,7 +57,9 @@ def test_validation_names_the_threshold_of_the_best_dice_unless_one_is_given(dis
     def dice(threshold: float) -> float:
         return f1_score(truth.ravel(), (probability >= threshold).ravel())
 
-    threshold = run.validate()["val/threshold"]
+    scores = run.validate()
+    threshold = scores["val/threshold"]
+    assert dice(threshold) == pytest.approx(scores["val/dice_pooled"], abs=1e-6)
     assert dice(threshold) >= max(dice(one) for one in np.quantile(probability, np.linspace(0, 1, 60))) - 1e-3
     assert dice(threshold) > dice(0.5) + 0.01, "else this would say little"
     assert "val/threshold" not in learner(discs, threshold=0.5).validate()
@@ -98,12 +101,39 @@ def test_the_moving_average_follows_its_formula_and_leaves_the_weights(discs: st
     expected = weights.seen[0]
     for step in weights.seen[1:]:
         expected = [0.8 * average + 0.2 * value for average, value in zip(expected, step, strict=True)]
-    with run.averaged():
+    with run.averaged(0):
         averaged = [value.numpy() for value in run.model.trainable_variables]
     for ours, formula in zip(averaged, expected, strict=True):
         np.testing.assert_allclose(ours, formula, atol=1e-6)
     for value, last in zip(run.model.trainable_variables, weights.seen[-1], strict=True):
         np.testing.assert_array_equal(value.numpy(), last)
+
+
+def test_averaged_weights_have_statistics_of_their_own(discs: str) -> None:
+    network = NetworkConfig(widths=(4,), convolutions=1, normalization="batch")
+    run = learner(discs, model=network, ema_momentum=0.9, learning_rate=0.2)
+    for epoch in range(3):
+        train(run, epoch=epoch)
+    (norm, *_) = [layer for layer in run.model.layers if isinstance(layer, keras.layers.BatchNormalization)]
+    raw = [value.numpy() for value in run.model.non_trainable_variables]
+    with run.averaged(7):
+        mean = norm.moving_mean.numpy()
+        # The first normalisation's input does not depend on other normalisations: by hand, of the same whole batches.
+        inputs = keras.Model(run.model.inputs, norm.input)
+        batches = [inputs([image]).numpy() for image in run._images(7)]
+    assert len(batches) == STEPS - 1, "22 rows: the third batch is padded"
+    np.testing.assert_allclose(mean, np.mean([batch.mean(axis=(0, 1, 2)) for batch in batches], axis=0), rtol=1e-4)
+    assert np.abs(mean - raw[0]).max() > 0.01 * np.abs(mean).max(), "else this would say little"
+    for value, before in zip(run.model.non_trainable_variables, raw, strict=True):
+        np.testing.assert_array_equal(value.numpy(), before)
+
+
+def test_a_frozen_encoder_begins_to_learn_when_it_thaws(discs: str) -> None:
+    run = learner(discs, model=NetworkConfig(preset="unet-resnet50"), freeze_epochs=2)
+    encoder = {one.path for layer in encoder_layers(run.model) for one in layer.trainable_variables}
+    late = run.model.optimizer._late_by_index
+    assert {run._variables[index].path for index in late} == encoder
+    assert set(late.values()) == {2 * STEPS}
 
 
 def test_half_precision_skips_a_step_whose_gradients_overflow(discs: str) -> None:
@@ -141,7 +171,7 @@ def test_each_further_output_counts_half_as_much(discs: str) -> None:
 
 
 def test_validation_counts_what_the_model_finds(discs: str, tmp_path: Path) -> None:
-    run = learner(discs)
+    run = learner(discs, threshold=0.5)
     train(run)
     rows = describe(discs).read_rows("val").to_pylist()
     images = np.stack([np.frombuffer(row["image"], np.uint8).reshape(32, 32, 1) for row in rows])

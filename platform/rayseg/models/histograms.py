@@ -5,7 +5,7 @@ elsewhere. Odds of neighbours differ by 0.8 %. Average precision from them was w
 distributed scores, however hard the task.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -47,8 +47,18 @@ def average_precision(negative: np.ndarray, positive: np.ndarray) -> Any:
         return gained / found[..., -1]
 
 
-def best_threshold(negative: np.ndarray, positive: np.ndarray) -> tuple[float, float] | None:
-    """The probability from which on pixels have to be taken for the class for the best Dice, and that Dice.
+class Best(NamedTuple):
+    """The best threshold of a class, and what it gives."""
+
+    threshold: float  # pixels of at least this probability are taken for the class
+    dice: float
+    found: int  # pixels of the class that are taken for it
+    wrong: int  # others that are
+    missed: int  # pixels of the class that are not
+
+
+def best_threshold(negative: np.ndarray, positive: np.ndarray) -> Best | None:
+    """The threshold of the best Dice, 2 TP / (2 TP + FP + FN), of all pixels together.
 
     Of the edges between bins; where several are equally good, the one next to a probability of a half.
 
@@ -67,5 +77,6 @@ def best_threshold(negative: np.ndarray, positive: np.ndarray) -> tuple[float, f
     dice = 2 * found / (found + wrong + total)
     edges = LOGIT * (2 * np.arange(1, BINS) / BINS - 1)
     best = np.flatnonzero(dice == dice.max())
-    edge = edges[best[np.argmin(np.abs(edges[best]))]]
-    return float(1 / (1 + np.exp(-edge))), float(dice.max())
+    place = best[np.argmin(np.abs(edges[best]))]
+    threshold = float(1 / (1 + np.exp(-edges[place])))
+    return Best(threshold, float(dice[place]), int(found[place]), int(wrong[place]), int(total - found[place]))

@@ -8,6 +8,7 @@ makes the same update of the same weights, clipping, loss scaling and moving ave
 
 import contextlib
 import hashlib
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,12 +20,16 @@ import tensorflow as tf
 from rayseg.data.feed import Batches, batches
 from rayseg.data.prepared import PreparedSet
 from rayseg.data.windows import steps
+from rayseg.models.encoders import encoder_layers
 from rayseg.models.histograms import BINS, best_threshold
 from rayseg.models.losses import batch_share, loss_function
 from rayseg.models.metrics import SIZE, counts, scores
-from rayseg.training.schedule import learning_rate
+from rayseg.training.optimizer import optimizer
 from rayseg.training.settings import DEFAULT_THRESHOLD, TrainConfig
 from rayseg.training.start import network
+from rayseg.training.statistics import estimate, normalisations
+
+_STATISTICS_BATCHES = 50  # that statistics of batch normalisation are estimated of, at most
 
 
 class Learner:
@@ -44,7 +49,8 @@ class Learner:
         self._loss = loss_function(config.loss, len(self._names))
         with self.strategy.scope():
             self.model = network(config, prepared)
-            self.model.compile(optimizer=_optimizer(config, self.steps))
+            encoder = [one.path for layer in encoder_layers(self.model) for one in layer.trainable_variables]
+            self.model.compile(optimizer=optimizer(config, self.steps, encoder))
             self._variables = list(self.model.trainable_variables)
             self.model.optimizer.build(self._variables)
         height, width, channels = prepared.shape
@@ -56,6 +62,7 @@ class Learner:
         ]
         self._train_step = self._compiled_update()
         self._val_step = self._compiled(self._judge, self._signature)
+        self._forward = self._compiled(lambda image_NHWC: self.model(image_NHWC, training=True), self._signature[:1])
         self._sum = self._compiled(_sum_over_ranks, [tf.TensorSpec((None,), tf.float64)])
 
     def freeze(self, layers: list[keras.Layer], frozen: bool) -> None:
@@ -87,7 +94,11 @@ class Learner:
         }
 
     def validate(self) -> dict[str, Any]:
-        """`val/loss` and the scores of `metrics.scores` over the whole validation split, summed over all ranks."""
+        """`val/loss` and the scores of `metrics.scores` over the whole validation split, summed over all ranks.
+
+        Of one class without a given threshold they are those at `val/threshold`, the one of the best Dice, which the
+        model would be registered with: what is best, of epochs and of trials, is judged by it.
+        """
         totals = np.zeros(2 + SIZE * len(self._names))
         with contextlib.closing(self._feed("val", 0, shuffle=False)) as feed:
             for batch in feed:
@@ -96,26 +107,44 @@ class Learner:
                 self._beat()
         loss, rows, *counted = self._over_ranks(totals.tolist())
         summed = np.asarray(counted)
-        return {"val/loss": loss / rows, **scores(summed, self._names), **self._threshold(summed)}
-
-    def _threshold(self, counted: np.ndarray) -> dict[str, float | None]:
-        """Of one class without a given threshold: that of the best Dice on validation, None without any foreground."""
-        if len(self._names) > 1 or self._config.threshold is not None:
-            return {}
-        best = best_threshold(*counted[SIZE - 2 * BINS :].reshape(2, BINS))
-        return {"val/threshold": None if best is None else best[0]}
+        threshold: dict[str, float | None] = {}
+        if len(self._names) == 1 and self._config.threshold is None:
+            best = best_threshold(*summed[SIZE - 2 * BINS :].reshape(2, BINS))
+            threshold = {"val/threshold": None if best is None else best.threshold}
+            if best is not None:
+                summed[: SIZE - 2 * BINS] = best.found, best.wrong, best.missed
+        return {"val/loss": loss / rows, **scores(summed, self._names), **threshold}
 
     @contextlib.contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Within it the model has the moving averages of its weights, where the run keeps such."""
+    def averaged(self, epoch: int) -> Iterator[None]:
+        """Within it the model has the moving averages of its weights, where the run keeps such.
+
+        Statistics of batch normalisation are then of these weights, over batches of the epoch: see `statistics`.
+        """
         if self._config.ema_momentum is None:
             yield
             return
+        before = [variable.numpy() for variable in self.model.non_trainable_variables]
         self._swap_averages()
         try:
+            if normalisations(self.model):
+                estimate(self.model, self._images(epoch), self._forward, self._mean_over_ranks)
             yield
         finally:
             self._swap_averages()
+            for variable, value in zip(self.model.non_trainable_variables, before, strict=True):
+                variable.assign(value)
+
+    def _images(self, epoch: int) -> Iterator[tf.Tensor]:
+        """Some whole batches of the training split, augmented as in training."""
+        with contextlib.closing(self._feed("train", epoch)) as feed:
+            for image_NHWC, _, weight_N in itertools.islice(feed, _STATISTICS_BATCHES):
+                if not self.any_rank(not np.all(weight_N)) or self.steps == 1:
+                    yield image_NHWC
+                self._beat()
+
+    def _mean_over_ranks(self, values: np.ndarray) -> np.ndarray:
+        return np.asarray(self._over_ranks(values.tolist())) / self.ranks
 
     def _swap_averages(self) -> None:
         optimizer = getattr(self.model.optimizer, "inner_optimizer", self.model.optimizer)
@@ -218,13 +247,6 @@ class Learner:
         return tf.function(
             lambda *inputs: self.strategy.run(function, args=inputs), input_signature=signature, autograph=False
         )
-
-
-def _optimizer(config: TrainConfig, steps: int) -> keras.optimizers.Optimizer:
-    ema = {} if config.ema_momentum is None else {"use_ema": True, "ema_momentum": config.ema_momentum}
-    adam = keras.optimizers.Adam(learning_rate(config, steps), global_clipnorm=config.clip_norm, **ema)
-    # Small gradients vanish in half precision; bfloat16 has the exponents of float32.
-    return keras.optimizers.LossScaleOptimizer(adam) if config.mixed_precision == "mixed_float16" else adam
 
 
 def _sum_over_ranks(values: tf.Tensor) -> tf.Tensor:

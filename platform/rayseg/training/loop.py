@@ -97,7 +97,7 @@ class _Run:
             if learner.rank == 0:
                 _count(time.monotonic() - began, logs["stall_percent"] / 100)
             learner.check_ranks()
-            with learner.averaged():
+            with learner.averaged(epoch):
                 logs |= learner.validate()
                 called.on_epoch_end(epoch, {name: value for name, value in logs.items() if value is not None})
             state.epoch, state.stopped = epoch + 1, learner.any_rank(learner.model.stop_training)
