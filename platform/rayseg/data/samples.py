@@ -205,7 +205,6 @@ def make(
         classes = truth(readable, slice.shape, labels, slice.header, frame, slice.geometry)
         if isinstance(classes, Reject):
             return classes
-        # Nearest neighbour picks pixels: classes before it or after are the same, a mean of classes would be none.
         mask_HW = preprocess.apply_mask(classes)
         image_HWC = preprocess.apply(*slices)
         return {
