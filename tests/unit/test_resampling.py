@@ -11,9 +11,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy import ndimage
 
+from rayseg.config import plain
 from rayseg.data.preprocess import Preprocess
 from rayseg.data.resampling import resized
+from rayseg.evaluation.evaluate import EvaluateConfig, _doubts
 from rayseg.tracking.bundle import decide
+from rayseg.tracking.version import ModelVersion
 
 COLOURS = {(255, 0, 0): 1, (0, 0, 255): 2, (255, 255, 0): 3, (0, 255, 255): 4, (0, 255, 0): 5}
 
@@ -201,3 +204,14 @@ def test_a_strided_and_read_only_mask_is_fine() -> None:
     mask = np.random.default_rng(0).integers(0, 4, (60, 80), np.uint8)[::2, ::-2]
     mask.setflags(write=False)
     assert np.array_equal(resized(mask, 17, 23), resized(mask.copy(), 17, 23))
+
+
+def test_an_evaluation_tells_of_a_model_that_was_trained_on_shifted_labels() -> None:
+    config = EvaluateConfig("prepared", "models:/m/1", "unused", split="val")
+    version = ModelVersion("m", "1", "models:/m/1", "run", "d" * 64)
+    plain_of = {one: {"preprocess": plain(Preprocess(mask_filter=one))} for one in ("image", "nearest")}
+    before: dict = {"preprocess": {"size": [64, 64]}}
+    assert _doubts(config, [version], [plain_of["image"]], []) == []
+    for described in (plain_of["nearest"], before):
+        (doubt,) = _doubts(config, [version], [described], [])
+        assert "models:/m/1 was trained on masks with mask_filter nearest" in doubt
