@@ -29,4 +29,5 @@ def of_rows(accepted: pa.Table) -> pa.Array:
 
 
 def _geometry(row: dict[str, Any]) -> Geometry:
-    return Geometry(**{name: tuple(row[name]) if isinstance(row[name], list) else row[name] for name in _PLACE})
+    values: dict[str, Any] = {name: tuple(row[name]) if isinstance(row[name], list) else row[name] for name in _PLACE}
+    return Geometry(**values)
