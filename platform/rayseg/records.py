@@ -116,7 +116,10 @@ PREPARED = pa.schema(
         ("modality", pa.string()),  # null for image files, as are the next three where the object lacks them
         ("body_part", pa.string()),  # BodyPartExamined
         ("pixel_spacing_mm", pa.list_(pa.float64())),  # 2, of `image`: between rows, between columns
-        ("slice_thickness_mm", pa.float64()),
+        (
+            "foreground_mm3",
+            pa.float64(),
+        ),  # on the slice's own grid, by the positions of its series; null: unknown
         ("intensity_mean", pa.float64()),  # of `image` without its neighbours' channels
         ("intensity_sd", pa.float64()),
         ("foreground_pixels", pa.int64()),  # of `mask`

@@ -89,6 +89,20 @@ def test_volumes_agree_as_bland_and_altman_have_it_and_empty_cases_have_what_is_
     assert not {name for name in found if name.endswith("_ml")}
 
 
+@pytest.mark.parametrize(
+    ("patients", "measured", "unit"), [(30, 1, "px"), (30, 14, "px"), (30, 15, "ml"), (2, 1, "ml")]
+)
+def test_a_few_patients_with_positions_do_not_answer_for_all(patients: int, measured: int, unit: str) -> None:
+    """By hand: whoever has a volume is 2 mL off; in pixels all are 1 off."""
+    counts = [Counts(tp=1, fp=1, tn=9)] * patients
+    told = [{"truth_ml": 5.0, "predicted_ml": 7.0} if number < measured else {} for number in range(patients)]
+    found = values(columns(counts, told))
+    assert found[f"volume_bias_{unit}"] == pytest.approx({"ml": 2.0, "px": 1.0}[unit])
+    assert found["volume_cases"] == {"ml": measured, "px": patients}[unit]
+    other = {"ml": "px", "px": "ml"}[unit]
+    assert not {name for name in found if f"_{other}" in name and name.startswith(("volume", "false"))}
+
+
 def test_lesions_are_counted_over_all_cases_and_averaged_over_those_that_have_any() -> None:
     numbers = [
         {"lesions_true": 3, "lesions_found": 2, "lesions_predicted": 4, "lesions_false": 1, "lesion_f1": 4 / 6},

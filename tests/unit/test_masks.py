@@ -100,7 +100,7 @@ def test_jpeg_noise_goes_by_the_threshold_before_or_after_nearest_resizing() -> 
     assert np.count_nonzero(truth([(data, None)], (64, 64), Labels())) > np.count_nonzero(classes) + 100
     # What the network sees is what thresholding after the resize gives.
     for size in ((48, 48), (25, 40), (128, 128)):
-        preprocess = Preprocess(size=size)
+        preprocess = Preprocess(size=size, mask_filter="nearest")
         assert np.array_equal(preprocess.apply_mask(classes), preprocess.apply_mask(noisy) > 127)
 
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
@@ -126,15 +126,23 @@ def test_without_scaling_nothing_changes() -> None:
 @settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_what_survives_in_a_mask(data: st.DataObject) -> None:
-    """Nearest neighbour samples one pixel in each step: a rectangle as long as the step on each side is never lost."""
-    rows, columns = data.draw(st.integers(8, 90)), data.draw(st.integers(8, 90))
-    preprocess = Preprocess(size=(data.draw(st.integers(8, 40)), data.draw(st.integers(8, 40))))
+    """By the triangle: a square of 1.47 steps covers half of a pixel wherever it lies, and a line as wide as a step.
+
+    Nearest neighbour, which samples one pixel in each step, never loses a rectangle of one step by one.
+    """
+    rows, columns = data.draw(st.integers(16, 120)), data.draw(st.integers(16, 120))
+    size = data.draw(st.integers(6, 60)), data.draw(st.integers(6, 60))
+    mask_filter, times = data.draw(
+        st.sampled_from([("nearest", (1, 1)), ("image", (1.5, 1.5)), ("image", (1, 3)), ("image", (3, 1))])
+    )
+    preprocess = Preprocess(size=size, mask_filter=mask_filter)
     height, width = preprocess._fitted(rows, columns)
-    step = (int(np.ceil(rows / height)), int(np.ceil(columns / width)))
-    top = data.draw(st.integers(0, rows - step[0]))
-    left = data.draw(st.integers(0, columns - step[1]))
+    sides = int(np.ceil(times[0] * rows / height)), int(np.ceil(times[1] * columns / width))
+    assume(sides[0] <= rows and sides[1] <= columns)
+    top = data.draw(st.integers(0, rows - sides[0]))
+    left = data.draw(st.integers(0, columns - sides[1]))
     mask = np.zeros((rows, columns), np.uint8)
-    mask[top : top + step[0], left : left + step[1]] = 7
+    mask[top : top + sides[0], left : left + sides[1]] = 7
     values = np.unique(preprocess.apply_mask(mask)).tolist()
     assert 7 in values
     assert set(values) <= {0, 7}  # and no value is made up

@@ -20,14 +20,17 @@ from scipy.stats import entropy
 from skimage.measure import label
 
 from rayseg import storage
-from rayseg.data import phantom, synthetic
+from rayseg.data import phantom, synthetic, voxels
 from rayseg.data.labels import Labels
+from rayseg.data.manifest import Item, in_series
+from rayseg.data.manifest import rows as manifest_rows
 from rayseg.data.prepared import PreparedSet
 from rayseg.data.preprocess import Preprocess
 from rayseg.data.range import Range, entropy_bits, facts, measure, pieces
 from rayseg.data.samples import make
 from rayseg.data.stacks import usable
 from rayseg.dicom import segmentation
+from rayseg.dicom.pseudonyms import Pseudonyms
 from rayseg.dicom.reading import Slice, read_slice
 from rayseg.dicom.report import _FINDINGS
 from rayseg.geometry.grid import Geometry
@@ -35,7 +38,7 @@ from rayseg.inference import quality
 from rayseg.inference.postprocess import Postprocess
 from rayseg.inference.predictor import Judgement, mask_png
 from rayseg.inference.series import Task, segment_series
-from rayseg.records import PREPARED, QualityFlag
+from rayseg.records import MANIFEST, PREPARED, QualityFlag
 from rayseg.tracking.registry import ModelVersion
 from rayseg.training import cases
 
@@ -81,17 +84,30 @@ def prepared_set(folder: Path, rows: list[dict[str, Any]], **changes: Any) -> Pr
     return PreparedSet(**values | changes)
 
 
+def samples_of(
+    series_key: str, blobs: list[bytes], mask: np.ndarray, preprocess: Preprocess = PREPROCESS
+) -> list[dict[str, Any]]:
+    """Rows of a prepared set, of a series with the same mask on each slice, as catalog and prepare make them."""
+    rows = []
+    for number, blob in enumerate(blobs):
+        item = Item(str(number), str(number), len(blob), [], None)
+        rows += [dict.fromkeys(MANIFEST.names) | row for row in manifest_rows(item, blob, Pseudonyms(b"key"))]
+    manifest = pa.Table.from_pylist(in_series(rows), schema=MANIFEST)
+    samples = []
+    for uri, voxel_mm3 in zip(manifest["uri"].to_pylist(), voxels.of_rows(manifest).to_pylist(), strict=True):
+        masks: list[tuple[bytes | OSError, str | None]] = [(mask_png(mask), None)]
+        made = make([read_slice(blobs[int(uri)])], masks, preprocess, Labels(), voxel_mm3=voxel_mm3)
+        assert isinstance(made, dict), made
+        samples.append({"series_key": series_key, **made})
+    return samples
+
+
 @pytest.fixture(scope="module")
 def known(tmp_path_factory: pytest.TempPathFactory) -> Range:
     """The range of a prepared set of six phantoms, with 30 pixels of 4,096 to find in each slice."""
     mask = np.zeros((SIZE, SIZE), np.uint8)
     mask[10:15, 10:16] = 1
-    rows = []
-    for index in range(6):
-        for blob in head(1, index):
-            row = make([read_slice(blob)], [(mask_png(mask), None)], PREPROCESS, Labels())
-            assert isinstance(row, dict), row
-            rows.append({"series_key": f"series {index}", **row})
+    rows = [row for index in range(6) for row in samples_of(f"series {index}", head(1, index), mask)]
     folder = tmp_path_factory.mktemp("phantoms")
     found = measure(prepared_set(folder, rows, shape=(SIZE, SIZE, 1), preprocess=PREPROCESS))
     return replace(found, pieces=2, entropy_bits=0.2)
@@ -138,14 +154,14 @@ def segmented(
 
 
 def test_a_range_is_measured_from_columns_alone(tmp_path: Path) -> None:
-    """Hand-made: 200 slices in ten series, of 80 pixels each, 2 x 3 mm a pixel, 5 mm thick."""
+    """Hand-made: 200 slices in ten series, of 80 pixels each, 2 x 3 mm a pixel, 5 mm wide."""
     rows: list[dict[str, Any]] = [
         {
             "series_key": f"s{number // 20}",
             "modality": "MR" if number == 7 else "CT",  # one in 200 is a slip
             "body_part": None if number % 2 else ("HEAD" if number % 4 else "NECK"),
             "pixel_spacing_mm": [2.0, 3.0],
-            "slice_thickness_mm": 5.0,
+            "foreground_mm3": (240.0 if number == 33 else 30.0 if 20 <= number < 40 else 0.0),
             "intensity_mean": float(number),
             "intensity_sd": 50.0,
             "foreground_pixels": 8 if number == 33 else 1 if 20 <= number < 40 else 0,
@@ -160,8 +176,62 @@ def test_a_range_is_measured_from_columns_alone(tmp_path: Path) -> None:
     assert found.volume_ml == pytest.approx((8 + 19) * 2 * 3 * 5 / 1000)
     assert (found.pieces, found.entropy_bits) == (None, None)
     assert measure(prepared_set(tmp_path, rows, limited=True)).volume_ml is None
-    rows[25]["slice_thickness_mm"] = None
+    rows[45] |= {"foreground_pixels": 0, "foreground_mm3": 999.0}  # too small for the network's grid
+    assert measure(prepared_set(tmp_path, rows)).volume_ml == pytest.approx(0.999)
+    rows[7]["foreground_mm3"] = None  # nothing in it
+    assert measure(prepared_set(tmp_path, rows)).volume_ml == pytest.approx(0.999)
+    rows[25]["foreground_mm3"] = None
     assert measure(prepared_set(tmp_path, rows)).volume_ml is None
+
+
+@pytest.mark.parametrize(("thickness_mm", "step_mm"), [(1.0, 7.0), (5.0, 7.0), (7.0, 5.0), (10.0, 2.0)])
+@pytest.mark.parametrize("side", [SIZE, SIZE // 4])
+def test_a_training_series_is_not_flagged_for_its_own_volume(
+    thickness_mm: float, step_mm: float, side: int, tmp_path: Path
+) -> None:
+    """What is true is found: training and inference measure the same, whatever SliceThickness says and the size is.
+
+    By hand: a slice missing in the middle, so widths of 1, 1.5, 1.5 and 1 steps; the lesion is two pixels wide.
+    """
+    mask = np.zeros((SIZE, SIZE), np.uint8)
+    mask[20:24, 30:32] = 1
+    blobs = []
+    for number, blob in enumerate(head(3, 0, SliceThickness=thickness_mm)[:4]):
+        dataset = pydicom.dcmread(io.BytesIO(blob))
+        x, y, _ = dataset.ImagePositionPatient
+        dataset.ImagePositionPatient = [x, y, step_mm * (number if number < 2 else number + 1)]
+        dataset.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
+        stream = io.BytesIO()
+        dataset.save_as(stream)
+        blobs.append(stream.getvalue())
+    area_mm2 = float(np.prod(np.array(dataset.PixelSpacing, float)))
+    preprocess = replace(PREPROCESS, size=(side, side))
+    samples = samples_of("s", blobs, mask, preprocess)
+    widths_mm = [sample["foreground_mm3"] / (8 * area_mm2) for sample in samples]
+    assert widths_mm == pytest.approx(step_mm * np.array([1, 1.5, 1.5, 1]))
+    known = measure(prepared_set(tmp_path, samples, shape=(side, side, 1), preprocess=preprocess))
+    assert known.volume_ml == pytest.approx(8 * area_mm2 * 5 * step_mm / 1000)
+    row = segmented(
+        tmp_path, Range(volume_ml=known.volume_ml), blobs, lambda slice: mask[np.newaxis].astype(np.float32)
+    )
+    assert row["volume_ml"] == pytest.approx(known.volume_ml)
+    assert row["flags"] == []
+
+
+def test_a_volume_is_measured_where_positions_or_a_slice_alone_say_it() -> None:
+    place = {
+        "rows": 4, "columns": 4, "pixel_spacing_mm": [2.0, 3.0], "slice_thickness_mm": 5.0,
+        "image_orientation": [1.0, 0, 0, 0, 1, 0],
+    }  # fmt: skip
+    rows = [
+        {"series_key": "alone", **place},  # 5 mm, as it says
+        {"series_key": "two", **place, "image_position_mm": [0.0, 0, 0]},
+        {"series_key": "two", **place, "image_position_mm": [0.0, 0, 2]},
+        *({"series_key": "unplaced", **place} for _ in range(2)),
+        *({"series_key": "files", "rows": 4, "columns": 4} for _ in range(2)),
+    ]
+    found = voxels.of_rows(pa.Table.from_pylist(rows, schema=MANIFEST))
+    assert found.to_pylist() == [30.0, 12.0, 12.0, None, None, None, None]
 
 
 def test_of_image_files_only_intensities_and_shares_are_known(tmp_path: Path) -> None:
@@ -179,7 +249,7 @@ def test_facts_are_of_the_picture_that_the_network_sees() -> None:
     image_HWC = preprocess.apply(None, slice, replace(slice, stored=255 - stored))
     told = facts(slice, image_HWC, preprocess)
     assert told["pixel_spacing_mm"] == pytest.approx([1.25, 2.0])
-    assert (told["slice_thickness_mm"], told["modality"], told["body_part"]) == (3.0, None, None)
+    assert (told["modality"], told["body_part"]) == (None, None)
     assert told["intensity_mean"] == pytest.approx(image_HWC[..., 1].mean())
     assert told["intensity_sd"] == pytest.approx(image_HWC[..., 1].std())
     assert facts(replace(slice, geometry=None), image_HWC, preprocess)["pixel_spacing_mm"] is None

@@ -3,6 +3,7 @@ import os
 import resource
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import keras
@@ -108,6 +109,20 @@ def test_a_bundle_from_before_a_setting_existed_is_still_read(tmp_path: Path) ->
     told["digest"] = bundle._digest(told)
     (tmp_path / "bundle.json").write_text(json.dumps(told))
     assert registry.load(tmp_path).preprocess == saved.preprocess
+
+
+def test_a_bundle_that_says_nothing_of_its_masks_had_them_by_nearest_neighbour(tmp_path: Path) -> None:
+    """Its digest, of which outputs' UIDs are made, stays; a new one says what it had."""
+    saved = save(tmp_path)
+    assert saved.preprocess.mask_filter == registry.load(tmp_path).preprocess.mask_filter == "image"
+    told = json.loads((tmp_path / "bundle.json").read_text())
+    del told["preprocess"]["mask_filter"]
+    told["digest"] = bundle._digest(told)
+    assert told["digest"] != saved.digest
+    (tmp_path / "bundle.json").write_text(json.dumps(told))
+    loaded = registry.load(tmp_path)
+    assert loaded.digest == told["digest"]
+    assert loaded.preprocess == replace(saved.preprocess, mask_filter="nearest")
 
 
 def test_the_digest_is_of_the_content_and_of_nothing_else(tmp_path: Path) -> None:

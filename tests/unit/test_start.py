@@ -59,6 +59,20 @@ def test_a_run_goes_on_from_a_registered_model(discs: str, tmp_path: Path, monke
         start.bring_initial(wider, describe(discs), str(tmp_path / "other"))
 
 
+def test_another_way_of_masks_is_told_and_the_same_one_is_not(
+    discs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings, folder = config(discs, init_from="models:/discs/1"), tmp_path / "bundle"
+    monkeypatch.setattr(registry, "fetch", lambda uri, model: (folder, None))
+    for mask_filter in ("image", "nearest"):
+        preprocess = Preprocess(size=(32, 32), mask_filter=mask_filter)
+        bundle.save(folder, portable(network(settings, 7)), preprocess, Labels(), 0.5, synthetic.slice_bytes(0, 64))
+        start.bring_initial(settings, describe(discs), str(tmp_path / mask_filter))
+        warned = [one.getMessage() for one in caplog.records if "mask_filter" in one.getMessage()]
+        assert len(warned) == (mask_filter == "nearest")
+    assert "was trained on masks with mask_filter nearest, this set has them with image" in warned[0]
+
+
 def test_the_run_tells_which_version_it_went_on_from(discs: str, tracking_uri: str) -> None:
     uri = register(tracking_uri, "before", None)
     registry.set_alias(tracking_uri, "before", "champion", "1")

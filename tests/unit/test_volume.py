@@ -1,10 +1,14 @@
 from dataclasses import replace
 
+import highdicom
 import numpy as np
 import pytest
+from highdicom import spatial
+from scipy.spatial.transform import Rotation
 
+from rayseg.geometry import planes
 from rayseg.geometry.grid import Geometry
-from rayseg.geometry.volume import volume_ml
+from rayseg.geometry.volume import volume_ml, voxels_mm3
 
 AXIAL = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 
@@ -66,3 +70,40 @@ def test_one_slice_is_as_thick_as_it_says() -> None:
 )
 def test_no_volume_without_sound_positions(changes: dict[str, object]) -> None:
     assert volume_ml([1, 1, 1], [at(0), at(4), at(8, **changes)]) is None
+
+
+def turned(turn: int) -> tuple[float, ...]:
+    """Direction cosines of some oblique plane."""
+    axes = Rotation.random(random_state=turn).as_matrix()
+    return (*axes[:, 0].tolist(), *axes[:, 1].tolist())
+
+
+@pytest.mark.parametrize("turn", range(6))
+def test_even_stacks_are_as_highdicom_has_them(turn: int) -> None:
+    """Normals, order, distances and the size of a voxel, of planes that lie anyhow, in any order."""
+    orientation, count, step_mm = turned(turn), 3 + turn, 1.5 + turn
+    normal = planes.normal(orientation)
+    assert normal == pytest.approx(spatial.get_normal_vector(orientation), abs=1e-9)
+    shuffled = np.random.default_rng(turn).permutation(count)
+    positions_mm = np.array([7.0, -3.0, 11.0]) + shuffled[:, np.newaxis] * step_mm * normal
+    order, along_mm = planes.in_order(positions_mm, orientation)
+    # Its convention for volumes counts against our normal.
+    assert order.tolist() == spatial.get_plane_sort_index(positions_mm, orientation)[::-1]
+    distance_mm, _ = spatial.get_volume_positions(positions_mm.tolist(), orientation)
+    assert np.diff(along_mm) == pytest.approx(distance_mm)
+    volume = highdicom.Volume.from_components(
+        np.zeros((count, 4, 4), np.uint8),
+        spacing=(distance_mm, 0.5, 2.0),
+        coordinate_system="PATIENT",
+        position=positions_mm[order[0]].tolist(),
+        direction=np.column_stack([normal, orientation[3:], orientation[:3]]),
+    )
+    geometries = [
+        at(0, image_position_mm=tuple(position), image_orientation=orientation) for position in positions_mm.tolist()
+    ]
+    assert voxels_mm3(geometries) == pytest.approx(volume.voxel_volume)
+
+
+def test_a_plane_and_many_have_the_same_normals() -> None:
+    orientations = [turned(turn) for turn in range(5)]
+    assert planes.normal(orientations) == pytest.approx(np.stack([planes.normal(one) for one in orientations]))

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from rayseg import cluster, logs, meters, storage
 from rayseg import config as configuration
+from rayseg.data import voxels
 from rayseg.data.labels import Labels
 from rayseg.data.prepared import DESCRIPTION, PATIENTS, VERSION
 from rayseg.data.preprocess import Preprocess
@@ -107,7 +108,7 @@ def prepare(config: PrepareConfig) -> PrepareResult:
         return _result(output, standing, cached=True, seconds=time.monotonic() - began)
 
     placing = PLACE if config.preprocess.neighbours else ()
-    columns = list(dict.fromkeys([*TAKEN, *placing, "verdict", "bytes"]))
+    columns = list(dict.fromkeys([*TAKEN, *placing, *voxels.COLUMNS, "verdict", "bytes"]))
     taken = _taken(pq.read_table(pa.BufferReader(manifest), columns=columns), config)
     parts = _deal(taken, config, standing_split)
     samples = _samples(taken, parts, config.split)
@@ -208,7 +209,10 @@ def _clear(output: str, keep: set[str]) -> None:
 
 
 def _taken(manifest: pa.Table, config: PrepareConfig) -> pa.Table:
-    """The accepted rows that are prepared, in the manifest's order: TAKEN, `neighbours` and the sizes of all these."""
+    """The accepted rows that are prepared, in the manifest's order: TAKEN, `neighbours` and the sizes of all these.
+
+    And `voxel_mm3`, for which those count too that the limit leaves out.
+    """
     accepted = manifest.filter(pc.equal(manifest["verdict"], "ok"))
     masks = pc.list_flatten(accepted["masks"])
     if not len(masks):
@@ -217,7 +221,8 @@ def _taken(manifest: pa.Table, config: PrepareConfig) -> pa.Table:
     rows = limited(accepted["patient_key"].to_pylist(), config.limit)
     # Those that the limit leaves out are neighbours all the same.
     neighbours, their_bytes = beside(accepted, rows, config.preprocess.neighbours)
-    taken = accepted.select([*TAKEN, "bytes"]).take(pa.array(rows, pa.int64()))
+    measured = accepted.select([*TAKEN, "bytes"]).append_column("voxel_mm3", voxels.of_rows(accepted))
+    taken = measured.take(pa.array(rows, pa.int64()))
     return taken.append_column("neighbours", neighbours).append_column("neighbour_bytes", their_bytes)
 
 

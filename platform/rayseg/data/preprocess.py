@@ -9,10 +9,12 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 import numpy as np
 from PIL import Image
 
+from rayseg.data import resampling
 from rayseg.dicom.reading import Slice
 
 
@@ -61,6 +63,9 @@ class Preprocess:
     z_score: float | None = None  # so many standard deviations below and above the mean are mapped to 0 and 255
     color: bool = False  # red, green and blue as three channels, each by its own values; a grey slice three times
     neighbours: int = 0  # so many slices on each side of the series are further channels (2.5D), see `apply`
+    # What brings masks to the network's grid, which is of training alone: the filter of images, class by class, or
+    # "nearest", which shifts labels by up to half a source pixel. Bundles that do not say it were trained with that.
+    mask_filter: Literal["image", "nearest"] = "image"
 
     def __post_init__(self) -> None:
         if sum(value is not None for value in (self.window, self.percentiles, self.z_score)) > 1:
@@ -133,13 +138,19 @@ class Preprocess:
             yield from self._intensities(dataclasses.replace(slice, stored=slice.stored[..., channel]))
 
     def apply_mask(self, mask: np.ndarray) -> np.ndarray:
-        """A uint8 label map (rows, columns) on the grid of `apply`: uint8 (height, width), nearest neighbour.
+        """A uint8 label map (rows, columns) on the grid of `apply`: uint8 (height, width), see `resampling.resized`.
 
-        A foreground rectangle survives where each side is at least as long as the shrinking factor; less may be lost.
+        A foreground rectangle with nothing else near it survives where each side is at least 1.5 times the shrinking
+        factor, or one side at least the factor and the other one three times that. Less may be lost; of thin or tiny
+        structures that is more than nearest neighbour loses, which keeps some of their pixels by chance.
         """
         assert mask.dtype == np.uint8
         height, width = self._fitted(*mask.shape)
-        return self._pad(np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST)))
+        if mask.shape == (height, width):
+            return self._pad(mask)
+        if self.mask_filter == "nearest":
+            return self._pad(np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST)))
+        return self._pad(resampling.resized(mask, height, width))
 
     def restore(self, plane_HW: np.ndarray, rows: int, columns: int) -> np.ndarray:
         """A float32 plane (height, width) of the network back on the slice's grid (rows, columns), bilinear."""

@@ -22,7 +22,7 @@ COLUMNS = (
     "modality",
     "body_part",
     "pixel_spacing_mm",
-    "slice_thickness_mm",
+    "foreground_mm3",
     "intensity_mean",
     "intensity_sd",
     "foreground_pixels",
@@ -41,7 +41,7 @@ class Range:
     intensity_mean: tuple[float, float] | None = None  # 0.5 and 99.5 % quantile over slices, see `facts`
     intensity_sd: tuple[float, float] | None = None
     foreground_share: float | None = None  # the greatest of a slice's area
-    volume_ml: float | None = None  # the greatest of a series, each slice as wide as its SliceThickness
+    volume_ml: float | None = None  # the greatest of a series on its own grid, as inference measures it
     pieces: int | None = None  # the most that the model finds in a validation slice, see `pieces`
     entropy_bits: float | None = None  # the greatest mean of a validation patient, see `entropy_bits`
 
@@ -67,7 +67,6 @@ def facts(slice: Slice, image_HWC: np.ndarray, preprocess: Preprocess) -> dict[s
         "body_part": (header.body_part or None) if header else None,
         "pixel_spacing_mm": spacing_mm
         and [mm / scale for mm, scale in zip(spacing_mm, preprocess.scale(*slice.shape), strict=True)],
-        "slice_thickness_mm": None if geometry is None else geometry.slice_thickness_mm,
         "intensity_mean": float(mean[0, 0]),
         "intensity_sd": float(deviation[0, 0]),
     }
@@ -125,12 +124,9 @@ def _spread(values: pa.ChunkedArray) -> tuple[float, float] | None:
 
 
 def _greatest_volume_ml(rows: pa.Table) -> float | None:
-    """None where a slice with foreground does not say how large its pixels are, or how thick it is."""
-    rows = rows.filter(pc.greater(rows["foreground_pixels"], 0))
-    spacing_mm, thickness_mm = rows["pixel_spacing_mm"], rows["slice_thickness_mm"]
-    if not len(rows) or spacing_mm.null_count or thickness_mm.null_count or rows["series_key"].null_count:
+    """None where the series of a slice with foreground does not say how large that is."""
+    rows = rows.filter(pc.or_kleene(pc.greater(rows["foreground_pixels"], 0), pc.greater(rows["foreground_mm3"], 0)))
+    if not len(rows) or rows["foreground_mm3"].null_count or rows["series_key"].null_count:
         return None
-    areas_mm2 = pc.list_flatten(spacing_mm).to_numpy().reshape(-1, 2).prod(axis=1)
-    volumes_ml = rows["foreground_pixels"].to_numpy() * areas_mm2 * thickness_mm.to_numpy() / 1000
     series = np.asarray(rows["series_key"].combine_chunks().dictionary_encode().indices)
-    return float(np.bincount(series, volumes_ml).max())
+    return float(np.bincount(series, rows["foreground_mm3"].to_numpy() / 1000).max())

@@ -23,7 +23,7 @@ from rayseg.dicom.reading import Slice, read_slices, slice_uid
 from rayseg.records import PREPARED, REJECTS, Reason, Reject
 
 TAKEN = ("patient_key", "study_key", "series_key", "uri", "frame", "masks")  # columns of a manifest that a sample keeps
-# A shard to write; its samples (TAKEN, `neighbours` and `split`) are packed: all of the plan is in Ray's store.
+# A shard to write; its samples (TAKEN, `neighbours`, `voxel_mm3`, `split`) are packed: the plan is all in Ray's store.
 PLAN = pa.schema([("path", pa.string()), ("samples", pa.binary())])
 # A shard as it came out; without rows it has no file.
 WRITTEN = pa.schema(
@@ -45,7 +45,8 @@ def row_id(uri: str, frame: int | None) -> str:
 
 
 def _unpacked(cell: bytes) -> list[dict[str, Any]]:
-    return [{"row_id": row_id(row["uri"], row["frame"]), "neighbours": [], **row} for row in unpacked(cell).to_pylist()]
+    absent: dict[str, Any] = {"neighbours": [], "voxel_mm3": None}
+    return [{"row_id": row_id(row["uri"], row["frame"]), **absent, **row} for row in unpacked(cell).to_pylist()]
 
 
 def limited(patient_keys: Sequence[str], limit: int | None) -> Sequence[int]:
@@ -90,7 +91,7 @@ def write_shards(plan: pa.Table, output: str, preprocess: Preprocess, labels: La
         found: dict[int, dict[str, Any]] = {}
         rejects = []
         for place, stack, masks in _read(samples, preprocess.color):
-            made = make(stack, masks, preprocess, labels, samples[place]["frame"])
+            made = make(stack, masks, preprocess, labels, samples[place]["frame"], samples[place]["voxel_mm3"])
             if isinstance(made, Reject):
                 told = {name: samples[place][name] for name in ("uri", "frame", "patient_key", "series_key")}
                 rejects.append({**told, "stage": "prepare", "reason": made.reason.value, "detail": made.detail})
@@ -189,8 +190,12 @@ def make(
     preprocess: Preprocess,
     labels: Labels,
     frame: int | None = None,
+    voxel_mm3: float | None = None,
 ) -> dict[str, Any] | Reject:
-    """The columns of one sample that its pixels and header give, or why there are none; never raises."""
+    """The columns of one sample that its pixels and header give, or why there are none; never raises.
+
+    `voxel_mm3` is the volume that a pixel of the slice stands for in its series, where that is known.
+    """
     try:
         slices = usable(stack)
         if isinstance(slices, Reject):
@@ -205,12 +210,12 @@ def make(
         classes = truth(readable, slice.shape, labels, slice.header, frame, slice.geometry)
         if isinstance(classes, Reject):
             return classes
-        # Nearest neighbour picks pixels: classes before it or after are the same, a mean of classes would be none.
         mask_HW = preprocess.apply_mask(classes)
         image_HWC = preprocess.apply(*slices)
         return {
             **facts(slice, image_HWC, preprocess),
             "foreground_pixels": int(np.count_nonzero(mask_HW)),
+            "foreground_mm3": None if voxel_mm3 is None else int(np.count_nonzero(classes)) * voxel_mm3,
             "fingerprint": fingerprint(preprocess.centre(image_HWC)),
             "image": image_HWC.tobytes(),
             "mask": mask_HW.tobytes(),

@@ -12,7 +12,6 @@ from rayseg.dicom.reading import Header
 from rayseg.geometry import planes
 from rayseg.records import Reason
 
-_SAME_SPACING = 0.001  # of the pixel spacing, relative
 _UNEVEN = 0.02  # of the slice distance, relative to the median; less is rounding in the attributes
 _GAP = 1.5  # times the median slice distance
 _TILT_DEGREES = 0.5  # between the way from slice to slice and the plane normal
@@ -101,7 +100,7 @@ def _match(first: Header, second: Header) -> bool:
     if (a.rows, a.columns) != (b.rows, b.columns) or planes.is_placed(a) != planes.is_placed(b):
         return False
     spacing_a, spacing_b = (geometry.pixel_spacing_mm or (0.0, 0.0) for geometry in (a, b))
-    if not all(math.isclose(x, y, rel_tol=_SAME_SPACING) for x, y in zip(spacing_a, spacing_b, strict=True)):
+    if not all(math.isclose(x, y, rel_tol=planes.SAME_SPACING) for x, y in zip(spacing_a, spacing_b, strict=True)):
         return False
     if a.image_orientation is None or b.image_orientation is None or not planes.is_placed(a):
         return True

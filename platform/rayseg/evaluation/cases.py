@@ -22,8 +22,9 @@ from rayseg.evaluation.calibration import Probabilities
 from rayseg.evaluation.lesions import Lesions, lesions
 from rayseg.evaluation.scores import Counts, counts
 from rayseg.evaluation.surfaces import Grid, distances, together
+from rayseg.geometry import planes
 from rayseg.geometry.grid import Geometry
-from rayseg.geometry.volume import volume_ml
+from rayseg.geometry.volume import volume_ml, voxels_mm3
 
 PARQUET, CSV = "cases.parquet", "cases.csv"  # below the split's folder in the model's run
 
@@ -115,11 +116,12 @@ def _volume(places: Sequence[Geometry | None]) -> tuple[np.ndarray, Grid] | None
     if len(known) < max(2, len(places)) or len({(place.rows, place.columns) for place in known}) > 1:
         return None
     spacings = np.array([place.pixel_spacing_mm for place in known])
-    if np.ptp(spacings, axis=0).max() > 1e-3 * spacings.min() or volume_ml([0] * len(known), known) is None:
+    if np.ptp(spacings, axis=0).max() > planes.SAME_SPACING * spacings.min() or voxels_mm3(known) is None:
         return None  # of other sizes, without positions, not parallel, or several at one place
     origins = np.array([place.image_position_mm for place in known], np.float64)
-    right, down = np.array(known[0].image_orientation).reshape(2, 3)
-    order = np.argsort(origins @ np.cross(right, down), kind="stable")
+    orientation = np.array(known[0].image_orientation)
+    order, _ = planes.in_order(origins, orientation)
+    right, down = orientation.reshape(2, 3)
     return order, Grid(origins[order], down * spacings[0, 0], right * spacings[0, 1], "mm")
 
 
@@ -189,8 +191,7 @@ def slice_distance_mm(grid: Grid) -> float | None:
     """The median distance between the slices of a volume along their normal; None for a plane."""
     if len(grid.origins) < 2:
         return None
-    normal = np.cross(grid.down, grid.right)
-    return float(np.median(np.abs(np.diff(grid.origins @ (normal / np.linalg.norm(normal))))))
+    return float(np.median(np.diff(planes.along_mm(grid.origins, np.concatenate([grid.right, grid.down])))))
 
 
 def to_parquet(table: pa.Table) -> bytes:

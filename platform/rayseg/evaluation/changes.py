@@ -20,6 +20,7 @@ from rayseg.data.manifest import read_failure
 from rayseg.dicom import segmentation
 from rayseg.dicom.segmentation import Decoded
 from rayseg.evaluation.lesions import lesions
+from rayseg.geometry import planes
 from rayseg.geometry.grid import Geometry
 from rayseg.geometry.volume import volume_ml
 from rayseg.records import Reason, Reject
@@ -146,7 +147,7 @@ def _compared(base: Mapping[str, Any], baseline: Decoded | None, challenger: Dec
     places = there[0].geometries
     shared = set.intersection(*(set(side.masks) for side in there))
     one_sided = len(set.union(*(set(side.masks) for side in there)) - shared)
-    uids = sorted(shared, key=lambda uid: (_along_mm(places[uid]), uid))
+    uids = _ordered(sorted(shared), places)
     sizes = {side.masks[uid].shape for side in there for uid in uids}
     if len(sizes) != 1:
         what = "sizes differ" if uids else "they have no slice in common"
@@ -207,9 +208,11 @@ def _by_slice(inside_SHW: np.ndarray) -> list[int]:
     return counts
 
 
-def _along_mm(place: Geometry) -> float:
-    """Along the normal of the plane (row direction x column direction)."""
-    if place.image_position_mm is None or place.image_orientation is None:
-        return 0.0
-    row, column = np.array(place.image_orientation).reshape(2, 3)
-    return float(np.cross(row, column) @ np.array(place.image_position_mm))
+def _ordered(uids: Sequence[str], places: Mapping[str, Geometry]) -> list[str]:
+    """Along the normal of their planes, where all have a place."""
+    positions_mm = [places[uid].image_position_mm for uid in uids]
+    orientation = places[uids[0]].image_orientation if uids else None
+    known = [position for position in positions_mm if position is not None]
+    if orientation is None or len(known) < len(uids):
+        return list(uids)
+    return [uids[index] for index in planes.in_order(known, orientation)[0]]

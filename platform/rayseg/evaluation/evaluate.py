@@ -137,7 +137,7 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
 
     findings = record.findings(resamples=config.resamples, min_patients=config.min_patients)
     versions = [version for _, version in fetched]
-    doubts = _doubts(config, versions, record.of_patient)
+    doubts = _doubts(config, versions, described, record.of_patient)
     with _run(config, versions) as run_id:
         artifacts = publish(
             config.tracking_uri,
@@ -194,12 +194,21 @@ def _check_fits(version: ModelVersion, description: Mapping[str, Any], held_out:
         raise ValueError(f"evaluate: {version.uri} finds {found}, the prepared set is of {held_out.labels.names}")
 
 
-def _doubts(config: EvaluateConfig, versions: Sequence[ModelVersion], patients: Collection[str]) -> list[str]:
-    """Tells of models that were trained on patients who test them, or of which that is not known."""
-    if config.split != "test":
-        return []
-    made = [checks.no_leak(config.tracking_uri, version, patients) for version in versions]
-    doubts = [check.detail for check in made if not check.passed]
+def _doubts(
+    config: EvaluateConfig,
+    versions: Sequence[ModelVersion],
+    described: Sequence[Mapping[str, Any]],
+    patients: Collection[str],
+) -> list[str]:
+    """Tells of models that were trained on patients who test them, or of which that is not known; of shifted labels."""
+    leaks = [checks.no_leak(config.tracking_uri, version, patients) for version in versions if config.split == "test"]
+    doubts = [check.detail for check in leaks if not check.passed]
+    doubts += [
+        f"{version.uri} was trained on masks with mask_filter nearest: where slices shrink by an even factor its "
+        "labels lie half a source pixel up and to the left"
+        for version, description in zip(versions, described, strict=True)
+        if bundles.preprocess_of(description).mask_filter == "nearest"
+    ]
     for doubt in doubts:
         logger.warning("evaluate: %s", doubt)
     return doubts

@@ -31,6 +31,7 @@ Columns = Mapping[str, np.ndarray]
 
 _ROWS_AT_A_TIME = 64  # of histograms of draws: 8 MB
 _LIMITS = 1.96  # standard deviations of the limits of agreement
+_LEAST_MEASURED = 0.5  # of the patients must have volumes for mL: those of a few say nothing of all
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,6 +149,8 @@ COUNTS: dict[str, Callable[[Columns], int]] = {
     "cases_missed": lambda of: int(((of["tp"] + of["fp"] == 0) & (of["fn"] > 0)).sum()),
     "cases_false_alarms": lambda of: int(((of["tp"] + of["fn"] == 0) & (of["fp"] > 0)).sum()),
     "cases_true_negative": lambda of: int((of["tp"] + of["fp"] + of["fn"] == 0).sum()),
+    # That biases and limits of agreement are of.
+    "volume_cases": lambda of: int(np.isfinite(of["volume_difference_ml"]).sum() or len(of["volume_difference_px"])),
     **{
         name: lambda of, name=name: int(of[name].sum())  # type: ignore[misc]
         for name in ("lesions_true", "lesions_found", "lesions_predicted", "lesions_false")
@@ -168,7 +171,7 @@ def columns_of(cases: pa.Table, name: str) -> dict[str, np.ndarray]:
     """The numbers of a class, by patient in the table's order: float64, NaN for null.
 
     Beside those of `cases.CASES`: `volume_difference_ml` and `_px` (predicted minus true), and `false_positive_ml` and
-    `_px`, known only where nothing is to be found. Pixels stand in where no case has a volume.
+    `_px`, known only where nothing is to be found. Pixels, of all cases, stand in where less than half have a volume.
     """
     rows = cases.filter(pc.field("class") == name)
     columns = {
@@ -178,11 +181,12 @@ def columns_of(cases: pa.Table, name: str) -> dict[str, np.ndarray]:
     }
     empty = columns["tp"] + columns["fn"] == 0
     nothing = np.full(len(empty), np.nan)
-    volumes = np.isfinite(columns["truth_ml"]).any()
-    columns["volume_difference_ml"] = columns["predicted_ml"] - columns["truth_ml"]
-    columns["false_positive_ml"] = np.where(empty, columns["predicted_ml"], np.nan)
-    columns["volume_difference_px"] = nothing if volumes else columns["fp"] - columns["fn"]
-    columns["false_positive_px"] = nothing if volumes else np.where(empty, columns["fp"], np.nan)
+    difference_ml = columns["predicted_ml"] - columns["truth_ml"]
+    measured = len(empty) > 0 and np.isfinite(difference_ml).mean() >= _LEAST_MEASURED
+    columns["volume_difference_ml"] = difference_ml if measured else nothing
+    columns["false_positive_ml"] = np.where(empty, columns["predicted_ml"], np.nan) if measured else nothing
+    columns["volume_difference_px"] = nothing if measured else columns["fp"] - columns["fn"]
+    columns["false_positive_px"] = nothing if measured else np.where(empty, columns["fp"], np.nan)
     columns["squares"] = columns["brier"] * sum(columns[name] for name in _PIXELS)
     return columns
 

@@ -168,7 +168,8 @@ def _charts(columns: Mapping[str, Columns], findings: Findings) -> list[report.P
         suffix = f"-{name}" if len(columns) > 1 else ""
         told = {"ml": "mL", "px": "pixels"}[unit]
         png = figures.agreement(truth + difference / 2, difference, lines, told)
-        charts.append(report.Picture(f"bland-altman{suffix}", f"Volumes, predicted minus true: {name}", png))
+        of = f"{estimates['volume_cases'].value} of {len(difference)} patients"
+        charts.append(report.Picture(f"bland-altman{suffix}", f"Volumes, predicted minus true: {name}, {of}", png))
     sums = {name: of_class["reliability"].sum(axis=0, dtype=np.float64) for name, of_class in columns.items()}
     charts.append(report.Picture("reliability", "How far probabilities can be believed", figures.reliability(sums)))
     return charts

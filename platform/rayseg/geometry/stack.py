@@ -74,12 +74,11 @@ def stack(masks: Sequence[np.ndarray], geometries: Sequence[Geometry]) -> Stack 
     _, orientation, spacing_mm = places[0]
     along_row, along_column = np.array(orientation, float).reshape(2, 3)
     positions_mm = np.array([position for position, _, _ in places], float)
-    along_mm = planes.along_mm(positions_mm, orientation)
-    order = np.argsort(along_mm, kind="stable")
+    order, along_mm = planes.in_order(positions_mm, orientation)
     positions_mm = positions_mm[order]
     tolerance = planes.tolerance_mm(geometries[0])
     if len(places) > 1:
-        if np.diff(along_mm[order]).min() < planes.SAME_POSITION_MM:
+        if np.diff(along_mm).min() < planes.SAME_POSITION_MM:
             return Reject(Reason.SERIES_DUPLICATES, "several slices at one position")
         beyond_mm = positions_mm[-1] - positions_mm[-2]
     elif geometries[0].slice_thickness_mm:

@@ -50,12 +50,10 @@ def _widths_mm(geometries: Sequence[Geometry]) -> np.ndarray | None:
     ]
     if not places or len(places) < len(geometries):
         return None
-    normals = [planes.normal(orientation) for _, orientation in places]
-    if not planes.are_parallel(np.array(normals), _SAME_PLANE):
+    if not planes.are_parallel(planes.normal([orientation for _, orientation in places]), _SAME_PLANE):
         return None
-    along_mm = planes.along_mm([position for position, _ in places], places[0][1])
-    order = np.argsort(along_mm, kind="stable")
-    distances_mm = np.diff(along_mm[order])
+    order, along_mm = planes.in_order([position for position, _ in places], places[0][1])
+    distances_mm = np.diff(along_mm)
     if distances_mm.min() < planes.SAME_POSITION_MM:
         return None
     below_mm = np.concatenate([distances_mm[:1], distances_mm])

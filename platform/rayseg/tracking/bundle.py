@@ -6,7 +6,7 @@ threshold, range, digest, what masks the example and the golden slices gave), `e
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -169,7 +169,7 @@ def load(bundle_dir: str | Path) -> Bundle:
     xml, weights = (_checked(folder, name, description["network_sha256"][name]) for name in _NETWORK_FILES)
     return Bundle(
         Network(xml, weights),
-        config.build(Preprocess, description["preprocess"]),
+        preprocess_of(description),
         config.build(Labels, description["labels"]),
         description["threshold"],
         description["digest"],
@@ -202,6 +202,14 @@ def describe(folder: Path) -> dict[str, Any]:
     if description.get("format") != FORMAT:
         raise ValueError(f"bundle {folder}: format {description.get('format')}, this version reads {FORMAT}")
     return description
+
+
+def preprocess_of(description: Mapping[str, Any]) -> Preprocess:
+    """That of a bundle's description. One that says nothing of the masks' filter was trained before there was a choice.
+
+    Without further ado the default of today would be read into it.
+    """
+    return config.build(Preprocess, {"mask_filter": "nearest", **description["preprocess"]})
 
 
 def _checked(folder: Path, name: str, sha256: str) -> bytes:

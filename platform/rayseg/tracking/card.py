@@ -86,6 +86,7 @@ _TOLD = (
         for unit in ("ml", "px")
         for name in ("volume_bias", "volume_lower_limit", "volume_upper_limit")
     ),
+    "volume_cases",
     *("false_positive_ml_per_empty_case", "false_positive_px_per_empty_case", "brier", "ece"),
 )
 
@@ -269,8 +270,8 @@ def _limits(card: Card, one: Evaluation) -> Iterator[str]:
     scored = [group for group in one.groups if "dice_per_case" in group.metrics and group.by == "size"]
     if scored:
         worst = min(scored, key=lambda group: group.metrics["dice_per_case"][0])
-        dice = worst.metrics["dice_per_case"][0]
-        yield f"{one.split}: weakest by size where {worst.name} is {worst.group}: Dice {dice:.2f} by case."
+        dice, of = worst.metrics["dice_per_case"][0], f"{worst.patients} patient{'s' * (worst.patients != 1)}"
+        yield f"{one.split}: weakest by size where {worst.name} is {worst.group} ({of}): Dice {dice:.2f} by case."
 
 
 def _count(metrics: Mapping[str, Ends], name: str) -> int:

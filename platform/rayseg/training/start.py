@@ -6,16 +6,20 @@ network nor the registry, and a run that is started again starts from the same.
 
 import dataclasses
 import io
+import logging
 
 import keras
 import numpy as np
 
 from rayseg import storage
 from rayseg.data.prepared import PreparedSet
+from rayseg.data.preprocess import Preprocess
 from rayseg.models.network import build_network
 from rayseg.models.weights import start_from
 from rayseg.tracking import bundle, registry
 from rayseg.training.settings import TrainConfig
+
+logger = logging.getLogger(__name__)
 
 _FILE = "initial.npz"
 
@@ -40,10 +44,20 @@ def bring_initial(config: TrainConfig, prepared: PreparedSet, folder: str) -> No
     model = build_network(config.model, prepared.shape, len(prepared.labels.names), config.mixed_precision)
     if config.init_from:
         path, _ = registry.fetch(config.tracking_uri, config.init_from)
+        _tell_of_masks(config.init_from, bundle.preprocess_of(bundle.describe(path)), prepared)
         start_from(model, bundle.load_keras(path))
     buffer = io.BytesIO()
     np.savez(buffer, **{str(index): weight for index, weight in enumerate(model.get_weights())})
     storage.write(uri, buffer.getvalue())
+
+
+def _tell_of_masks(uri: str, before: Preprocess, prepared: PreparedSet) -> None:
+    if before.mask_filter != prepared.preprocess.mask_filter:
+        logger.warning(
+            "train.init_from: %s was trained on masks with mask_filter %s, this set has them with %s: where slices "
+            "shrink by an even factor the labels of the two lie half a source pixel apart",
+            *(uri, before.mask_filter, prepared.preprocess.mask_filter),
+        )
 
 
 def set_initial(model: keras.Model, folder: str) -> None:
