@@ -18,6 +18,7 @@ from pydicom.dataset import Dataset
 from pydicom.filereader import read_partial
 from pydicom.tag import BaseTag
 
+from rayseg.dicom import mosaic, traits
 from rayseg.records import Reason, Reject
 
 # These libraries write attribute values, identities among them, into logs and warnings (see `silence_libraries`).
@@ -79,10 +80,11 @@ _KEYWORDS = {
 _FRAME_TYPE = 0x00089007
 _TAGS = {keyword: tag for tag, keyword in _KEYWORDS.items()} | {"FrameType": _FRAME_TYPE}
 
+_ALL_TAGS = [*{*_KEYWORDS, *traits.TAGS, *mosaic.TAGS}]
+
 # Functional groups (PS3.3 C.7.6.16) that say where a frame lies and what its values mean: what is taken from each.
 _GROUPS = {
-    0x00189226: (_FRAME_TYPE,),  # MRImageFrameTypeSequence
-    0x00189329: (_FRAME_TYPE,),  # CTImageFrameTypeSequence
+    **traits.GROUPS,
     0x00209113: (_TAGS["ImagePositionPatient"],),  # PlanePositionSequence
     0x00209116: (_TAGS["ImageOrientationPatient"],),  # PlaneOrientationSequence
     0x00289110: (_TAGS["PixelSpacing"], _TAGS["SliceThickness"]),  # PixelMeasuresSequence
@@ -116,7 +118,7 @@ def silence_libraries() -> None:
 
 
 def parse(data: bytes) -> Parsed | Reject:
-    """Walks the data set up to its pixel data, keeping the elements named in `_KEYWORDS`."""
+    """Walks the data set up to its pixel data, keeping the elements of `_KEYWORDS`, `traits` and `mosaic`."""
     if not data:
         return Reject(Reason.EMPTY_OBJECT)
     part10 = data[128:132] == b"DICM"
@@ -140,7 +142,7 @@ def parse(data: bytes) -> Parsed | Reject:
         return tag in PIXEL_TAGS
 
     try:
-        dataset = read_partial(stream, at_pixels, force=True, specific_tags=list(_KEYWORDS))
+        dataset = read_partial(stream, at_pixels, force=True, specific_tags=_ALL_TAGS)
     except Exception as error:
         if stream.elements > _MAX_ELEMENTS:
             return Reject(Reason.CORRUPT, f"more than {_MAX_ELEMENTS} elements")
@@ -225,10 +227,20 @@ def frame_elements(dataset: Dataset, frame: int) -> dict[int, RawDataElement]:
     found: dict[int, RawDataElement] = {}
     for keyword, place in (("SharedFunctionalGroupsSequence", 0), ("PerFrameFunctionalGroupsSequence", frame)):
         for groups in sequence_item(dataset, _TAGS[keyword], place):
-            for sequence, tags in _GROUPS.items():
-                for item in sequence_item(groups, sequence):
-                    elements = {tag: item.get_item(tag) for tag in tags if tag in item}
-                    found |= {tag: one for tag, one in elements.items() if isinstance(one, RawDataElement)}
+            for sequence in _GROUPS.keys() & groups.keys():
+                found |= _of_group(groups, sequence)
+    return found
+
+
+def _of_group(groups: Dataset, sequence: int) -> dict[int, RawDataElement]:
+    """The elements of one functional group, those of a group within it among them."""
+    found: dict[int, RawDataElement] = {}
+    for item in sequence_item(groups, sequence):
+        for tag in _GROUPS[sequence]:
+            if tag in _GROUPS:
+                found |= _of_group(item, tag)
+            elif tag in item and isinstance(element := item.get_item(tag), RawDataElement):
+                found[tag] = element
     return found
 
 
@@ -250,6 +262,12 @@ class Elements:
         """`of_frame`: elements of one frame, which stand for those of the data set."""
         self._dataset = dataset
         self._of_frame = of_frame or {}
+
+    def raw(self, tags: frozenset[int]) -> dict[int, RawDataElement]:
+        """Those of some elements that there are, as they are stored."""
+        elements = {int(tag): self._dataset.get_item(tag) for tag in tags.intersection(self._dataset.keys())}
+        elements |= {tag: element for tag, element in self._of_frame.items() if tag in tags}
+        return {tag: element for tag, element in elements.items() if isinstance(element, RawDataElement)}
 
     def has(self, keyword: str) -> bool:
         """Whether the element is there, empty or not."""

@@ -19,7 +19,7 @@ from typing import cast
 import numpy as np
 from pydicom import uid
 
-from rayseg.dicom import image_files, nifti, pixels, tables
+from rayseg.dicom import image_files, mosaic, nifti, pixels, tables, traits
 from rayseg.dicom.parsing import PIXEL_TAGS, Elements, Parsed, frame_elements, parse, silence_libraries
 from rayseg.geometry.grid import Geometry
 from rayseg.geometry.planes import is_orthonormal
@@ -38,6 +38,7 @@ _NO_SOURCE_IMAGE = {
 }
 # A CT without an intercept has no HU (type 1 in PS3.3 C.8.2.1 and C.8.15.3.10); elsewhere stored values are values.
 _IN_HU = {str(uid.CTImageStorage), str(uid.EnhancedCTImageStorage), str(uid.LegacyConvertedEnhancedCTImageStorage)}
+_LEGACY_MR = str(uid.LegacyConvertedEnhancedMRImageStorage)
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Header:
     localizer: bool = False  # a scout view: no part of a stack
     scanner: str = ""  # Manufacturer and ManufacturerModelName, empty where the object has neither
     body_part: str = ""  # BodyPartExamined, likewise
+    traits: str = ""  # what may tell it from other volumes of its series: see `traits.read`
 
     @property
     def slice_uid(self) -> str:
@@ -120,6 +122,13 @@ class _Object:
         elements = Elements(
             self.parsed.dataset, frame_elements(self.parsed.dataset, frame or 0) if self.grouped else {}
         )
+        refusal = mosaic.refusal(
+            [elements.text("FrameType"), self.elements.text("ImageType")],
+            self.elements.raw(mosaic.TAGS),
+            self.grouped and self.frames > 1 and elements.text("SOPClassUID") != _LEGACY_MR,
+        )
+        if refusal:
+            return refusal
         slope, intercept = elements.number("RescaleSlope", 1.0), elements.number("RescaleIntercept", 0.0)
         if self.elements.has("ModalityLUTSequence"):
             slope, intercept = 1.0, 0.0
@@ -143,6 +152,7 @@ class _Object:
             localizer="LOCALIZER" in (elements.text("FrameType") + "\\" + elements.text("ImageType")).split("\\"),
             scanner=" ".join(f"{elements.text('Manufacturer')} {elements.text('ManufacturerModelName')}".split()),
             body_part=_code_string(elements.text("BodyPartExamined")),
+            traits=traits.read(elements.raw(traits.TAGS)),
         )
         return header, slope, intercept
 
