@@ -7,8 +7,8 @@ from pydicom.dataelem import RawDataElement
 from rayseg.records import Reason, Reject
 
 _WORDS = {"MOSAIC", "VFRAME"}  # Siemens, UIH; among the values of ImageType from the third, which are the maker's
-_SIEMENS_CREATOR, _SIEMENS_NUMBER = 0x00190010, 0x0019100A  # NumberOfImagesInMosaic, US
-TAGS = frozenset({_SIEMENS_CREATOR, _SIEMENS_NUMBER})
+_CREATOR, NUMBER = 0x00190010, 0x0019100A  # NumberOfImagesInMosaic, US, of "SIEMENS MR HEADER"
+TAGS = frozenset({_CREATOR, NUMBER})
 
 
 def refusal(
@@ -33,7 +33,7 @@ def refusal(
 
 
 def _tiles(private: Mapping[int, RawDataElement]) -> int:
-    creator, number = (private.get(tag) for tag in (_SIEMENS_CREATOR, _SIEMENS_NUMBER))
+    creator, number = (private.get(tag) for tag in (_CREATOR, NUMBER))
     if creator is None or number is None or not (creator.value or b"").startswith(b"SIEMENS MR HEADER"):
         return 0
     value = number.value or b""

@@ -80,16 +80,19 @@ _KEYWORDS = {
 _FRAME_TYPE = 0x00089007
 _TAGS = {keyword: tag for tag, keyword in _KEYWORDS.items()} | {"FrameType": _FRAME_TYPE}
 
-_ALL_TAGS = [*{*_KEYWORDS, *traits.TAGS, *mosaic.TAGS}]
+_TAGS_OF_SLICES = [*_KEYWORDS, *mosaic.TAGS]
+_TAGS_OF_SERIES = [*{*_TAGS_OF_SLICES, *traits.TAGS}]  # more time: for who asks how slices belong together
 
 # Functional groups (PS3.3 C.7.6.16) that say where a frame lies and what its values mean: what is taken from each.
 _GROUPS = {
-    **traits.GROUPS,
+    0x00189226: (_FRAME_TYPE,),  # MRImageFrameTypeSequence
+    0x00189329: (_FRAME_TYPE,),  # CTImageFrameTypeSequence
     0x00209113: (_TAGS["ImagePositionPatient"],),  # PlanePositionSequence
     0x00209116: (_TAGS["ImageOrientationPatient"],),  # PlaneOrientationSequence
     0x00289110: (_TAGS["PixelSpacing"], _TAGS["SliceThickness"]),  # PixelMeasuresSequence
     0x00289145: (_TAGS["RescaleIntercept"], _TAGS["RescaleSlope"]),  # PixelValueTransformationSequence
 }
+_GROUPS_OF_SERIES = _GROUPS | traits.GROUPS
 
 DefaultT = TypeVar("DefaultT")
 
@@ -117,8 +120,8 @@ def silence_libraries() -> None:
         warnings.filterwarnings("ignore", module=_TALKATIVE)
 
 
-def parse(data: bytes) -> Parsed | Reject:
-    """Walks the data set up to its pixel data, keeping the elements of `_KEYWORDS`, `traits` and `mosaic`."""
+def parse(data: bytes, with_traits: bool = False) -> Parsed | Reject:
+    """Walks the data set up to its pixel data, keeping the elements of `_KEYWORDS` and `mosaic`, and of `traits`."""
     if not data:
         return Reject(Reason.EMPTY_OBJECT)
     part10 = data[128:132] == b"DICM"
@@ -141,8 +144,9 @@ def parse(data: bytes) -> Parsed | Reject:
         kept += tag in _KEYWORDS
         return tag in PIXEL_TAGS
 
+    tags = _TAGS_OF_SERIES if with_traits else _TAGS_OF_SLICES
     try:
-        dataset = read_partial(stream, at_pixels, force=True, specific_tags=_ALL_TAGS)
+        dataset = read_partial(stream, at_pixels, force=True, specific_tags=tags)
     except Exception as error:
         if stream.elements > _MAX_ELEMENTS:
             return Reject(Reason.CORRUPT, f"more than {_MAX_ELEMENTS} elements")
@@ -222,23 +226,24 @@ def _inflate(data: bytes) -> bytes | Reject:
     return data[:start].replace(deflated_uid, plain_uid.ljust(len(deflated_uid), b"\0")) + body
 
 
-def frame_elements(dataset: Dataset, frame: int) -> dict[int, RawDataElement]:
+def frame_elements(dataset: Dataset, frame: int, with_traits: bool = False) -> dict[int, RawDataElement]:
     """What the functional groups say of one frame, the frame's own groups above those that all frames share."""
     found: dict[int, RawDataElement] = {}
+    wanted = _GROUPS_OF_SERIES if with_traits else _GROUPS
     for keyword, place in (("SharedFunctionalGroupsSequence", 0), ("PerFrameFunctionalGroupsSequence", frame)):
         for groups in sequence_item(dataset, _TAGS[keyword], place):
-            for sequence in _GROUPS.keys() & groups.keys():
-                found |= _of_group(groups, sequence)
+            for sequence in wanted.keys() & groups.keys():
+                found |= _of_group(groups, sequence, wanted)
     return found
 
 
-def _of_group(groups: Dataset, sequence: int) -> dict[int, RawDataElement]:
-    """The elements of one functional group, those of a group within it among them."""
+def _of_group(groups: Dataset, sequence: int, wanted: Mapping[int, tuple[int, ...]]) -> dict[int, RawDataElement]:
+    """The elements of one functional group, and of groups within it."""
     found: dict[int, RawDataElement] = {}
     for item in sequence_item(groups, sequence):
-        for tag in _GROUPS[sequence]:
-            if tag in _GROUPS:
-                found |= _of_group(item, tag)
+        for tag in wanted[sequence]:
+            if tag in wanted:
+                found |= _of_group(item, tag, wanted)
             elif tag in item and isinstance(element := item.get_item(tag), RawDataElement):
                 found[tag] = element
     return found

@@ -100,10 +100,13 @@ def _direction(element: RawDataElement) -> tuple[str, ...]:
     return tuple(f"{round(float(value), 3) + 0.0:g}" for value in _binary(element, "d", 3))
 
 
-def _codes(element: RawDataElement, allowed: str = r"[A-Z0-9 _]{1,16}") -> tuple[str, ...]:
+_CODE, _TEXT = re.compile(r"[A-Z0-9 _]{1,16}"), re.compile(r"[A-Za-z0-9 _.+/-]{1,16}")
+
+
+def _codes(element: RawDataElement, allowed: re.Pattern[str] = _CODE) -> tuple[str, ...]:
     """Those values that are code strings; of a value that is none its place remains."""
     values = (element.value or b"").decode("ascii", "replace").split("\\")
-    kept = tuple(value if re.fullmatch(allowed, value) else "" for value in (one.strip(" \0") for one in values))
+    kept = tuple(value if allowed.fullmatch(value) else "" for value in (one.strip(" \0") for one in values))
     return kept if any(kept) else ()
 
 
@@ -117,7 +120,7 @@ def _ge_component(element: RawDataElement) -> tuple[str, ...]:
     return tuple(names[value] for value in _binary(element, "h") if value in names)
 
 
-_kernel = partial(_codes, allowed=r"[A-Za-z0-9 _.+/-]{1,16}")  # SH
+_short = partial(_codes, allowed=_TEXT)  # SH
 _double, _single, _word, _long = (partial(_binary, code=code) for code in "dfHL")
 _SIEMENS, _GE = (0x00190010, b"SIEMENS MR HEADER"), (0x00430010, b"GEMS_PARM_01")
 _PHILIPS, _PHILIPS_MR = (0x20010010, b"PHILIPS IMAGING DD 001"), (0x20050010, b"PHILIPS MR IMAGING DD 001")
@@ -150,7 +153,7 @@ TRAITS = (
     )),
     Trait("FlipAngle", "FlipAngle {}", sources=(_Source((0x00181314,), _decimals),)),
     Trait("RepetitionTime", "RepetitionTime {} ms", sources=(_Source((0x00180080,), _decimals),)),
-    Trait("ConvolutionKernel", "kernel {}", True, sources=(_Source((0x00181210,), _kernel),)),
+    Trait("ConvolutionKernel", "kernel {}", True, sources=(_Source((0x00181210,), _short),)),
     Trait("KVP", "KVP {}", sources=(_Source((0x00180060,), _decimals),)),
     Trait("ImageType", "{}", sources=(_Source((0x00089007,), _codes), _Source((0x00080008,), _codes))),
     # Of the geometry: see `splitting`.
@@ -159,7 +162,7 @@ TRAITS = (
     Trait("Normal", "normal {}"),
     Trait("Size", "{} pixels"),
     Trait("Spacing", "spacing {} mm"),
-    Trait("StackID", "stack {}", sources=(_Source((0x00209056,), _kernel),)),
+    Trait("StackID", "stack {}", sources=(_Source((0x00209056,), _short),)),
     Trait("TemporalPosition", "temporal position {}", sources=(
         _Source((0x00209128,), _long), _Source((0x00200100,), _decimals),
     )),
