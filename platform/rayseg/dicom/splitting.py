@@ -221,13 +221,14 @@ def _named(columns: _Columns, names: Sequence[str], numbers: np.ndarray) -> list
 def _texts(columns: _Columns, named: Sequence[traits.Trait], firsts: Sequence[int]) -> list[str]:
     """The names of the stacks, each by its first slice."""
     values = {trait.name: [columns[trait.name][first] for first in firsts] for trait in named}
-    if "ImageType" in values:
-        values["ImageType"] = _differing(values["ImageType"])
+    kinds = (
+        _differing([columns["ImageType"][first] for first in firsts]) if "ImageType" in columns else [""] * len(firsts)
+    )
     texts = []
-    for number in range(len(firsts)):
-        parts = [(trait, values[trait.name][number]) for trait in named]
+    for number, kind in enumerate(kinds):
+        parts = [(trait, kind if trait.name == "ImageType" else values[trait.name][number]) for trait in named]
         said = [trait.label.format(_shown(trait.name, value)) for trait, value in parts if value]
-        texts.append(", ".join(said) or f"no {parts[-1][0].name}")
+        texts.append(", ".join(said) or _shown("ImageType", kind or "") or f"no {named[-1].name}")
     return texts
 
 

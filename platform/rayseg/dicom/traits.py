@@ -95,6 +95,11 @@ def _binary(element: RawDataElement, code: str, count: int = 1) -> tuple[str, ..
     return tuple(map(_number, numbers)) if all(map(math.isfinite, numbers)) else ()
 
 
+def _index(element: RawDataElement, place: int) -> tuple[str, ...]:
+    """One of DimensionIndexValues, counted from 1."""
+    return _binary(element, "L", place)[-1:]
+
+
 def _direction(element: RawDataElement) -> tuple[str, ...]:
     """The three doubles of a direction, to three decimals."""
     return tuple(f"{round(float(value), 3) + 0.0:g}" for value in _binary(element, "d", 3))
@@ -167,7 +172,7 @@ TRAITS = (
         _Source((0x00209128,), _long), _Source((0x00200100,), _decimals),
     )),
     Trait("TemporalPositionTimeOffset", "time {} s", sources=(_Source((0x0020930D,), _double),)),
-    Trait("NominalPercentageOfCardiacPhase", "{} % of the cycle", sources=(_Source((0x00209241,), _double),)),
+    Trait("NominalPercentageOfCardiacPhase", "{} % of the cycle", sources=(_Source((0x00209241,), _single),)),
     Trait("TriggerTime", "TriggerTime {} ms", sources=(
         _Source((0x00209153,), _double), _Source((0x00181060,), _decimals),
     )),
@@ -176,6 +181,12 @@ TRAITS = (
     Trait("AcquisitionNumber", "acquisition {}", sources=(
         _Source((0x00209156,), _word), _Source((0x00200012,), _decimals),
     )),
+    *(
+        Trait(f"DimensionIndexValue{place}", f"index {{}} of dimension {place}", sources=(
+            _Source((0x00209157,), partial(_index, place=place)),
+        ))
+        for place in range(1, 7)
+    ),
 )  # fmt: skip
 
 _SOURCES = [(trait.name, source) for trait in TRAITS for source in trait.sources]
@@ -202,7 +213,7 @@ GROUPS: dict[int, tuple[int, ...]] = {
     0x00189325: (0x00180060,),  # CTXRayDetailsSequence
     0x00189329: (0x00089007,),  # CTImageFrameTypeSequence
     0x00189751: (0x00089007,),  # PETFrameTypeSequence
-    0x00209111: (0x00209056, 0x00209128, 0x00209156),  # FrameContentSequence
+    0x00209111: (0x00209056, 0x00209128, 0x00209156, 0x00209157),  # FrameContentSequence
     0x00209310: (0x0020930D,),  # TemporalPositionSequence
     0x00209170: _CLASSIC,  # UnassignedSharedConvertedAttributesSequence
     0x00209171: _CLASSIC,  # UnassignedPerFrameConvertedAttributesSequence
