@@ -116,8 +116,9 @@ def _codes(element: RawDataElement, allowed: re.Pattern[str] = _CODE) -> tuple[s
 
 
 def _ge_b_value(element: RawDataElement) -> tuple[str, ...]:
-    """The first value; a billion is added where the scanner chose the direction."""
-    return tuple(_number(float(value) % 100_000) for value in _decimals(element))
+    """The first value, without the billion that is added where the scanner scales the gradients."""
+    value = (element.value or b"").split(b"\\")[0].strip(b" \0")
+    return (_number(int(value) % 100_000),) if value.isdigit() else ()
 
 
 def _ge_component(element: RawDataElement) -> tuple[str, ...]:
