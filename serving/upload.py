@@ -21,6 +21,7 @@ from python_multipart.exceptions import FormParserError
 from rayseg.dicom import image_files, nifti
 from rayseg.dicom.reading import Header, Slice, read_headers, read_slices
 from rayseg.dicom.series import verdict
+from rayseg.dicom.splitting import split
 from rayseg.geometry.grid import Geometry
 from rayseg.records import Reason, Reject
 
@@ -31,6 +32,7 @@ FORM, ZIP = "multipart/form-data", "application/zip"
 _FIELD = b"file"
 _ZIP_MAGIC, _ZIP_ENTRY = b"PK\x03\x04", b"PK\x01\x02"
 _STEP = 1 << 20
+_SHOWN_STACKS = 5  # of a series of several
 logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # it would tell of each bad form, byte by byte
 
 
@@ -123,6 +125,13 @@ def arrange(objects: Sequence[bytes], limits: Limits) -> Series | Reject:
         counts = ", ".join(str(len(slices)) for slices in of_series.values())
         return Reject(Reason.SERIES_MIXED, f"{len(of_series)} series, of {counts} slices: send one at a time")
     (slices,) = of_series.values()
+    stacks = split([header for _, header in slices])
+    if len(stacks.parts) > 1:
+        shown = [str(part.name) for part in stacks.parts[:_SHOWN_STACKS]]
+        names = "; ".join(shown if len(shown) == len(stacks.parts) else [*shown, "..."])
+        return Reject(Reason.SERIES_DUPLICATES, f"{len(stacks.parts)} stacks ({names}): send one at a time")
+    left_out.update(stacks.rest.values())
+    slices = [slices[place] for place in stacks.parts[0].indices]
     found = verdict([header for _, header in slices])
     if found.verdict == "rejected":
         assert found.reason is not None

@@ -23,6 +23,7 @@ class Reason(StrEnum):
     UNSUPPORTED_TRANSFER_SYNTAX = "unsupported_transfer_syntax"  # no maintained decoder
     UNSUPPORTED_PIXELS = "unsupported_pixels"  # float, or a layout that is not read; detail names the attribute
     UNSUPPORTED_MULTIFRAME = "unsupported_multiframe"  # several frames or volumes where one is expected (TIFF, NIfTI)
+    MOSAIC = "mosaic"  # the slices of a volume as tiles of one image (Siemens MOSAIC, UIH VFRAME)
     DECODE_FAILED = "decode_failed"  # the decoder refused the pixel data
     MISSING_ATTRIBUTE = "missing_attribute"  # an attribute that is needed is absent or unusable; detail names it
     TOO_LARGE = "too_large"  # over a limit of pixels, frames, inflated bytes, scans or tiles; detail names it
@@ -34,6 +35,7 @@ class Reason(StrEnum):
     LOCALIZER = "localizer"  # a scout view, no part of a stack
     SERIES_MIXED = "series_mixed"  # a series with several sizes or orientations
     SERIES_DUPLICATES = "series_duplicates"  # a copy, or several different slices at one position
+    STACK_NOT_WANTED = "stack_not_wanted"  # of a stack that `catalog.stacks` leaves out
     UNEVEN_SLICES = "uneven_slices"  # slices at uneven distances, which the format of the output cannot say (NIfTI)
     NEEDS_NEIGHBOURS = "needs_neighbours"  # a slice alone, for a model that looks at those beside it too (HTTP, MLflow)
     WRITE_FAILED = "write_failed"  # the result could not be made or stored
@@ -95,6 +97,8 @@ MANIFEST = pa.schema(
         ("image_position_mm", pa.list_(pa.float64())),  # 3
         ("image_orientation", pa.list_(pa.float64())),  # 6: along a row, along a column
         ("localizer", pa.bool_()),
+        ("traits", pa.string()),  # what may tell volumes of one series apart: see `dicom.traits`
+        ("stack", pa.string()),  # the name of one of several stacks of its series; null where that is one
         ("series_verdict", pa.string()),  # "ok", "salvaged" or "rejected"
         ("series_detail", pa.string()),  # what was done or why
     ]

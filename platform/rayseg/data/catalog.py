@@ -3,7 +3,7 @@
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -51,10 +51,13 @@ class CatalogConfig:
     max_reject_fraction: float = 0.2
     concurrency: int = 4  # tasks at a time
     resources: dict[str, float] = field(default_factory=dict)  # what each asks for beside a CPU: {decode: 1}
+    stacks: tuple[str, ...] | None = None  # of series with several, those whose name a pattern matches; null: all
 
     def __post_init__(self) -> None:
         if pacs.is_dicomweb(self.source) and self.layout != Layout():
             raise ValueError("catalog.layout: a DICOMweb service has no paths: leave it out")
+        if self.stacks is not None and not self.stacks:
+            raise ValueError("catalog.stacks: no pattern; null takes all stacks, as 'b=1000*' those of that name")
 
 
 @dataclass(frozen=True)
@@ -89,12 +92,13 @@ def catalog(config: CatalogConfig) -> CatalogResult:
     stands for their ETag is a digest of the bytes. Memory does not grow with the source but for some 60 bytes an
     object.
 
-    The rows of a series stand together in the order of its slices, series in the order of their first URI. All objects
-    of a series that cannot be used as one are rejected with the series' reason.
+    The rows of a series stand together in the order of its slices, series in the order of their first URI. Of a series
+    of several volumes each stack is a series, see `manifest.in_series`. All objects of a series that cannot be used as
+    one are rejected with the series' reason.
 
     Raises:
         ValueError: nothing at the source, a layout that does not fit it, no pseudonym key, or, after the manifest is
-            written, more rejects than `max_reject_fraction`.
+            written, more rejects than `max_reject_fraction` (stacks that are not wanted do not count).
     """
     began = time.monotonic()
     pseudonyms = from_environment()
@@ -109,7 +113,7 @@ def catalog(config: CatalogConfig) -> CatalogResult:
         unread, unchanged = _plan(source, config.layout, groups, earlier, found, lonely)
         objects = unread.objects + unchanged
         _headers(unread, config, pseudonyms, found)
-        counts = _write(found, Path(folder, "manifest"), mark)
+        counts = _write(found, Path(folder, "manifest"), mark, config.stacks)
         _write_without_image(output, [storage.join(source, path) for path in lonely])
         storage.write_file(output, Path(folder, "manifest"))
     rows, rejected = counts.accepted + counts.reasons.total(), counts.reasons.total()
@@ -118,9 +122,10 @@ def catalog(config: CatalogConfig) -> CatalogResult:
         "catalog: %d objects, %d of them unchanged, %d accepted, rejected: %s",
         *(objects, unchanged, counts.accepted, reasons or "none"),
     )
-    if rejected > config.max_reject_fraction * rows:
+    unwanted = counts.reasons[Reason.STACK_NOT_WANTED]
+    if rejected - unwanted > config.max_reject_fraction * (rows - unwanted):
         raise ValueError(
-            f"catalog: {rejected} of {rows} objects rejected, over max_reject_fraction "
+            f"catalog: {rejected - unwanted} of {rows - unwanted} objects rejected, over max_reject_fraction "
             f"{config.max_reject_fraction}: {_counted(reasons)}; the manifest {output} names each"
         )
     return CatalogResult(
@@ -156,7 +161,7 @@ class _Counts:
     series: set[str] = field(default_factory=set)
 
 
-def _write(found: Spool, path: Path, mark: str) -> _Counts:
+def _write(found: Spool, path: Path, mark: str, stacks: Sequence[str] | None) -> _Counts:
     """Writes the manifest into a local file, some thousand rows at a time; equal rows give equal bytes."""
     counts = _Counts()
     schema = MANIFEST.with_metadata({standing.METADATA: mark})
@@ -164,7 +169,7 @@ def _write(found: Spool, path: Path, mark: str) -> _Counts:
         for rows in by_series(found):
             for row in rows:
                 del row["index"]
-            judged = manifest.in_series(rows)
+            judged = manifest.in_series(rows, stacks)
             writer.write_table(pa.Table.from_pylist(judged, schema=schema))
             accepted = [row for row in judged if row["verdict"] == "ok"]
             reasons = Counter(row["reason"] for row in judged if row["verdict"] != "ok")

@@ -3,19 +3,27 @@
 import dataclasses
 import hashlib
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 from PIL import Image
 
 from rayseg import storage
-from rayseg.dicom import image_files, nifti, series
+from rayseg.dicom import image_files, nifti, series, splitting
 from rayseg.dicom.pseudonyms import Pseudonyms
 from rayseg.dicom.reading import Header, read_headers
 from rayseg.geometry.grid import Geometry
 from rayseg.records import Reason, Reject
 
 MAX_OBJECT_BYTES = 2**31  # larger objects are refused unread
+_STACK, _STACK_DIGITS = "-", 10  # between a series' key and what stands for its stack's name; of that
+_OF_NO_STACK = {
+    Reason.LOCALIZER: "a localizer",
+    Reason.SERIES_MIXED: "of another size, spacing or plane than the stacks of the series",
+    Reason.SERIES_DUPLICATES: "a slice where one of a stack lies, and no stack by itself",
+}
 MORE_BYTES = 2**22  # read where the beginning does not hold the header: it then has functional groups or an icon
 
 
@@ -64,11 +72,13 @@ def read_failure(error: OSError, what: str = "object") -> Reject:
     return Reject(reason, f"{what}: {type(error).__name__}")
 
 
-def in_series(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def in_series(rows: list[dict[str, Any]], wanted: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """The rows with the verdict of their series, which stands together in the order of its slices.
 
-    A series stands where its first row stood. Rows of a rejected series, and those that a salvaged one leaves out, are
-    rejected with the series' reason.
+    A series stands where its first row stood, its stacks one after the other where it has several: each is then a
+    series with a key of its own, made of the series' key and the stack's name. Rows of a rejected series, and those
+    that a salvaged one leaves out, are rejected with the series' reason, those of stacks that no pattern in `wanted`
+    matches as STACK_NOT_WANTED; without patterns all are taken.
     """
     members: dict[str, list[dict[str, Any]]] = {}
     for values in rows:
@@ -79,10 +89,42 @@ def in_series(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if values["verdict"] != "ok" or values["kind"] != "dicom":
             ordered.append(values)
         elif values["series_key"] in members:
-            ordered.extend(_judged(members.pop(values["series_key"])))
+            ordered.extend(_split(members.pop(values["series_key"]), wanted))
         # else: its series stands already
     assert len(ordered) == len(rows)
     return ordered
+
+
+def unjudged(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of `in_series` as it was before."""
+    if row["kind"] == "dicom" and row["series_verdict"] is not None:  # only accepted rows are judged
+        row |= {"verdict": "ok", "reason": None, "detail": None, "series_verdict": None, "series_detail": None}
+        if row["stack"] is not None:
+            row |= {"series_key": row["series_key"].partition(_STACK)[0], "stack": None}
+    return row
+
+
+def _split(rows: list[dict[str, Any]], wanted: Sequence[str] | None) -> list[dict[str, Any]]:
+    """The rows of one series, a stack after the other; what is of none stands behind the first, under its key."""
+    split = splitting.split([_header(values) for values in rows])
+    judged: list[dict[str, Any]] = []
+    for part in split.parts:
+        stack: dict[str, Any] = {}
+        if part.name is not None:
+            key = f"{rows[0]['series_key']}{_STACK}{hashlib.sha256(part.name.encode()).hexdigest()[:_STACK_DIGITS]}"
+            stack = {"series_key": key, "stack": part.name}
+        of_stack = [rows[index] | stack for index in part.indices]
+        if part.name is None or wanted is None or any(fnmatchcase(part.name, pattern) for pattern in wanted):
+            judged += _judged(of_stack)
+        else:
+            told = {"series_verdict": "rejected", "series_detail": "stack not wanted"}
+            reject = Reject(Reason.STACK_NOT_WANTED, "catalog.stacks")
+            judged += [refused(values | told, reject) for values in of_stack]
+        if part is split.parts[0]:
+            stack |= {name: judged[-1][name] for name in ("series_verdict", "series_detail")}
+            for index, reason in split.rest.items():
+                judged.append(refused(rows[index] | stack, Reject(reason, _OF_NO_STACK[reason])))
+    return judged
 
 
 def _judged(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -177,6 +219,7 @@ def _of_dicom(item: Item, header: Header, pseudonyms: Pseudonyms) -> dict[str, A
         "frame_of_reference_key": header.frame_of_reference_uid
         and pseudonyms.key("frame_of_reference", header.frame_of_reference_uid),
         "localizer": header.localizer,
+        "traits": header.traits,
         "modality": header.modality,
         "transfer_syntax_uid": header.transfer_syntax_uid,
         "rows": geometry.rows,
@@ -215,4 +258,5 @@ def _header(values: dict[str, Any]) -> Header:
         ),
         frame=values["frame"],
         localizer=values["localizer"],
+        traits=values["traits"],
     )

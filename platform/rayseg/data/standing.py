@@ -10,11 +10,12 @@ import numpy as np
 
 from rayseg import config, storage
 from rayseg.data.layouts import Layout
+from rayseg.data.manifest import unjudged
 from rayseg.data.spool import Spool, opened
 from rayseg.dicom.pseudonyms import Pseudonyms
 from rayseg.records import MANIFEST, Reason
 
-VERSION = 1  # of what a catalog makes of an object: another number makes older manifests' rows stale
+VERSION = 2  # of what a catalog makes of an object: another number makes older manifests' rows stale
 METADATA = b"rayseg.catalog"  # of a manifest's file: `mark`
 _SAME = ("uri", "bytes", "etag", "masks")  # an object is unchanged where these are
 _TRY_AGAIN = {Reason.READ_FAILED, Reason.NOT_FOUND, Reason.INTERNAL}
@@ -60,7 +61,7 @@ class Standing:
         rows = iter(self._rows.rows(np.concatenate(numbers)))
         found = [[next(rows) for _ in of_one] for of_one in numbers]
         return [
-            [_unjudged(row) for row in of_one if row["uri"] == one["uri"]]
+            [unjudged(row) for row in of_one if row["uri"] == one["uri"]]
             for one, of_one in zip(planned, found, strict=True)
         ]
 
@@ -69,9 +70,3 @@ def _hash(row: Mapping[str, Any]) -> int:
     """Eight bytes of an object's name and state, 0 for none."""
     values = repr([row[name] for name in _SAME])
     return int.from_bytes(hashlib.blake2b(values.encode("utf-8", "surrogatepass"), digest_size=8).digest()) or 1
-
-
-def _unjudged(row: dict[str, Any]) -> dict[str, Any]:
-    if row["kind"] == "dicom" and row["series_verdict"] is not None:  # only accepted rows are judged
-        row |= {"verdict": "ok", "reason": None, "detail": None, "series_verdict": None, "series_detail": None}
-    return row

@@ -18,6 +18,7 @@ from pydicom.dataset import Dataset
 from pydicom.filereader import read_partial
 from pydicom.tag import BaseTag
 
+from rayseg.dicom import mosaic, traits
 from rayseg.records import Reason, Reject
 
 # These libraries write attribute values, identities among them, into logs and warnings (see `silence_libraries`).
@@ -79,6 +80,9 @@ _KEYWORDS = {
 _FRAME_TYPE = 0x00089007
 _TAGS = {keyword: tag for tag, keyword in _KEYWORDS.items()} | {"FrameType": _FRAME_TYPE}
 
+_TAGS_OF_SLICES = [*_KEYWORDS, *mosaic.TAGS]
+_TAGS_OF_SERIES = [*{*_TAGS_OF_SLICES, *traits.TAGS}]  # more time: for who asks how slices belong together
+
 # Functional groups (PS3.3 C.7.6.16) that say where a frame lies and what its values mean: what is taken from each.
 _GROUPS = {
     0x00189226: (_FRAME_TYPE,),  # MRImageFrameTypeSequence
@@ -88,6 +92,7 @@ _GROUPS = {
     0x00289110: (_TAGS["PixelSpacing"], _TAGS["SliceThickness"]),  # PixelMeasuresSequence
     0x00289145: (_TAGS["RescaleIntercept"], _TAGS["RescaleSlope"]),  # PixelValueTransformationSequence
 }
+_GROUPS_OF_SERIES = _GROUPS | traits.GROUPS
 
 DefaultT = TypeVar("DefaultT")
 
@@ -115,8 +120,8 @@ def silence_libraries() -> None:
         warnings.filterwarnings("ignore", module=_TALKATIVE)
 
 
-def parse(data: bytes) -> Parsed | Reject:
-    """Walks the data set up to its pixel data, keeping the elements named in `_KEYWORDS`."""
+def parse(data: bytes, with_traits: bool = False) -> Parsed | Reject:
+    """Walks the data set up to its pixel data, keeping the elements of `_KEYWORDS` and `mosaic`, and of `traits`."""
     if not data:
         return Reject(Reason.EMPTY_OBJECT)
     part10 = data[128:132] == b"DICM"
@@ -139,8 +144,9 @@ def parse(data: bytes) -> Parsed | Reject:
         kept += tag in _KEYWORDS
         return tag in PIXEL_TAGS
 
+    tags = _TAGS_OF_SERIES if with_traits else _TAGS_OF_SLICES
     try:
-        dataset = read_partial(stream, at_pixels, force=True, specific_tags=list(_KEYWORDS))
+        dataset = read_partial(stream, at_pixels, force=True, specific_tags=tags)
     except Exception as error:
         if stream.elements > _MAX_ELEMENTS:
             return Reject(Reason.CORRUPT, f"more than {_MAX_ELEMENTS} elements")
@@ -220,15 +226,26 @@ def _inflate(data: bytes) -> bytes | Reject:
     return data[:start].replace(deflated_uid, plain_uid.ljust(len(deflated_uid), b"\0")) + body
 
 
-def frame_elements(dataset: Dataset, frame: int) -> dict[int, RawDataElement]:
+def frame_elements(dataset: Dataset, frame: int, with_traits: bool = False) -> dict[int, RawDataElement]:
     """What the functional groups say of one frame, the frame's own groups above those that all frames share."""
     found: dict[int, RawDataElement] = {}
+    wanted = _GROUPS_OF_SERIES if with_traits else _GROUPS
     for keyword, place in (("SharedFunctionalGroupsSequence", 0), ("PerFrameFunctionalGroupsSequence", frame)):
         for groups in sequence_item(dataset, _TAGS[keyword], place):
-            for sequence, tags in _GROUPS.items():
-                for item in sequence_item(groups, sequence):
-                    elements = {tag: item.get_item(tag) for tag in tags if tag in item}
-                    found |= {tag: one for tag, one in elements.items() if isinstance(one, RawDataElement)}
+            for sequence in wanted.keys() & groups.keys():
+                found |= _of_group(groups, sequence, wanted)
+    return found
+
+
+def _of_group(groups: Dataset, sequence: int, wanted: Mapping[int, tuple[int, ...]]) -> dict[int, RawDataElement]:
+    """The elements of one functional group, and of groups within it."""
+    found: dict[int, RawDataElement] = {}
+    for item in sequence_item(groups, sequence):
+        for tag in wanted[sequence]:
+            if tag in wanted:
+                found |= _of_group(item, tag, wanted)
+            elif tag in item and isinstance(element := item.get_item(tag), RawDataElement):
+                found[tag] = element
     return found
 
 
@@ -250,6 +267,12 @@ class Elements:
         """`of_frame`: elements of one frame, which stand for those of the data set."""
         self._dataset = dataset
         self._of_frame = of_frame or {}
+
+    def raw(self, tags: frozenset[int]) -> dict[int, RawDataElement]:
+        """Those of some elements that there are, as they are stored."""
+        elements = {int(tag): self._dataset.get_item(tag) for tag in tags.intersection(self._dataset.keys())}
+        elements |= {tag: element for tag, element in self._of_frame.items() if tag in tags}
+        return {tag: element for tag, element in elements.items() if isinstance(element, RawDataElement)}
 
     def has(self, keyword: str) -> bool:
         """Whether the element is there, empty or not."""

@@ -19,7 +19,7 @@ from typing import cast
 import numpy as np
 from pydicom import uid
 
-from rayseg.dicom import image_files, nifti, pixels, tables
+from rayseg.dicom import image_files, mosaic, nifti, pixels, tables, traits
 from rayseg.dicom.parsing import PIXEL_TAGS, Elements, Parsed, frame_elements, parse, silence_libraries
 from rayseg.geometry.grid import Geometry
 from rayseg.geometry.planes import is_orthonormal
@@ -38,6 +38,7 @@ _NO_SOURCE_IMAGE = {
 }
 # A CT without an intercept has no HU (type 1 in PS3.3 C.8.2.1 and C.8.15.3.10); elsewhere stored values are values.
 _IN_HU = {str(uid.CTImageStorage), str(uid.EnhancedCTImageStorage), str(uid.LegacyConvertedEnhancedCTImageStorage)}
+_LEGACY_MR = str(uid.LegacyConvertedEnhancedMRImageStorage)
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,8 @@ class Header:
     localizer: bool = False  # a scout view: no part of a stack
     scanner: str = ""  # Manufacturer and ManufacturerModelName, empty where the object has neither
     body_part: str = ""  # BodyPartExamined, likewise
+    # What may tell it from other volumes of its series, see `traits.read`; `read_headers` alone looks for it.
+    traits: str = field(default="", compare=False)
 
     @property
     def slice_uid(self) -> str:
@@ -115,11 +118,15 @@ class _Object:
     frames: int
     grouped: bool  # it has functional groups (enhanced)
 
-    def values(self, frame: int | None) -> tuple[Header, float, float] | Reject:
+    def values(self, frame: int | None, with_traits: bool = False) -> tuple[Header, float, float] | Reject:
         """Header, rescale slope and intercept of a frame."""
-        elements = Elements(
-            self.parsed.dataset, frame_elements(self.parsed.dataset, frame or 0) if self.grouped else {}
-        )
+        dataset = self.parsed.dataset
+        elements = Elements(dataset, frame_elements(dataset, frame or 0, with_traits) if self.grouped else {})
+        kinds = elements.text("FrameType"), self.elements.text("ImageType")
+        slices_are_frames = self.grouped and self.frames > 1 and elements.text("SOPClassUID") != _LEGACY_MR
+        private = self.elements.raw(mosaic.TAGS) if mosaic.NUMBER in dataset else {}
+        if refusal := mosaic.refusal(kinds, private, slices_are_frames):
+            return refusal
         slope, intercept = elements.number("RescaleSlope", 1.0), elements.number("RescaleIntercept", 0.0)
         if self.elements.has("ModalityLUTSequence"):
             slope, intercept = 1.0, 0.0
@@ -140,9 +147,10 @@ class _Object:
             # Of several frames without functional groups none is known to lie where the object says.
             geometry=_geometry(elements, self.layout.rows, self.layout.columns, placed=self.grouped or frame is None),
             frame=frame,
-            localizer="LOCALIZER" in (elements.text("FrameType") + "\\" + elements.text("ImageType")).split("\\"),
+            localizer="LOCALIZER" in "\\".join(kinds).split("\\"),
             scanner=" ".join(f"{elements.text('Manufacturer')} {elements.text('ManufacturerModelName')}".split()),
             body_part=_code_string(elements.text("BodyPartExamined")),
+            traits=traits.read(elements.raw(traits.TAGS)) if with_traits else "",
         )
         return header, slope, intercept
 
@@ -159,14 +167,14 @@ def read_headers(data: bytes, object_bytes: int | None = None) -> list[Header] |
     """
     try:
         silence_libraries()
-        found = _open(data)
+        found = _open(data, with_traits=True)
         if isinstance(found, Reject):
             return found
         if object_bytes is not None and object_bytes - found.parsed.pixel_offset < _least_bytes(found):
             return Reject(Reason.TRUNCATED, "PixelData: fewer bytes than Rows and Columns need")
         headers = []
         for frame in [None] if found.frames == 1 else range(found.frames):
-            values = found.values(frame)
+            values = found.values(frame, with_traits=True)
             if isinstance(values, Reject):
                 return values
             headers.append(values[0])
@@ -271,9 +279,9 @@ def _least_bytes(found: _Object) -> int:
     return needed if needed <= found.parsed.pixel_bytes else 2**63
 
 
-def _open(data: bytes) -> _Object | Reject:
+def _open(data: bytes, with_traits: bool = False) -> _Object | Reject:
     """Decides from the data set alone whether the object is an image that we read."""
-    parsed = parse(data)
+    parsed = parse(data, with_traits)
     if isinstance(parsed, Reject):
         return parsed
     elements = Elements(parsed.dataset)

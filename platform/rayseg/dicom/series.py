@@ -53,7 +53,7 @@ def verdict(headers: Sequence[Header]) -> SeriesVerdict:
         notes.append(f"{len(first) - len(unique)} localizers left out")
     if len(first) < len(headers):
         notes.append(f"{len(headers) - len(first)} copies left out")
-    groups = _groups(headers, unique)
+    groups = grids(headers, unique)
     kept = max(groups, key=len)
     if len(kept) * 2 <= len(unique):
         detail = f"{len(groups)} sizes, spacings or orientations, none of them in more than half of the slices"
@@ -82,7 +82,7 @@ def verdict(headers: Sequence[Header]) -> SeriesVerdict:
     return SeriesVerdict(outcome, None, "; ".join(notes), [kept[index] for index in ascending], spacing_mm)
 
 
-def _groups(headers: Sequence[Header], indices: Sequence[int]) -> list[list[int]]:
+def grids(headers: Sequence[Header], indices: Sequence[int]) -> list[list[int]]:
     """Indices of slices that lie on parallel planes with equal grids, in order of appearance."""
     groups: list[list[int]] = []
     for index in indices:
