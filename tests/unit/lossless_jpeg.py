@@ -27,7 +27,7 @@ def encode(
         predictor: the selection value, table H.1.
         transform: the point transform; so many low bits are lost.
         restart_rows: rows between restart markers; 0 for none.
-        low_bits: every other difference is told as that of the other sign with the same low `bits` bits, if there is one.
+        low_bits: every other difference is told as that of the other sign with the same low `bits` bits.
         ids: component identifiers.
         segments: that stand before the frame header.
     """

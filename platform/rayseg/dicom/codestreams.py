@@ -39,7 +39,7 @@ class Codestream:
     luma_first: bool | None  # of three: luminance and colour differences, or red, green and blue; None where not told
     parts: int  # scans of a JPEG, tiles of a JPEG 2000
     scan: int = 0  # where the first scan of a JPEG begins
-    lossless: bool = False  # a JPEG of differences (ITU-T T.81 annex H)
+    lossless: bool = False  # a JPEG of differences (ITU-T T.81 annex H), a JPEG 2000 of the reversible wavelet
     predictor: int = 0  # of such a one: the selection value of its first scan,
     transform: int = 0  # and its point transform
     restarts: bool = False  # a JPEG with a restart interval
@@ -155,11 +155,13 @@ def _jpeg_2000(data: bytes) -> Codestream | Reject:
         return Reject(Reason.UNSUPPORTED_PIXELS, "PixelData: components of different depth")
     depth = data[42]
     # Decoders make components of fewer samples red, green and blue, too.
-    transformed = len(depths) > 1
+    transformed, reversible = len(depths) > 1, False
     position = 4 + size
-    while data[position] == 0xFF and data[position + 1] != 0x90:  # the main header ends at the first tile
-        if data[position + 1] == 0x52:
-            transformed = transformed or data[position + 8] == 1
+    while data[position : position + 1] == b"\xff" and position + 14 <= len(data):  # up to the first tile
+        if data[position + 1] == 0x90:
+            break
+        if data[position + 1] == 0x52:  # COD
+            transformed, reversible = transformed or data[position + 8] == 1, data[position + 13] == 1
         position += 2 + struct.unpack_from(">H", data, position + 2)[0]
     return Codestream(
         data=data,
@@ -170,6 +172,7 @@ def _jpeg_2000(data: bytes) -> Codestream | Reject:
         precision=(depth & 0x7F) + 1,
         signed=depth >= 0x80,
         luma_first=False if components == 3 and transformed else None,
+        lossless=reversible,
         parts=_tiles(x_end - tiles_x, width) * _tiles(y_end - tiles_y, height),
     )
 

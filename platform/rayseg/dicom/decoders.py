@@ -123,8 +123,9 @@ def _jpeg_2000(stream: Codestream, luma_first: bool, luma: bool) -> np.ndarray:
     return imagecodecs.jpeg2k_decode(stream.data)
 
 
-def _htj2k(stream: Codestream, luma_first: bool, luma: bool) -> np.ndarray:
-    return imagecodecs.htj2k_decode(stream.data)
+def _htj2k(stream: Codestream, luma_first: bool, luma: bool) -> np.ndarray | None:
+    """Of the reversible wavelet only: of the other one it lets values beyond the precision wrap around."""
+    return imagecodecs.htj2k_decode(stream.data) if stream.lossless else None
 
 
 _DECODERS: dict[str, tuple[Callable[[Codestream, bool, bool], np.ndarray | Reject | None], ...]] = {

@@ -40,7 +40,7 @@ def read(parsed: Parsed, elements: Elements) -> Layout | Reject:
     table: np.ndarray | Reject | None = None
     if photometric == "PALETTE COLOR":
         table = tables.palette(parsed.dataset, elements, of_table, signed)
-    elif samples == 1:
+    elif samples == 1 and elements.has("ModalityLUTSequence"):
         table = tables.modality(parsed.dataset, of_table, signed)
     if isinstance(table, Reject):
         return table
