@@ -152,8 +152,8 @@ def test_bytes_that_are_no_mask_are_rejected() -> None:
         (good[: len(good) // 2], Reason.NOT_AN_IMAGE),
         (encoded(Image.fromarray(VALUES.astype(np.float32)), "TIFF"), Reason.UNSUPPORTED_PIXELS),
         (dicom(VALUES)[:-20], Reason.TRUNCATED),
-        (dicom(VALUES)[:-2], Reason.DECODE_FAILED),
-        (dicom(VALUES, PixelData=None), Reason.DECODE_FAILED),
+        (dicom(VALUES)[:-2], Reason.TRUNCATED),
+        (dicom(VALUES, PixelData=None), Reason.TRUNCATED),
     ]:
         mask = read_mask(data)
         assert isinstance(mask, Reject)

@@ -5,15 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pydicom
 from PIL import Image
 from pydicom import uid
-from pydicom.pixels import pixel_array
 
 from rayseg.data.labels import Labels
 from rayseg.dicom import image_files, nifti, segments
-from rayseg.dicom.parsing import parse, silence_libraries
-from rayseg.dicom.reading import Header
+from rayseg.dicom.parsing import Parsed, parse, silence_libraries
+from rayseg.dicom.reading import Header, read_stored
 from rayseg.geometry import planes
 from rayseg.geometry.grid import Geometry
 from rayseg.records import Reason, Reject
@@ -117,7 +115,7 @@ def read_mask(
     try:
         if str(parsed.dataset.get("SOPClassUID", "")) in segments.SOP_CLASSES:
             return _of_segmentation(parsed.data, header)
-        return _of_dicom(parsed.data, parsed.transfer_syntax_uid, source, frame)
+        return _of_dicom(parsed, source, frame)
     except Exception as error:  # pydicom's decoders raise a dozen types on bad bytes
         return Reject(Reason.DECODE_FAILED, f"mask: {type(error).__name__}")
 
@@ -141,19 +139,13 @@ def _of_image(data: bytes, source: str | None, by_value: bool) -> list[Layer] | 
     return [Layer(values, source, lossy)]
 
 
-def _of_dicom(data: bytes, transfer_syntax_uid: str, source: str | None, frame: int | None) -> list[Layer] | Reject:
+def _of_dicom(parsed: Parsed, source: str | None, frame: int | None) -> list[Layer] | Reject:
     """Stored values: neither rescaled nor inverted nor padded, which all are about showing an image."""
-    dataset = pydicom.dcmread(io.BytesIO(data), force=True)
-    if "PixelData" not in dataset:
-        return Reject(Reason.NO_PIXELS, "mask")
-    if dataset.Rows * dataset.Columns > _MAX_PIXELS:
-        return Reject(Reason.TOO_LARGE, f"mask of {dataset.Rows} x {dataset.Columns} pixels")
-    frames = int(dataset.get("NumberOfFrames") or 1)
-    if (frame is None and frames > 1) or (frame is not None and frame >= frames):
-        return Reject(Reason.MASK_MISMATCH, f"a mask of {frames} frames")
-    if "TransferSyntaxUID" not in dataset.file_meta:
-        dataset.file_meta.TransferSyntaxUID = transfer_syntax_uid
-    return [Layer(pixel_array(dataset, index=frame or 0), source, transfer_syntax_uid in _LOSSY)]
+    values = read_stored(parsed, frame)
+    if isinstance(values, Reject):
+        reason = Reason.MASK_MISMATCH if values.reason == Reason.UNSUPPORTED_MULTIFRAME else values.reason
+        return Reject(reason, f"mask: {values.detail}" if values.detail else "mask")
+    return [Layer(values, source, parsed.transfer_syntax_uid in _LOSSY)]
 
 
 def _of_volume(data: bytes, source: str | None, frame: int | None, image: Geometry | None) -> list[Layer] | Reject:

@@ -52,7 +52,8 @@ class Preprocess:
     """How a slice becomes the network's input, with the exact inverse of the geometry for its output.
 
     At most one is set of `window` (fixed values: CT), `percentiles` and `z_score` (of each slice's own values: MR,
-    photographs). With none of them the rescaled values are taken as they are, rounded and clipped to 0..255.
+    photographs). With none of them the rescaled values are taken as they are, rounded and clipped to 0..255. No window
+    applies to the colours of DICOM objects: their luminance is taken as it is, 16 bits as 8.
     """
 
     size: tuple[int, int] = (256, 256)  # height, width of the network's input
@@ -130,6 +131,9 @@ class Preprocess:
 
     def _greys(self, slice: Slice) -> Iterator[np.ndarray]:
         """uint8 (rows, columns), one a channel; of a grey slice one where colours are wanted."""
+        if slice.is_colour and self._is_fixed:  # a window is of measured values, which colours are not
+            yield from [_of_full_scale(slice.stored)] * len(self._windows)
+            return
         if slice.stored.ndim == 2:
             yield from self._intensities(slice)
             return
@@ -243,6 +247,13 @@ def _window(window: Window | str) -> Window:
         known = ", ".join(WINDOWS)
         raise ValueError(f"preprocess.window: unknown name {window!r}; give one of {known}, or center and width")
     return WINDOWS[window]
+
+
+def _of_full_scale(stored: np.ndarray) -> np.ndarray:
+    """Luminances as uint8: of 8 bits as they are."""
+    if stored.dtype == np.uint8:
+        return stored
+    return _to_uint8(stored / float(2 ** (8 * stored.dtype.itemsize) - 1))
 
 
 def _fixed(window: Window | None, values: np.ndarray) -> np.ndarray:

@@ -1,20 +1,12 @@
-"""Encapsulated pixel data (PS3.5 A.4): the bytes of each frame, and what its codestream asks of a decoder.
-
-A decoder allocates and works by what the codestream declares, not by what the data set does, and nothing in this
-process can stop it once it runs: so what it would have to do is checked before.
-"""
+"""Encapsulated pixel data (PS3.5 A.4): the bytes of each frame, and whether an RLE frame is one."""
 
 import struct
 from itertools import pairwise
 
 from rayseg.records import Reason, Reject
 
-MAX_SCANS = 64  # of a JPEG, each a pass over the whole image; progressive ones have about ten
-MAX_TILES = 1024  # of a JPEG 2000, kilobytes each to a decoder; with tiles of 256 x 256 they make the largest frame
-
 _ITEM, _DELIMITER = b"\xfe\xff\x00\xe0", b"\xfe\xff\xdd\xe0"
-_SIZ = b"\xff\x4f\xff\x51"  # how a JPEG 2000 codestream begins: SOC and SIZ
-_END_OF_IMAGE, _START_OF_SCAN = b"\xff\xd9", b"\xff\xda"
+_END_OF_IMAGE = b"\xff\xd9"
 
 Span = tuple[int, int]
 
@@ -74,49 +66,4 @@ def rle_refusal(codestream: bytes, segments: int) -> Reject | None:
         return Reject(Reason.DECODE_FAILED, "PixelData: not as many RLE segments as pixels have bytes")
     if offsets[0] < 64 or any(a >= b for a, b in pairwise([*offsets[:segments], len(codestream)])):
         return Reject(Reason.DECODE_FAILED, "PixelData: RLE segments that do not follow each other")
-    return None
-
-
-def refusal(codestream: bytes, rows: int, columns: int, samples: int) -> Reject | None:
-    """Why a JPEG, JPEG-LS or JPEG 2000 codestream is not to be decoded, or None.
-
-    DECODE_FAILED where it is none, or has not the size or the number of components that the data set says; TOO_LARGE
-    for more scans or tiles than MAX_SCANS and MAX_TILES.
-    """
-    declared: tuple[int, int, int] | None
-    siz = codestream.find(_SIZ)  # perhaps in a JP2 wrapper
-    if siz >= 0 and len(codestream) >= siz + 42:
-        (x_end, y_end, x_start, y_start, width, height, tiles_x, tiles_y, components) = struct.unpack_from(
-            ">8LH", codestream, siz + 8
-        )  # ISO 15444-1 A.5.1
-        declared = (y_end - y_start, x_end - x_start, components)
-        many = "tiles" if _tiles(x_end - tiles_x, width) * _tiles(y_end - tiles_y, height) > MAX_TILES else None
-    else:
-        declared = _start_of_frame(codestream)
-        many = "scans" if codestream.count(_START_OF_SCAN) > MAX_SCANS else None
-    if declared is None:
-        return Reject(Reason.DECODE_FAILED, "PixelData: no image header in the codestream")
-    if declared[:2] != (rows, columns):
-        return Reject(Reason.DECODE_FAILED, "PixelData: the codestream has not the size of Rows and Columns")
-    if declared[2] != samples:
-        return Reject(Reason.DECODE_FAILED, "PixelData: the codestream has not SamplesPerPixel components")
-    return Reject(Reason.TOO_LARGE, f"PixelData: {many} of the codestream") if many else None
-
-
-def _tiles(extent: int, size: int) -> int:
-    return -(-extent // size) if size else MAX_TILES + 1
-
-
-def _start_of_frame(codestream: bytes) -> tuple[int, int, int] | None:
-    """Rows, columns and components of a JPEG or JPEG-LS codestream."""
-    position = 2
-    while codestream[:2] == b"\xff\xd8" and position + 10 <= len(codestream) and codestream[position] == 0xFF:
-        marker = codestream[position + 1]
-        if marker == 0xFF:  # a fill byte
-            position += 1
-        elif marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
-            rows, columns, components = struct.unpack_from(">HHB", codestream, position + 5)
-            return rows, columns, components
-        else:
-            position += 2 + struct.unpack_from(">H", codestream, position + 2)[0]
     return None

@@ -4,10 +4,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 
 import numpy as np
-from highdicom.frame import encode_frame
 from pydicom import uid
 from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate
+from pydicom.pixels import get_encoder
 
 
 def fill_pixels(segmentation: Dataset, places: Mapping[str, int], pixels: Sequence[np.ndarray]) -> None:
@@ -61,10 +61,16 @@ def _nothing(rows: int, columns: int) -> bytes:
 
 
 def _encoded(frame: np.ndarray) -> bytes:
-    return encode_frame(
+    rows, columns = frame.shape
+    return get_encoder(uid.RLELossless).encode(  # type: ignore[no-any-return]
         np.ascontiguousarray(frame),
-        uid.RLELossless,
+        encoding_plugin="pylibjpeg",  # else another one that is installed may come first
+        rows=rows,
+        columns=columns,
+        samples_per_pixel=1,
+        number_of_frames=1,
         bits_allocated=8,
         bits_stored=8,
+        pixel_representation=0,
         photometric_interpretation="MONOCHROME2",
     )

@@ -1,5 +1,6 @@
-"""Pixel data to stored values, a frame at a time: native data by hand, the others by each syntax's fastest decoder."""
+"""Pixel data to stored values, a frame at a time: native data by hand, codestreams by `decoders`."""
 
+import dataclasses
 import zlib
 from dataclasses import dataclass
 from functools import cached_property
@@ -7,9 +8,10 @@ from typing import Any
 
 import numpy as np
 from pydicom import uid
-from pydicom.pixels import get_decoder
+from pydicom.pixels import convert_color_space
 
-from rayseg.dicom import fragments
+from rayseg.dicom import codestreams, decoders, fragments
+from rayseg.dicom.codestreams import Codestream
 from rayseg.records import Reason, Reject
 
 # Whether the values are big endian, by uncompressed transfer syntax.
@@ -19,24 +21,18 @@ NATIVE = {
     str(uid.DeflatedExplicitVRLittleEndian): False,
     str(uid.ExplicitVRBigEndian): True,
 }
-
-# The plug-in of pydicom that decodes each syntax fastest, among those that need no system library: milliseconds of one
-# core (AMD EPYC, best of 25) for a 512x512 CT of 12 bits where nothing else is said. All lossless ones agree.
-DECODERS = {
-    str(uid.RLELossless): "pylibjpeg",  # 0.8; pydicom 13
-    str(uid.JPEGBaseline8Bit): "pillow",  # 0.4; pylibjpeg 1.7 (8 bits)
-    str(uid.JPEGExtended12Bit): "pylibjpeg",  # 1.7 (1024x256); pillow reads 8 bits only
-    str(uid.JPEGLossless): "pylibjpeg",  # 8.5, the only one
-    str(uid.JPEGLosslessSV1): "pylibjpeg",  # 8.5, the only one
-    str(uid.JPEGLSLossless): "pyjpegls",  # 3.2; pylibjpeg 12
-    str(uid.JPEGLSNearLossless): "pyjpegls",  # 3.4; pylibjpeg 10
-    str(uid.JPEG2000Lossless): "pylibjpeg",  # 17; pillow 18
-    str(uid.JPEG2000): "pylibjpeg",  # 10; pillow 11 (8 to 1)
-    str(uid.HTJ2KLossless): "pylibjpeg",  # 12, the only one (640x480 colours)
-    str(uid.HTJ2KLosslessRPCL): "pylibjpeg",  # 12, the only one
-    str(uid.HTJ2K): "pylibjpeg",  # 12, the only one
-}
 DEFLATED_FRAMES = "1.2.840.10008.1.2.8.1"  # Deflated Image Frame Compression (PS3.5 A.4.15): zlib's raw format
+# Those whose frames are words, of which the data set says how they lie and what they are.
+OF_WORDS = {*NATIVE, DEFLATED_FRAMES, str(uid.RLELossless)}
+# Those whose frames say it themselves (PS3.5 8.2).
+OF_CODESTREAMS = {
+    str(syntax)
+    for syntax in (
+        *(uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit, uid.JPEGLossless, uid.JPEGLosslessSV1),
+        *(uid.JPEGLSLossless, uid.JPEGLSNearLossless, uid.JPEG2000Lossless, uid.JPEG2000),
+        *(uid.HTJ2KLossless, uid.HTJ2KLosslessRPCL, uid.HTJ2K),
+    )
+}
 
 GREY = ("MONOCHROME1", "MONOCHROME2", "PALETTE COLOR")
 LUMA_FIRST = ("YBR_FULL", "YBR_FULL_422")  # the first component is the luminance
@@ -45,7 +41,10 @@ COLOUR = ("RGB", "YBR_ICT", "YBR_RCT", *LUMA_FIRST)
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """How a frame lies in its bytes (PS3.5 section 8.1.1) and how its words become grey values."""
+    """How a frame lies in its bytes (PS3.5 section 8.1.1) and how its words become grey values.
+
+    Of codestreams, which say more and count, it is what the data set claims.
+    """
 
     transfer_syntax_uid: str
     rows: int
@@ -53,18 +52,35 @@ class Layout:
     samples: int  # a pixel: 1, or 3 of a colour
     photometric_interpretation: str  # one of GREY or COLOUR
     planar: bool  # colours one plane after the other
-    bits_allocated: int  # 1, 8, 16 or 32
+    bits_allocated: int  # 1, 8, 16 or 32, of words
     bits_stored: int
     high_bit: int
     signed: bool
     padding: tuple[int, int] | None  # unsigned 16-bit words: the padding value and its range's other end
     words_swapped: bool  # the values are an OW's: 8-bit ones are swapped in pairs where big endian (PS3.5 A.3)
-    table: np.ndarray | None = None  # grey values of all stored values, from the smallest on: palette, modality LUT
+    table: np.ndarray | None = None  # grey values of all stored values: of a palette, or of a modality LUT
+    table_first: int = 0  # the stored value of its first one
+
+    @property
+    def is_rescaled(self) -> bool:
+        """Whether slope and intercept hold: colours are colours, and a modality LUT stands instead of them."""
+        return self.samples == 1 and self.table is None
+
+    @property
+    def is_colour(self) -> bool:
+        """Whether the grey values are luminances."""
+        return self.samples > 1 or self.photometric_interpretation == "PALETTE COLOR"
+
+    @property
+    def is_halved(self) -> bool:
+        """Whether two pixels share their colour differences: RLE has none of these, a codestream says it itself."""
+        of_native_words = self.transfer_syntax_uid in NATIVE or self.transfer_syntax_uid == DEFLATED_FRAMES
+        return of_native_words and self.photometric_interpretation == "YBR_FULL_422"
 
     @property
     def frame_bits(self) -> int:
         """Bits of a frame where it is not compressed."""
-        samples = 2 if self.photometric_interpretation == "YBR_FULL_422" else self.samples
+        samples = 2 if self.is_halved else self.samples
         return self.rows * self.columns * samples * self.bits_allocated
 
     def native_bytes(self, frames: int) -> int:
@@ -90,18 +106,18 @@ class PixelData:
             MONOCHROME1 is inverted (largest stored value minus value, minus one minus value where signed); pixels in
             the padding range are set to the smallest value outside it. May be read-only.
         """
-        layout = self.layout
-        words = self._native(index) if layout.transfer_syntax_uid in NATIVE else self._compressed(index)
-        if isinstance(words, Reject):
-            return words
+        found = self._words(index, colours=False)
+        if isinstance(found, Reject):
+            return found
+        words, layout = found
         if layout.samples > 1:
             return _narrow(words)
         stored = _stored_bits(words, layout)
         padded = _padded(words, stored, layout)
         bits, signed = layout.bits_stored, layout.signed
         if layout.table is not None:
-            stored = np.take(layout.table, stored.astype(np.int32) - _smallest(layout), mode="clip")
-            bits, signed = stored.dtype.itemsize * 8, False
+            stored = np.take(layout.table, stored.astype(np.int32) - layout.table_first, mode="clip")
+            bits, signed = stored.dtype.itemsize * 8, stored.dtype.kind == "i"
         if layout.photometric_interpretation == "MONOCHROME1":
             stored = -1 - stored if signed else (2**bits - 1) - stored
         if padded is not None:
@@ -109,12 +125,44 @@ class PixelData:
             stored = np.where(padded, smallest, stored)
         return _narrow(stored)
 
+    def stored(self, index: int) -> np.ndarray | Reject:
+        """Decodes one frame to its values as they are: not inverted, no padding, no table.
+
+        Returns:
+            (rows, columns), or (rows, columns, 3) red, green, blue, in one of the types of `frame`.
+        """
+        found = self._words(index, colours=True)
+        if isinstance(found, Reject):
+            return found
+        words, layout = found
+        return _narrow(words if layout.samples > 1 else _stored_bits(words, layout))
+
     @cached_property
     def _fragments(self) -> list[list[fragments.Span]] | Reject:
         return fragments.split(self.data, self.offset, self.frames)
 
+    def _words(self, index: int, colours: bool) -> tuple[np.ndarray, Layout] | Reject:
+        """Words of one sample (rows, columns), and their layout.
+
+        Colours, where they are asked for, are (rows, columns, 3) red, green, blue, else their luminance.
+        """
+        if self.layout.transfer_syntax_uid in NATIVE:
+            words = self._native(index)
+        else:
+            if isinstance(self._fragments, Reject):
+                return self._fragments
+            frame = b"".join([self.data[start:stop] for start, stop in self._fragments[index]])
+            if self.layout.transfer_syntax_uid in OF_CODESTREAMS:
+                return _decoded(frame, self.layout, colours)
+            unpack = _inflated if self.layout.transfer_syntax_uid == DEFLATED_FRAMES else _unpacked
+            words = unpack(frame, self.layout)
+        if isinstance(words, Reject):
+            return words
+        of_pixels = (_colours if colours else _grey)(words, self.layout)
+        return of_pixels if isinstance(of_pixels, Reject) else (of_pixels, self.layout)
+
     def _native(self, index: int) -> np.ndarray | Reject:
-        """The allocated words as they are, in native byte order, a view of the data where possible."""
+        """The allocated words as they are, flat, in native byte order, a view of the data where possible."""
         layout = self.layout
         if self.length == 0xFFFFFFFF:
             return Reject(Reason.CORRUPT, "PixelData: undefined length in an uncompressed transfer syntax")
@@ -131,20 +179,7 @@ class PixelData:
             odd = (start - self.offset) % 2
             pairs = np.frombuffer(self.data, "u1", min((stop - start + odd + 1), held) // 2 * 2, start - odd)
             value, start = np.ascontiguousarray(pairs.reshape(-1, 2)[:, ::-1]).reshape(-1), odd
-        return _grey(_words(value, start, first_bit % 8, layout, big_endian), layout)
-
-    def _compressed(self, index: int) -> np.ndarray | Reject:
-        if isinstance(self._fragments, Reject):
-            return self._fragments
-        layout, syntax = self.layout, self.layout.transfer_syntax_uid
-        codestream = b"".join([self.data[start:stop] for start, stop in self._fragments[index]])
-        if syntax == DEFLATED_FRAMES:
-            return _inflated(codestream, layout)
-        if syntax == uid.RLELossless:
-            refusal = fragments.rle_refusal(codestream, layout.samples * layout.bits_allocated // 8)
-        else:
-            refusal = fragments.refusal(codestream, layout.rows, layout.columns, layout.samples)
-        return refusal or _decoded(codestream, layout)
+        return _words(value, start, first_bit % 8, layout, big_endian)
 
 
 def _words(data: bytes | np.ndarray, start: int, first_bit: int, layout: Layout, big_endian: bool) -> np.ndarray:
@@ -158,15 +193,40 @@ def _words(data: bytes | np.ndarray, start: int, first_bit: int, layout: Layout,
     return words.astype(words.dtype.newbyteorder("="), copy=False)
 
 
+def _is_planar(layout: Layout) -> bool:
+    return layout.planar or layout.transfer_syntax_uid == uid.RLELossless  # which is always so (PS3.5 G.2)
+
+
 def _grey(words: np.ndarray, layout: Layout) -> np.ndarray:
     """Flat samples as one value a pixel, (rows, columns)."""
     size = layout.rows, layout.columns
-    if layout.photometric_interpretation == "YBR_FULL_422":  # two Y, then Cb and Cr of both (PS3.3 C.7.6.3.1.2)
+    if layout.is_halved:  # two Y, then Cb and Cr of both (PS3.3 C.7.6.3.1.2)
         return words.reshape(-1, 4)[:, :2].reshape(size)
     if layout.samples == 1:
         return words.reshape(size)
-    colours_HWC = np.moveaxis(words.reshape(3, *size), 0, -1) if layout.planar else words.reshape(*size, 3)
+    colours_HWC = np.moveaxis(words.reshape(3, *size), 0, -1) if _is_planar(layout) else words.reshape(*size, 3)
     return colours_HWC[..., 0] if layout.photometric_interpretation in LUMA_FIRST else luminance(colours_HWC)
+
+
+def _colours(words: np.ndarray, layout: Layout) -> np.ndarray | Reject:
+    """Flat samples as (rows, columns), or (rows, columns, 3) red, green, blue."""
+    size = layout.rows, layout.columns
+    if layout.samples == 1:
+        return words.reshape(size)
+    if layout.is_halved:
+        quads = words.reshape(-1, 4)
+        pairs = [np.stack([quads[:, place], quads[:, 2], quads[:, 3]], axis=-1) for place in (0, 1)]
+        colours_HWC = np.stack(pairs, axis=1).reshape(*size, 3)
+    else:
+        colours_HWC = np.moveaxis(words.reshape(3, *size), 0, -1) if _is_planar(layout) else words.reshape(*size, 3)
+    return _rgb(colours_HWC) if layout.photometric_interpretation in LUMA_FIRST else colours_HWC
+
+
+def _rgb(colours_HWC: np.ndarray) -> np.ndarray | Reject:
+    """Of luminance and colour differences (PS3.3 C.7.6.3.1.2)."""
+    if colours_HWC.dtype != np.uint8:
+        return Reject(Reason.UNSUPPORTED_PIXELS, "PhotometricInterpretation: colour differences of more than 8 bits")
+    return convert_color_space(np.ascontiguousarray(colours_HWC), "YBR_FULL", "RGB")
 
 
 def luminance(colours: np.ndarray) -> np.ndarray:
@@ -176,48 +236,65 @@ def luminance(colours: np.ndarray) -> np.ndarray:
     return grey.astype(colours.dtype)
 
 
-def _inflated(codestream: bytes, layout: Layout) -> np.ndarray | Reject:
-    """The words of a frame that is deflated by itself, as little endian ones."""
+def _inflated(frame: bytes, layout: Layout) -> np.ndarray | Reject:
+    """The flat words of a frame that is deflated by itself, as little endian ones."""
     wanted = layout.native_bytes(1)
     try:
-        frame = zlib.decompressobj(-zlib.MAX_WBITS).decompress(codestream, wanted)
+        inflated = zlib.decompressobj(-zlib.MAX_WBITS).decompress(frame, wanted)
     except zlib.error:
         return Reject(Reason.DECODE_FAILED, "Deflated Image Frame Compression: error")
-    if len(frame) < wanted:
+    if len(inflated) < wanted:
         return Reject(Reason.TRUNCATED, "PixelData: fewer bytes than Rows and Columns need")
-    return _grey(_words(frame, 0, 0, layout, big_endian=False), layout)
+    return _words(inflated, 0, 0, layout, big_endian=False)
 
 
-def _decoded(codestream: bytes, layout: Layout) -> np.ndarray | Reject:
-    """The frame as its decoder gives it, colours as their luminance."""
-    options: dict[str, Any] = {
-        "rows": layout.rows,
-        "columns": layout.columns,
-        "samples_per_pixel": layout.samples,
-        "photometric_interpretation": layout.photometric_interpretation if layout.samples > 1 else "MONOCHROME2",
-        "pixel_representation": int(layout.signed),
-        "bits_allocated": layout.bits_allocated,
-        "bits_stored": layout.bits_stored,
-        "number_of_frames": 1,
-        "pixel_keyword": "PixelData",
-        "correct_unused_bits": False,  # `_stored_bits` does it, with regard to HighBit
-    }
-    if layout.samples > 1:
-        options["planar_configuration"] = int(layout.planar)
-    syntax = uid.UID(layout.transfer_syntax_uid)
-    even = codestream + b"\0" * (len(codestream) % 2)
-    alone = b"\xfe\xff\x00\xe0\0\0\0\0\xfe\xff\x00\xe0" + len(even).to_bytes(4, "little") + even
-    try:
-        frame, told = get_decoder(syntax).as_array(alone, raw=True, decoding_plugin=DECODERS[syntax], **options)
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # the RLE plug-in panics with one that is no Exception
-        return Reject(Reason.DECODE_FAILED, f"{syntax.name}: {type(error).__name__}")
-    if frame.shape[:2] != (layout.rows, layout.columns) or frame.dtype.kind not in "iu":
-        return Reject(Reason.DECODE_FAILED, f"{syntax.name}: not one image of Rows and Columns")
+def _unpacked(frame: bytes, layout: Layout) -> np.ndarray | Reject:
+    """The flat words of an RLE frame, one sample after the other."""
+    refusal = fragments.rle_refusal(frame, layout.samples * layout.bits_allocated // 8)
+    data = refusal or decoders.decode_rle(frame, layout.rows * layout.columns, layout.bits_allocated)
+    return data if isinstance(data, Reject) else _words(data, 0, 0, layout, big_endian=False)
+
+
+def _decoded(frame: bytes, layout: Layout, colours: bool) -> tuple[np.ndarray, Layout] | Reject:
+    """A codestream's words, and the layout by what it declares."""
+    stream = codestreams.read(frame)
+    if isinstance(stream, Reject):
+        return stream
+    refusal = stream.refusal(layout.rows, layout.columns, layout.samples)
+    if refusal is not None:
+        return refusal
+    luma_first = stream.luma_first
+    if luma_first is None:  # it says nothing, so the data set does
+        luma_first = layout.photometric_interpretation in LUMA_FIRST
+    words = decoders.decode(stream, luma_first, luma=not colours)
+    if isinstance(words, Reject):
+        return words
     if layout.samples == 1:
-        return frame
-    return frame[..., 0] if told["photometric_interpretation"] in LUMA_FIRST else luminance(frame)
+        return _of_stream(words, stream, layout)
+    if colours:
+        rgb_HWC = _rgb(words) if luma_first else words
+        return rgb_HWC if isinstance(rgb_HWC, Reject) else (rgb_HWC, layout)
+    if words.ndim == 3:
+        words = words[..., 0] if luma_first else luminance(words)
+    return words, layout
+
+
+def _of_stream(words: np.ndarray, stream: Codestream, layout: Layout) -> tuple[np.ndarray, Layout]:
+    """Numbers of as many bits as the codestream has, or of more where the data set says so.
+
+    A JPEG 2000 codestream says whether they have a sign. Others, and one without, hold two's complements where
+    PixelRepresentation is 1: of the precision in a JPEG, in JPEG-LS and JPEG 2000 of BitsStored if that is more, as
+    GDCM and DCMTK have it.
+    """
+    bits, signed = max(stream.precision, layout.bits_stored), stream.signed or layout.signed
+    if bits > words.dtype.itemsize * 8:
+        words = words.astype(f"{words.dtype.kind}{2 if bits <= 16 else 4}")
+    if signed and not stream.signed:
+        width = words.dtype.itemsize * 8
+        unused = width - (stream.precision if stream.kind == "JPEG" else bits)
+        words = np.right_shift(np.left_shift(words, unused).view(f"i{width // 8}"), unused)
+    changes = {"bits_allocated": bits, "bits_stored": bits, "high_bit": bits - 1, "signed": signed}
+    return words, dataclasses.replace(layout, **changes)
 
 
 def _stored_bits(words: np.ndarray, layout: Layout) -> np.ndarray:
@@ -225,14 +302,8 @@ def _stored_bits(words: np.ndarray, layout: Layout) -> np.ndarray:
     unused = layout.bits_allocated - layout.bits_stored
     if not unused:
         return words
-    in_place = layout.transfer_syntax_uid not in DECODERS or layout.transfer_syntax_uid == uid.RLELossless
-    # The others' codestreams hold numbers, not words in which a HighBit could lie.
-    above = layout.bits_allocated - 1 - layout.high_bit if in_place else unused
+    above = layout.bits_allocated - 1 - layout.high_bit
     return np.right_shift(np.left_shift(words, above) if above else words, unused)
-
-
-def _smallest(layout: Layout) -> int:
-    return -(2 ** (layout.bits_stored - 1)) if layout.signed else 0
 
 
 def _padded(words: np.ndarray, stored: np.ndarray, layout: Layout) -> np.ndarray | None:

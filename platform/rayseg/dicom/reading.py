@@ -2,11 +2,11 @@
 
 Tolerated: no preamble, no file meta information, no transfer syntax (the encoding is then guessed as pydicom does),
 missing optional attributes, overlays (ignored), odd tails after the pixel data. Each frame of a multi-frame object is a
-slice. Colours are read as their luminance. `pixels` decodes the pixel data, `tables` are palettes and modality LUTs,
-and `image_files` reads PNG, JPEG and TIFF.
+slice. Colours are read as their luminance. `layout` takes the data set's word on the pixel data, `pixels` decodes it,
+`tables` are palettes and modality LUTs, and `image_files` reads PNG, JPEG and TIFF.
 
 Limits against objects that ask for more than they are worth: MAX_PIXELS of a frame, MAX_FRAMES, the inflated bytes of a
-deflated data set (`parsing`), and scans and tiles of a codestream (`fragments`). Only the frame asked for is decoded,
+deflated data set (`parsing`), and scans and tiles of a codestream (`codestreams`). Only the frame asked for is decoded,
 so these bound memory (some 10 bytes a pixel) and, as no decoder can be stopped from within its process, time too: the
 slowest needs 0.1 microseconds a pixel, 7 s for the largest frame.
 """
@@ -19,7 +19,7 @@ from typing import cast
 import numpy as np
 from pydicom import uid
 
-from rayseg.dicom import image_files, mosaic, nifti, pixels, tables, traits
+from rayseg.dicom import image_files, layout, mosaic, nifti, pixels, traits
 from rayseg.dicom.parsing import PIXEL_TAGS, Elements, Parsed, frame_elements, parse, silence_libraries
 from rayseg.geometry.grid import Geometry
 from rayseg.geometry.planes import is_orthonormal
@@ -45,7 +45,7 @@ _LEGACY_MR = str(uid.LegacyConvertedEnhancedMRImageStorage)
 class Header:
     """What an object says of itself. The identities must not be logged or stored as they are: see `pseudonyms`."""
 
-    sop_class_uid: str
+    sop_class_uid: str  # empty where the object has none
     sop_instance_uid: str = field(repr=False)
     series_instance_uid: str = field(repr=False)
     study_instance_uid: str = field(repr=False)
@@ -77,6 +77,7 @@ class Slice:
         (rows, columns, 3) uint8: red, green, blue.
     header: None for image files.
     geometry: where the slice of a volume lies; a DICOM object's header has it, other image files have none.
+    is_colour: whether `stored` is the luminance of a DICOM object's colours: of all its type's values, no measurement.
     """
 
     stored: np.ndarray
@@ -84,6 +85,7 @@ class Slice:
     rescale_intercept: float
     header: Header | None
     geometry: Geometry | None = None
+    is_colour: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -118,6 +120,11 @@ class _Object:
     frames: int
     grouped: bool  # it has functional groups (enhanced)
 
+    @property
+    def _in_hu(self) -> bool:
+        sop_class_uid = _sop_class_uid(self.parsed, self.elements)
+        return sop_class_uid in _IN_HU if sop_class_uid else self.elements.text("Modality") == "CT"
+
     def values(self, frame: int | None, with_traits: bool = False) -> tuple[Header, float, float] | Reject:
         """Header, rescale slope and intercept of a frame."""
         dataset = self.parsed.dataset
@@ -128,9 +135,9 @@ class _Object:
         if refusal := mosaic.refusal(kinds, private, slices_are_frames):
             return refusal
         slope, intercept = elements.number("RescaleSlope", 1.0), elements.number("RescaleIntercept", 0.0)
-        if self.elements.has("ModalityLUTSequence"):
+        if not self.layout.is_rescaled:
             slope, intercept = 1.0, 0.0
-        elif intercept is None or (elements.text("SOPClassUID") in _IN_HU and not elements.has("RescaleIntercept")):
+        elif intercept is None or (self._in_hu and not elements.has("RescaleIntercept")):
             return Reject(Reason.MISSING_ATTRIBUTE, "RescaleIntercept")
         if slope is None or slope == 0:
             return Reject(Reason.MISSING_ATTRIBUTE, "RescaleSlope")
@@ -259,7 +266,7 @@ def _slice(found: _Object, source: pixels.PixelData, frame: int | None) -> Slice
         if isinstance(stored, Reject):
             return stored
         header, slope, intercept = values
-        return Slice(stored, slope, intercept, header)
+        return Slice(stored, slope, intercept, header, is_colour=found.layout.is_colour)
     except Exception as error:
         return Reject(Reason.INTERNAL, type(error).__name__)
 
@@ -285,14 +292,30 @@ def _open(data: bytes, with_traits: bool = False) -> _Object | Reject:
     if isinstance(parsed, Reject):
         return parsed
     elements = Elements(parsed.dataset)
-    sop_class_uid = elements.text("SOPClassUID")
+    sop_class_uid = _sop_class_uid(parsed, elements)
     if sop_class_uid in _NO_SOURCE_IMAGE:
         return Reject(Reason.UNSUPPORTED_SOP_CLASS, _NO_SOURCE_IMAGE[sop_class_uid])
+    found = _image(parsed, elements)
+    if isinstance(found, Reject):
+        return found
+    for keyword in ("SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID"):  # of which keys are made
+        if not elements.text(keyword):
+            return Reject(Reason.MISSING_ATTRIBUTE, keyword)
+    return found
+
+
+def _sop_class_uid(parsed: Parsed, elements: Elements) -> str:
+    """Of the data set, else of the file meta information; empty where neither tells."""
+    return elements.text("SOPClassUID") or str(parsed.dataset.file_meta.get("MediaStorageSOPClassUID") or "")
+
+
+def _image(parsed: Parsed, elements: Elements) -> _Object | Reject:
+    """The image of an object, whatever class it is of."""
     if parsed.pixel_tag is None:
         return Reject(Reason.NO_PIXELS)
     if PIXEL_TAGS[parsed.pixel_tag] != "PixelData":
         return Reject(Reason.UNSUPPORTED_PIXELS, PIXEL_TAGS[parsed.pixel_tag])
-    for keyword in ("Rows", "Columns", "BitsAllocated"):
+    for keyword in ("Rows", "Columns"):
         if elements.integer(keyword, 0) < 1:
             return Reject(Reason.MISSING_ATTRIBUTE, keyword)
     samples, frames = elements.integer("SamplesPerPixel", 1), max(elements.integer("NumberOfFrames", 1), 1)
@@ -300,64 +323,27 @@ def _open(data: bytes, with_traits: bool = False) -> _Object | Reject:
         return Reject(Reason.TOO_LARGE, "Rows, Columns, SamplesPerPixel")
     if frames > MAX_FRAMES:
         return Reject(Reason.TOO_LARGE, "NumberOfFrames")
-    layout = _layout(parsed, elements)
-    if isinstance(layout, Reject):
-        return layout
-    for keyword in ("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID"):
-        if not elements.text(keyword):
-            return Reject(Reason.MISSING_ATTRIBUTE, keyword)
+    of_frames = layout.read(parsed, elements)
+    if isinstance(of_frames, Reject):
+        return of_frames
     grouped = elements.has("SharedFunctionalGroupsSequence") or elements.has("PerFrameFunctionalGroupsSequence")
-    return _Object(parsed, elements, layout, frames, grouped)
+    return _Object(parsed, elements, of_frames, frames, grouped)
 
 
-def _layout(parsed: Parsed, elements: Elements) -> pixels.Layout | Reject:
-    """The pixel data's layout (PS3.5 section 8), where it is one that we decode."""
-    samples = elements.integer("SamplesPerPixel", 1)
-    photometric = elements.text("PhotometricInterpretation") or ("MONOCHROME2" if samples == 1 else "RGB")
-    if samples not in (1, 3):
-        return Reject(Reason.UNSUPPORTED_PIXELS, "SamplesPerPixel")
-    if photometric not in (pixels.GREY if samples == 1 else pixels.COLOUR):
-        return Reject(Reason.UNSUPPORTED_PIXELS, "PhotometricInterpretation")
-    allocated = elements.integer("BitsAllocated", 0)
-    if allocated not in ((1, 8, 16, 32) if samples == 1 else (8, 16, 32)):
-        return Reject(Reason.UNSUPPORTED_PIXELS, "BitsAllocated")
-    if photometric == "YBR_FULL_422" and (allocated != 8 or elements.integer("Columns", 0) % 2):
-        return Reject(Reason.UNSUPPORTED_PIXELS, "PhotometricInterpretation")
-    stored = elements.integer("BitsStored", allocated)
-    if not 1 <= stored <= allocated:
-        return Reject(Reason.UNSUPPORTED_PIXELS, "BitsStored")
-    signed = elements.integer("PixelRepresentation", 0) == 1
-    if signed and (samples > 1 or allocated == 1):
-        return Reject(Reason.UNSUPPORTED_PIXELS, "PixelRepresentation")
-    syntax = parsed.transfer_syntax_uid
-    if syntax not in pixels.NATIVE and syntax not in pixels.DECODERS and syntax != pixels.DEFLATED_FRAMES:
-        name = uid.UID(syntax).name  # the UID itself where it is not registered: that could be anything
-        return Reject(Reason.UNSUPPORTED_TRANSFER_SYNTAX, name if name != syntax else "not a registered one")
-    table: np.ndarray | Reject | None = None
-    if photometric == "PALETTE COLOR":
-        table = tables.palette(parsed.dataset, elements, stored, signed)
-    elif elements.has("ModalityLUTSequence") and samples == 1:
-        table = tables.modality(parsed.dataset, stored, signed)
-    if isinstance(table, Reject):
-        return table
-    high = elements.integer("HighBit", stored - 1)
-    value = elements.integer("PixelPaddingValue", None) if photometric.startswith("MONOCHROME") else None
-    padding = None if value is None else (value, elements.integer("PixelPaddingRangeLimit", value))
-    return pixels.Layout(
-        transfer_syntax_uid=syntax,
-        rows=elements.integer("Rows", 0),
-        columns=elements.integer("Columns", 0),
-        samples=samples,
-        photometric_interpretation=photometric,
-        planar=elements.integer("PlanarConfiguration", 0) == 1,
-        bits_allocated=allocated,
-        bits_stored=stored,
-        high_bit=high if stored - 1 <= high < allocated else stored - 1,
-        signed=signed,
-        padding=padding,
-        words_swapped=parsed.pixel_vr == "OW",
-        table=table,
-    )
+def read_stored(parsed: Parsed, frame: int | None) -> np.ndarray | Reject:
+    """The values of one frame of an image as they are stored, whatever object it is of.
+
+    Neither rescaled nor inverted nor padded, which all are about showing an image; of a palette its indices.
+
+    Returns:
+        (rows, columns) uint8, int16, uint16 or int32, or (rows, columns, 3) red, green, blue. May be read-only.
+    """
+    found = _image(parsed, Elements(parsed.dataset))
+    if isinstance(found, Reject):
+        return found
+    if (frame is None and found.frames > 1) or (frame is not None and frame >= found.frames):
+        return Reject(Reason.UNSUPPORTED_MULTIFRAME, f"NumberOfFrames {found.frames}")
+    return _pixel_data(found).stored(frame or 0)
 
 
 def _code_string(text: str) -> str:

@@ -43,7 +43,7 @@ _MISSING = {ErrorCode.Name(RESOURCE_DOES_NOT_EXIST), ErrorCode.Name(INVALID_PARA
 _MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(?:/(?P<version>\d+|latest)|@(?P<alias>[^/@]+))")
 _REQUIRED = (
     *("mlflow", "keras", "tensorflow", "tensorflow-cpu", "numpy", "pandas", "pyarrow", "pillow", "pydicom"),
-    *("pylibjpeg", "pylibjpeg-libjpeg", "pylibjpeg-openjpeg", "pylibjpeg-rle", "pyjpegls", "nibabel"),
+    *("imagecodecs", "pylibjpeg", "pylibjpeg-openjpeg", "pylibjpeg-rle", "pyjpegls", "nibabel"),
     *("scikit-image", "scipy", "pydantic", "pyyaml"),
 )
 
