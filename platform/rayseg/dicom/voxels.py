@@ -95,7 +95,7 @@ def chosen(volume: Volume | Reject, number: int | None) -> Volume | Reject:
     if isinstance(volume, Reject):
         return volume
     if number is None and volume.count > 1:
-        detail = f"{volume.kind}: {volume.count} volumes in one file; layout.volume says which one is meant, from 0"
+        detail = f"{volume.kind}: {volume.count} volumes in one file: keep one, or choose by layout.volume (from 0)"
         return Reject(Reason.UNSUPPORTED_MULTIFRAME, detail)
     if not 0 <= (number or 0) < volume.count:
         return Reject(Reason.MISSING_ATTRIBUTE, f"layout.volume: the file has {volume.count}, counted from 0")
