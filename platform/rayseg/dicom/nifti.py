@@ -62,8 +62,8 @@ def read_volume(data: bytes, number: int | None = None) -> Volume | Reject:
 
 
 @lru_cache(maxsize=1)  # its slices come one after the other
-def image(data: bytes, number: int | None = None) -> tuple[np.ndarray, float, float] | Reject:
-    """A volume as `voxels.image` gives it."""
+def image(data: bytes, number: int = 0) -> tuple[np.ndarray, float, float] | Reject:
+    """Volume `number` of the file as `voxels.image` gives it."""
     return voxels.image(data, read_volume(data, number), number)
 
 

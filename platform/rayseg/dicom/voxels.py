@@ -95,14 +95,14 @@ def chosen(volume: Volume | Reject, number: int | None) -> Volume | Reject:
     if isinstance(volume, Reject):
         return volume
     if number is None and volume.count > 1:
-        detail = f"{volume.kind}: {volume.count} volumes in one file: keep one, or choose by layout.volume (from 0)"
+        detail = f"{volume.kind}: {volume.count} volumes or channels: keep one, or choose by layout.volume (from 0)"
         return Reject(Reason.UNSUPPORTED_MULTIFRAME, detail)
     if not 0 <= (number or 0) < volume.count:
         return Reject(Reason.MISSING_ATTRIBUTE, f"layout.volume: the file has {volume.count}, counted from 0")
     return volume
 
 
-def image(data: bytes, volume: Volume | Reject, number: int | None) -> tuple[np.ndarray, float, float] | Reject:
+def image(data: bytes, volume: Volume | Reject, number: int) -> tuple[np.ndarray, float, float] | Reject:
     """A volume as (slices, rows, columns) uint8, int16, uint16, int32 or float32, with rescale slope and intercept.
 
     Integers keep their values; where the range of 32 or 64 bits does not fit int32 it is moved there, and where it is
@@ -111,7 +111,7 @@ def image(data: bytes, volume: Volume | Reject, number: int | None) -> tuple[np.
     """
     if isinstance(volume, Reject):
         return volume
-    lying = _values(data, volume, number or 0)
+    lying = _values(data, volume, number)
     if isinstance(lying, Reject):
         return lying
     dtype = lying.dtype.newbyteorder("=")
@@ -121,8 +121,8 @@ def image(data: bytes, volume: Volume | Reject, number: int | None) -> tuple[np.
         return np.ascontiguousarray(lying, np.int16), volume.slope, volume.intercept
     if dtype.kind in "iu":
         least, greatest = int(lying.min()), int(lying.max())
-        moved = 0 if least >= -(2**31) and greatest < 2**31 else least + 2**31
-        if greatest - moved < 2**31:
+        moved = 0 if least >= -(2**31) and greatest < 2**31 else int(float(least + 2**31))  # a float, as intercept
+        if least - moved >= -(2**31) and greatest - moved < 2**31:
             # The difference is right modulo 2**64, which is all that is left of it in int32.
             stored = lying.astype(np.uint64) - np.uint64(moved % 2**64) if moved else lying
             return np.ascontiguousarray(stored.astype(np.int32)), volume.slope, moved * volume.slope + volume.intercept
@@ -144,8 +144,9 @@ def labels(data: bytes, volume: Volume | Reject) -> np.ndarray | Reject:
     marks = np.empty(lying.shape, np.int32)
     for index, plane in enumerate(lying):
         exact = plane.astype(np.float64) * volume.slope + volume.intercept
+        within = np.abs(exact) < 2**31  # not what is no number either
         rounded = np.rint(exact)
-        if not (np.abs(exact - rounded) <= _ROUNDING).all() or np.abs(rounded).max() >= 2**31:
+        if not within.all() or np.abs(exact - rounded).max() > _ROUNDING:
             return Reject(Reason.UNSUPPORTED_PIXELS, f"mask: {volume.kind} values that are no integers")
         marks[index] = rounded
     return marks
@@ -180,10 +181,8 @@ def _values(data: bytes, volume: Volume, number: int) -> np.ndarray | Reject:
     begin, length = volume.skipped + first * volume.dtype.itemsize, together * volume.dtype.itemsize
     content = memoryview(data)[volume.start :]
     if volume.encoding == "text":
-        try:
-            flat = np.array(bytes(content).split()[first : first + together]).astype(volume.dtype)
-        except ValueError:
-            return Reject(Reason.CORRUPT, f"{volume.kind}: values that are no numbers")
+        # Without a count: with one, numpy makes up what is missing.
+        flat = np.fromstring(bytes(content), volume.dtype.newbyteorder("="), sep=" ")[first : first + together]
     else:
         if volume.encoding == "raw":
             content = content[begin : begin + length]
@@ -199,21 +198,26 @@ def _values(data: bytes, volume: Volume, number: int) -> np.ndarray | Reject:
     return lying
 
 
-def inflated(data: bytes | memoryview, begin: int, length: int) -> bytearray:
+def inflated(data: bytes | memoryview, begin: int, length: int) -> bytes | bytearray:
     """`length` bytes from `begin` on of what was deflated (zlib, or gzip in one or more members), or what there is."""
     content, view, place, passed = bytearray(), memoryview(data), 0, 0
+    # All at once is the fastest, but what a member leaves is copied: after the first, a piece of the file at a time.
+    fed_bytes = len(view) if length > _CHUNK else _CHUNK
     try:
         while len(content) < length and place < len(view):
             stream = zlib.decompressobj(32 + zlib.MAX_WBITS)  # zlib or gzip, as the first bytes say
-            while len(content) < length and not stream.eof and place < len(view):
-                fed = view[place : place + _CHUNK]
-                left = min(begin - passed, _CHUNK) if passed < begin else length - len(content)
-                piece = stream.decompress(fed, left)
-                place += len(fed) - len(stream.unconsumed_tail) - len(stream.unused_data)
-                if passed < begin:
-                    passed += len(piece)
-                else:
-                    content += piece
+            while len(content) < length and not stream.eof:
+                skips = passed < begin
+                fed = view[place : place + (_CHUNK if skips else fed_bytes)]
+                piece = stream.decompress(fed, min(begin - passed, _CHUNK) if skips else length - len(content))
+                if len(piece) == length and not skips:
+                    return piece
+                if not fed and not piece:
+                    return content
+                place += len(fed) - len(stream.unused_data if stream.eof else stream.unconsumed_tail)
+                passed += len(piece) if skips else 0
+                content += b"" if skips else piece
+            fed_bytes = _CHUNK
     except zlib.error:  # a damaged end, or none of a member: what stands before it is whole
         pass
     return content
