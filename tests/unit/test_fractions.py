@@ -196,7 +196,7 @@ def test_a_picture_and_a_viewers_volume_are_made_of_fractions() -> None:
     data = file(MAPS.astype(np.float32))
     slices = [slice_of(data, index) for index in range(SHAPE[2])]
     mask = (slices[0].values() > 40).astype(np.uint8)
-    assert png(slices[0].stored, mask, mask, ("a",)).startswith(b"\x89PNG")
+    assert png(slices[0].stored, mask, mask, ("a", "b")).startswith(b"\x89PNG")
     image, _ = volumes(slices, [mask] * SHAPE[2])
     read = nibabel.Nifti1Image.from_bytes(gzip.decompress(image))
     assert np.array_equal(np.sort(read.get_fdata(), axis=None), np.sort(MAPS.astype(np.float32), axis=None))

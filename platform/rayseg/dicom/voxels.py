@@ -17,6 +17,7 @@ from rayseg.records import Reason, Reject
 MAX_VOXELS = 2**29  # of one volume
 GZIP = b"\x1f\x8b"
 _CHUNK = 2**18
+_BLOCK = 2**12
 _MOST = float(np.finfo(np.float32).max)
 _ROUNDING = 1e-3  # of labels that are fractions
 _FLAT = 1e-6  # of a voxel's volume against that of a box with its sides
@@ -181,8 +182,10 @@ def _values(data: bytes, volume: Volume, number: int) -> np.ndarray | Reject:
     begin, length = volume.skipped + first * volume.dtype.itemsize, together * volume.dtype.itemsize
     content = memoryview(data)[volume.start :]
     if volume.encoding == "text":
-        # Without a count: with one, numpy makes up what is missing.
-        flat = np.fromstring(bytes(content), volume.dtype.newbyteorder("="), sep=" ")[first : first + together]
+        try:  # without a count: with one, numpy makes up what is missing
+            flat = np.fromstring(bytes(content), volume.dtype.newbyteorder("="), sep=" ")[first : first + together]
+        except ValueError:
+            return Reject(Reason.CORRUPT, f"{volume.kind}: values that are no numbers")
     else:
         if volume.encoding == "raw":
             content = content[begin : begin + length]
@@ -190,7 +193,7 @@ def _values(data: bytes, volume: Volume, number: int) -> np.ndarray | Reject:
             content = memoryview(inflated(content, begin, length))
         flat = np.frombuffer(content, volume.dtype, len(content) // volume.dtype.itemsize)
     if len(flat) < together:
-        return Reject(Reason.TRUNCATED, f"{volume.kind}: fewer values than its header says")
+        return Reject(Reason.TRUNCATED, f"{volume.kind}: fewer values than its header says, or damaged ones")
     if volume.interleaved:
         flat = flat.reshape(-1, volume.count)[:, number]
     stored = flat.reshape(volume.stored[::-1]).T  # the first axis is the fastest
@@ -199,7 +202,10 @@ def _values(data: bytes, volume: Volume, number: int) -> np.ndarray | Reject:
 
 
 def inflated(data: bytes | memoryview, begin: int, length: int) -> bytes | bytearray:
-    """`length` bytes from `begin` on of what was deflated (zlib, or gzip in one or more members), or what there is."""
+    """`length` bytes from `begin` on of what was deflated (zlib, or gzip in one or more members), or what there is.
+
+    Nothing where the check sum after these bytes is wrong.
+    """
     content, view, place, passed = bytearray(), memoryview(data), 0, 0
     # All at once is the fastest, but what a member leaves is copied: after the first, a piece of the file at a time.
     fed_bytes = len(view) if length > _CHUNK else _CHUNK
@@ -210,14 +216,23 @@ def inflated(data: bytes | memoryview, begin: int, length: int) -> bytes | bytea
                 skips = passed < begin
                 fed = view[place : place + (_CHUNK if skips else fed_bytes)]
                 piece = stream.decompress(fed, min(begin - passed, _CHUNK) if skips else length - len(content))
-                if len(piece) == length and not skips:
-                    return piece
                 if not fed and not piece:
                     return content
-                place += len(fed) - len(stream.unused_data if stream.eof else stream.unconsumed_tail)
+                rest = stream.unused_data if stream.eof else stream.unconsumed_tail
+                place += len(fed) - len(rest)
                 passed += len(piece) if skips else 0
+                if len(piece) == length and not skips:
+                    return piece if _is_whole(stream, rest) else b""
                 content += b"" if skips else piece
             fed_bytes = _CHUNK
     except zlib.error:  # a damaged end, or none of a member: what stands before it is whole
-        pass
-    return content
+        return content
+    return content if len(content) < length or _is_whole(stream, view[place:]) else b""
+
+
+def _is_whole(stream: Any, rest: bytes | memoryview) -> bool:
+    """Whether the check sum is right, where it follows soon."""
+    try:
+        return stream.eof or stream.decompress(rest[:_BLOCK], _BLOCK) is not None
+    except zlib.error:
+        return False
