@@ -62,7 +62,9 @@ def _run_lengths(data: bytes, rows: int, columns: int, bits: int) -> np.ndarray:
             packed = np.stack([packed >> 4, packed & 15], axis=-1).ravel()
         return np.resize(packed, count)
 
-    while row <= rows:
+    while True:
+        if row > rows:
+            raise ValueError("a row beyond the image")
         count, value = data[at], data[at + 1]  # an IndexError where the end is missing
         at += 2
         if count == 0 and value == 0:

@@ -31,7 +31,9 @@ def size(data: bytes) -> tuple[int, int] | None:
     if data.startswith(tiff.MAGIC):
         return tiff.size(data)
     told = png.head(data) if data.startswith(png.MAGIC) else jpeg.head(data)
-    return None if told is None else raster.shown_size(told.rows, told.columns, told.orientation)
+    if told is None or not told.rows or not told.columns:
+        return None
+    return raster.shown_size(told.rows, told.columns, told.orientation)
 
 
 def decode(data: bytes, max_pixels: int, color: bool = False) -> np.ndarray | Reject:
@@ -82,11 +84,12 @@ def decode_mask(data: bytes, max_pixels: int, by_value: bool) -> tuple[np.ndarra
     if isinstance(values, Reject):
         return values
     if values.dtype.kind == "f":
-        if not (np.isfinite(values).all() and (values == np.rint(values)).all() and np.abs(values).max() < 2**31):
+        whole = np.isfinite(values).all() and (values == np.rint(values)).all()
+        if not whole or float(np.abs(values).max()) >= 2**31:
             return Reject(Reason.UNSUPPORTED_PIXELS, f"{values.dtype.name} with other than whole numbers")
         values = values.astype(np.int32)
-    whole = _integers(values) if values.ndim == 2 else values
-    return whole if isinstance(whole, Reject) else (whole, decoded.lossy)
+    numbers = _integers(values) if values.ndim == 2 else values
+    return numbers if isinstance(numbers, Reject) else (numbers, decoded.lossy)
 
 
 def eight_bits(colours_HWC: np.ndarray) -> np.ndarray:

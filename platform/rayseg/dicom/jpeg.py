@@ -62,6 +62,11 @@ def head(jpeg: bytes) -> Head | None:
     return None if frame is None else Head(*frame, orientation, adobe, scan)
 
 
+def is_whole(jpeg: bytes, told: Head) -> bool:
+    """Whether the file has an end after its scans; decoders fill with grey what is missing."""
+    return told.scan >= 0 and jpeg.find(b"\xff\xd9", told.scan) >= 0
+
+
 def read(jpeg: bytes, max_pixels: int) -> Raster | Reject:
     """Decodes a file; its colour profile does not count."""
     told = head(jpeg)
@@ -71,7 +76,7 @@ def read(jpeg: bytes, max_pixels: int) -> Raster | Reject:
         return Reject(Reason.TOO_LARGE, "the image's width and height")
     if told.components not in (1, 3, 4) or (told.components > 1 and told.bits != 8):
         return Reject(Reason.UNSUPPORTED_PIXELS, f"a JPEG of {told.components} samples of {told.bits} bits")
-    if jpeg.find(b"\xff\xd9", told.scan) < 0:  # the decoder would fill what is missing with grey
+    if not is_whole(jpeg, told):
         return Reject(Reason.NOT_AN_IMAGE, "JPEG: no end")
     decoded = imagecodecs.jpeg8_decode(jpeg)
     assert decoded.shape[:2] == (told.rows, told.columns)

@@ -61,7 +61,7 @@ def shown_size(rows: int, columns: int, orientation: int) -> tuple[int, int]:
 
 
 def of_cmyk(samples: np.ndarray) -> np.ndarray:
-    """uint8 (rows, columns, 4) cyan, magenta, yellow, black (255 is full ink) to red, green, blue, without a profile."""
+    """uint8 (rows, columns, 4) cyan, magenta, yellow, black (255: full ink) to red, green, blue, without a profile."""
     white = 255 - samples.astype(np.uint16)
     return ((white[..., :3] * white[..., 3:] + 127) // 255).astype(np.uint8)
 

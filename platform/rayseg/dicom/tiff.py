@@ -28,8 +28,8 @@ _FAX = {2, 3, 4}
 # None, CCITT RLE, T.4 and T.6, LZW, JPEG, Deflate (twice), PackBits, LZMA, Zstandard: what is decoded into memory of a
 # size that is known before.
 _COMPRESSIONS = {1, *_FAX, 5, _JPEG, 8, 32946, 32773, 34925, 50000}
-_ORIENTATION, _PHOTOMETRIC, _INK_SET, _STK_PLANES = 274, 262, 332, 33629
-_MAX_PAGES = 1000
+_OLD_SUBFILE, _PHOTOMETRIC, _ORIENTATION, _INK_SET, _STK_PLANES = 255, 262, 274, 332, 33629
+_MAX_REDUCED = 100
 _MAX_SEGMENTS = 2**18
 
 
@@ -37,8 +37,10 @@ def size(tiff: bytes) -> tuple[int, int] | None:
     """Rows and columns of the upright image, from the file or its beginning; None where that does not tell."""
     try:
         with TiffFile(BytesIO(tiff)) as file:
-            page = next((page for page in _pages(file) if not _is_reduced(page)), None)
-            return None if page is None else raster.shown_size(page.imagelength, page.imagewidth, _orientation(page))
+            pages = _pages(file)
+            if isinstance(pages, Reject):
+                return None
+            return raster.shown_size(pages[0].imagelength, pages[0].imagewidth, _orientation(pages[0]))
     except Exception:  # of tifffile: whatever spoiled or cut tags make it stumble over
         return None
 
@@ -50,46 +52,43 @@ def read(tiff: bytes, max_pixels: int, mask: bool = False) -> Raster | Reject:
     `_turned_over`.
     """
     with TiffFile(BytesIO(tiff)) as file:
-        pages = []
-        for page in _pages(file):
-            if not _is_reduced(page):
-                pages.append(page)
-            if len(pages) > 1:
-                return Reject(Reason.UNSUPPORTED_MULTIFRAME, "a TIFF of more than one page")
-        if not pages:
-            return Reject(Reason.NOT_AN_IMAGE, "TIFF: no page")
+        pages = _pages(file)
+        if isinstance(pages, Reject):
+            return pages
+        if len(pages) > 1:
+            return Reject(Reason.UNSUPPORTED_MULTIFRAME, "a TIFF of more than one page")
         if _next_page_is_cut(file, tiff):
             return Reject(Reason.TRUNCATED, "TIFF: a page lies beyond the end")
         page = pages[0]
         refused = _too_large(page, max_pixels) or _unsupported(page)
         if refused is not None:
             return refused
-        lossy = False
-        if page.compression == _JPEG:
-            heads = [jpeg.head(tiff[at : at + count]) for at, count in _segments(page)]
-            if not all(one and one.rows * one.columns <= _segment_pixels(page) for one in heads):
-                return Reject(Reason.NOT_AN_IMAGE, "TIFF: JPEG of another size than its strip or tile")
-            lossy = not all(one and one.lossless for one in heads)
+        lossy = _is_lossy(page, tiff) if page.compression == _JPEG else False
+        if isinstance(lossy, Reject):
+            return lossy
         turned_over = _turned_over(page, mask)
         return turned_over if isinstance(turned_over, Reject) else _raster(page, turned_over, lossy)
 
 
-def _pages(file: TiffFile) -> list[TiffPage]:
-    """The pages in the file's chain, no more than matter."""
+def _pages(file: TiffFile) -> list[TiffPage] | Reject:
+    """The page of the file, or two of those of a file of several; reduced copies do not count."""
     pages: list[TiffPage] = []
-    full = 0
+    reduced: list[TiffPage] = []
     for page in file.pages:
         assert isinstance(page, TiffPage)
-        pages.append(page)
-        full += not _is_reduced(page)
-        if full > 1 or len(pages) >= _MAX_PAGES:
-            break
-    return pages
+        (reduced if _is_reduced(page) else pages).append(page)
+        if len(pages) > 1:
+            return pages
+        if len(reduced) > _MAX_REDUCED:
+            return Reject(Reason.TOO_LARGE, "TIFF: pages")
+    if not pages and not any(page.subifds for page in reduced):  # of nothing: the writer did not mean it
+        return reduced[:2] or Reject(Reason.NOT_AN_IMAGE, "TIFF: no page")
+    return pages or Reject(Reason.UNSUPPORTED_PIXELS, "TIFF: the image lies in a SubIFD")
 
 
 def _is_reduced(page: TiffPage) -> bool:
     """Whether the page is a smaller copy of another one, or says where another one is transparent (TIFF 6.0)."""
-    return bool(page.subfiletype & 0b101)
+    return bool(page.subfiletype & 0b101) or page.tags.valueof(_OLD_SUBFILE) == 2
 
 
 def _next_page_is_cut(file: TiffFile, tiff: bytes) -> bool:
@@ -195,6 +194,20 @@ def _kind(page: TiffPage) -> str:
     if photometric == _WHITE_IS_ZERO and page.dtype.kind == "f":
         return "floating point with white as zero"
     return ""
+
+
+def _is_lossy(page: TiffPage, tiff: bytes) -> bool | Reject:
+    """Whether any of the page's JPEGs is lossy, once they are whole and no larger than their strips or tiles."""
+    lossy = False
+    for at, count in _segments(page):
+        data = tiff[at : at + count]
+        told = jpeg.head(data)
+        if told is None or told.rows * told.columns > _segment_pixels(page):
+            return Reject(Reason.NOT_AN_IMAGE, "TIFF: JPEG of another size than its strip or tile")
+        if not jpeg.is_whole(data, told):
+            return Reject(Reason.NOT_AN_IMAGE, "TIFF: JPEG without an end")
+        lossy |= not told.lossless
+    return lossy
 
 
 def _turned_over(page: TiffPage, mask: bool) -> bool | Reject:
