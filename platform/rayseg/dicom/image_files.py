@@ -3,7 +3,7 @@
 One reader for images and masks. Values are those that the file stores: 16 bits stay 16 bits, transparency, gamma and
 colour profiles do not count. Two things are about how a picture is meant to be seen, and are done: it is turned upright
 as its Orientation says (Exif in PNG and JPEG, the tag in TIFF), as programs do in which masks are drawn, and where
-white is zero (TIFF) the values are turned over.
+white is zero (TIFF) the values of images are turned over.
 """
 
 import numpy as np

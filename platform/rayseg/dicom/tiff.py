@@ -4,7 +4,6 @@ Read are greys, palettes, colours, CMYK and JPEG's YCbCr, in strips, tiles or pl
 compressions of `_COMPRESSIONS`. Reduced copies of the image (NewSubfileType, SubIFDs) are no pages of its own.
 """
 
-import json
 import logging
 import re
 from io import BytesIO
@@ -156,7 +155,8 @@ def _planes(page: TiffPage) -> int:
         said = re.search(r"^images=(\d{1,9})$", page.imagej_description, re.MULTILINE)
         planes = int(said[1]) if said else 1
     elif page.shaped_description is not None:
-        planes = prod(json.loads(page.shaped_description)["shape"]) // page.size
+        said = re.search(r"shape\W*([\d, ]{1,99})", page.shaped_description)
+        planes = prod(int(length) for length in re.findall(r"\d{1,9}", said[1])) // page.size if said else 1
     elif page.is_stk and _STK_PLANES in page.tags:
         planes = page.tags[_STK_PLANES].count
     # Other software keeps what was said of a stack when it writes one image of it.
@@ -213,8 +213,8 @@ def _is_lossy(page: TiffPage, tiff: bytes) -> bool | Reject:
 def _turned_over(page: TiffPage, mask: bool) -> bool | Reject:
     """Whether the values are to be turned over.
 
-    Of masks that are no faxes nobody knows: ImageJ, and tifffile (so scikit-image) for truth values, store what they
-    mean and call it white-is-zero; others store what they mean the other way round.
+    Of masks that are no faxes nobody knows: ImageJ, and tifffile for truth values, store what they mean and call it
+    white-is-zero; others store it turned over, so that it shows what they mean.
     """
     if _photometric(page) != _WHITE_IS_ZERO:
         return False
