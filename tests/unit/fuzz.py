@@ -8,10 +8,13 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
+import imagecodecs
 import nibabel as nib
 import numpy as np
 import pydicom
+import tifffile
 from PIL import Image
 from pydicom import uid
 
@@ -142,6 +145,16 @@ def _samples() -> dict[str, tuple[bytes, str]]:
         buffer = io.BytesIO()
         picture.save(buffer, name)
         found[name] = (buffer.getvalue(), f"image/{name}")
+    deep = np.indices((24, 24)).sum(0).astype(np.uint16) * 900
+    options: tuple[dict[str, Any], ...] = (
+        {"tile": (16, 16), "compression": "lzw", "bigtiff": True},
+        {"byteorder": ">"},
+    )
+    for number, chosen in enumerate((*options, {"compression": "deflate", "rowsperstrip": 5})):
+        buffer = io.BytesIO()
+        tifffile.imwrite(buffer, deep, **chosen)
+        found[f"tiff-{number}"] = (buffer.getvalue(), "image/tiff")
+    found["png-deep"] = (imagecodecs.png_encode(np.dstack([deep] * 4)), "image/png")
     volume = nib.Nifti1Image(np.indices((12, 12, 3)).sum(0).astype(np.int16), np.diag([1.0, 1.0, 5.0, 1.0]))
     found["nifti"] = (volume.to_bytes(), "application/nifti")
     return found

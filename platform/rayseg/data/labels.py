@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.ndimage import binary_erosion
 
+from rayseg.dicom.image_files import eight_bits
 from rayseg.records import Reason, Reject
 
 BACKGROUND = "background"  # as a name in a mapping: what to leave out
@@ -81,7 +82,7 @@ class Labels:
         """The class indices of one mask.
 
         Args:
-            mask: integers (rows, columns), or uint8 colours (rows, columns, 3).
+            mask: integers (rows, columns), or uint8 or uint16 colours (rows, columns, 3).
             source: the `{label}` of its path, or the segment's label.
             lossy: whether compression may have moved its values.
 
@@ -90,7 +91,7 @@ class Labels:
             class is named for.
         """
         if self.colors is not None:
-            colors = mask if mask.ndim == 3 else np.repeat(mask[..., np.newaxis], 3, axis=2)
+            colors = eight_bits(mask) if mask.ndim == 3 else np.repeat(mask[..., np.newaxis], 3, axis=2)
             named = {tuple(bytes.fromhex(color[1:])): self._index(name) for color, name in self.colors.items()}
             return _nearest(colors, {(0, 0, 0): 0} | named, _NOISE, "colour")
         if self.by_value:

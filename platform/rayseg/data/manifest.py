@@ -2,13 +2,10 @@
 
 import dataclasses
 import hashlib
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
-
-from PIL import Image
 
 from rayseg import storage
 from rayseg.dicom import image_files, series, splitting, volumes
@@ -159,9 +156,9 @@ def _describe(
     assert item.bytes is not None
     complete = len(beginning) >= item.bytes
     if image_files.is_image(beginning):
-        size = _image_size(beginning)
+        size = image_files.size(beginning)
         if size is None and not complete:
-            size = _image_size(storage.read(item.uri))
+            size = image_files.size(storage.read(item.uri))
         return Reject(Reason.NOT_AN_IMAGE) if size is None else [_of_image(item, size, pseudonyms)]
     if volumes.is_volume(beginning):
         volume = volumes.read_volume(beginning, number)
@@ -175,15 +172,6 @@ def _describe(
             beginning = storage.read(item.uri, length)
             headers = read_headers(beginning, item.bytes)
     return headers if isinstance(headers, Reject) else [_of_dicom(item, header, pseudonyms) for header in headers]
-
-
-def _image_size(data: bytes) -> tuple[int, int] | None:
-    """Rows and columns of an image file, from its header."""
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return image.height, image.width
-    except Exception:  # Pillow raises a dozen types on bad bytes
-        return None
 
 
 def _of_image(item: Item, size: tuple[int, int], pseudonyms: Pseudonyms) -> dict[str, Any]:

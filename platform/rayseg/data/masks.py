@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
 from pydicom import uid
 
 from rayseg.data.labels import Labels
@@ -16,8 +15,6 @@ from rayseg.geometry import planes
 from rayseg.geometry.grid import Geometry
 from rayseg.records import Reason, Reject
 
-_FORMATS = ("PNG", "JPEG", "TIFF", "BMP")
-_SHOWN_AS = {"P": "RGB", "PA": "RGB", "CMYK": "RGB", "YCbCr": "RGB", "1": "L", "LA": "L", "RGBA": "RGB", "RGBX": "RGB"}
 _MAX_PIXELS = 2**26  # declared; 8192 x 8192, far above any slice
 _LOSSY = (uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit, uid.JPEGLSNearLossless, uid.JPEG2000, uid.HTJ2K)
 
@@ -26,7 +23,7 @@ _LOSSY = (uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit, uid.JPEGLSNearLossless, u
 class Layer:
     """What of a mask has one source.
 
-    values: integers (rows, columns) as they are stored, or uint8 colours (rows, columns, 3).
+    values: integers (rows, columns) as they are stored, or uint8 or uint16 colours (rows, columns, 3).
     source: the `{label}` of the path, or the SegmentLabel of a segment; None where there is neither.
     lossy: whether compression may have moved the values.
     """
@@ -91,7 +88,7 @@ def read_mask(
     Args:
         data: an image file (PNG, JPEG, TIFF, BMP), a NIfTI volume, a DICOM image or a DICOM segmentation.
         source: the `{label}` of its path.
-        by_value: whether a palette's indices are wanted, and not the colours that they show.
+        by_value: whether stored numbers are wanted (indices of a palette, 0 and 1 of one bit), and not what they show.
         header: of the slice, for a segmentation.
         frame: of the slice, in an object of several.
         geometry: of the slice, for a label volume, where `header` has none.
@@ -103,7 +100,7 @@ def read_mask(
     if not data:
         return Reject(Reason.EMPTY_OBJECT, "mask")
     silence_libraries()
-    if image_files.is_image(data) or data.startswith(b"BM"):
+    if image_files.is_mask(data):
         if frame is not None:
             return Reject(Reason.MASK_MISMATCH, "one mask image for an object of several frames")
         return _of_image(data, source, by_value)
@@ -121,21 +118,11 @@ def read_mask(
 
 
 def _of_image(data: bytes, source: str | None, by_value: bool) -> list[Layer] | Reject:
-    """Transparency is left out; bilevel images give 0 and 255."""
-    try:
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            if image.width * image.height > _MAX_PIXELS:
-                return Reject(Reason.TOO_LARGE, f"mask of {image.height} x {image.width} pixels")
-            lossy = image.format == "JPEG"
-            indexed = by_value and image.mode == "P"
-            shown = image if indexed or image.mode not in _SHOWN_AS else image.convert(_SHOWN_AS[image.mode])
-            values = np.asarray(shown)
-    except Image.DecompressionBombError:
-        return Reject(Reason.TOO_LARGE, "mask")
-    except Exception as error:  # Pillow's decoders raise a dozen types on bad bytes
-        return Reject(Reason.NOT_AN_IMAGE, f"mask: {type(error).__name__}")
-    if values.dtype.kind not in "iu":
-        return Reject(Reason.UNSUPPORTED_PIXELS, f"mask of {values.dtype.name}")
+    """Transparency is left out; bilevel images give 0 and 255, or 0 and 1 where values are wanted."""
+    decoded = image_files.decode_mask(data, _MAX_PIXELS, by_value)
+    if isinstance(decoded, Reject):
+        return Reject(decoded.reason, f"mask: {decoded.detail}")
+    values, lossy = decoded
     return [Layer(values, source, lossy)]
 
 

@@ -25,7 +25,7 @@ from rayseg.records import Reason, Reject
 pydicom_config.settings.reading_validation_mode = pydicom_config.IGNORE
 logging.getLogger("pydicom").setLevel(logging.CRITICAL)
 logging.getLogger("highdicom").setLevel(logging.CRITICAL)
-_TALKATIVE = r"(pydicom|highdicom|PIL|imagecodecs|openjpeg|rle|jpeg_ls)(\.|$)"
+_TALKATIVE = r"(pydicom|highdicom|PIL|tifffile|imagecodecs|openjpeg|rle|jpeg_ls)(\.|$)"
 _SILENT = ("ignore", None, Warning, re.compile(_TALKATIVE), 0)
 
 # At the top, before the pixels; objects have some hundred. A gigabyte of zeros, a megabyte in a zip, is 134 million.
