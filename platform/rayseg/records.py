@@ -5,6 +5,7 @@ Keys named `*_key` are pseudonyms (keyed HMAC, see `dicom.pseudonyms`): no ident
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Literal
 
 import pyarrow as pa
 
@@ -62,6 +63,12 @@ class QualityFlag(StrEnum):
 
 # The masks of an image, none or several; `label` is what the `{label}` of the layout's pattern has in its path.
 MASKS = pa.list_(pa.struct([("uri", pa.string()), ("label", pa.string())]))
+
+# What an image without a mask is, and a slice that the mask of its series has no plane of: refused, or all background.
+MissingMask = Literal["reject", "empty"]
+
+# In the metadata of a manifest: `missing_mask` of the layout, which prepare needs too. Older manifests lack it: reject.
+MISSING_MASK = b"rayseg.missing_mask"
 
 # The slices beside a slice in its series, as many on each side, in order along the normal; null beyond the series.
 NEIGHBOURS = pa.list_(pa.struct([("uri", pa.string()), ("frame", pa.int32())]))

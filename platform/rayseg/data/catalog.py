@@ -20,7 +20,7 @@ from rayseg.data import manifest, standing
 from rayseg.data.layouts import Layout, plan, read_groups
 from rayseg.data.spool import Spool, by_series, packed, unpacked
 from rayseg.dicom.pseudonyms import Pseudonyms, from_environment
-from rayseg.records import MANIFEST, MASKS, Reason, Reject
+from rayseg.records import MANIFEST, MASKS, MISSING_MASK, Reason, Reject
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ def catalog(config: CatalogConfig) -> CatalogResult:
         unread, unchanged = _plan(source, config.layout, groups, earlier, found)
         objects = unread.objects + unchanged
         _headers(unread, config, pseudonyms, found)
-        counts = _write(found, Path(folder, "manifest"), mark)
+        counts = _write(found, Path(folder, "manifest"), mark, config.layout)
         storage.write_file(output, Path(folder, "manifest"))
     rows, rejected = counts.accepted + counts.reasons.total(), counts.reasons.total()
     reasons = dict(sorted(counts.reasons.items()))
@@ -138,10 +138,10 @@ class _Counts:
     series: set[str] = field(default_factory=set)
 
 
-def _write(found: Spool, path: Path, mark: str) -> _Counts:
+def _write(found: Spool, path: Path, mark: str, layout: Layout) -> _Counts:
     """Writes the manifest into a local file, some thousand rows at a time; equal rows give equal bytes."""
     counts = _Counts()
-    schema = MANIFEST.with_metadata({standing.METADATA: mark})
+    schema = MANIFEST.with_metadata({standing.METADATA: mark, MISSING_MASK: layout.missing_mask})
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
         for rows in by_series(found):
             for row in rows:

@@ -16,7 +16,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Generic, Literal, TypeVar
+from typing import Generic, TypeVar
+
+from rayseg.records import MissingMask
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +37,7 @@ class Layout:
     images: str | tuple[str, ...] = ""
     masks: str | tuple[str, ...] | None = None  # null: an archive without masks
     groups: str | None = None  # CSV below the source with the columns file,group: which patient an image is of
-    missing_mask: Literal["reject", "empty"] = "reject"  # an image without a mask: refused, or without foreground
+    missing_mask: MissingMask = "reject"
 
     def __post_init__(self) -> None:
         for key, patterns in (("images", self.image_patterns), ("masks", self.mask_patterns)):
