@@ -236,7 +236,6 @@ def test_files_that_cannot_be_read_are_rejected() -> None:
     whole = encoded(TRUE, np.eye(4))
     cases = {
         Reason.TRUNCATED: [whole[:-1], gzip.compress(whole)[:60] if len(gzip.compress(whole)) > 400 else whole[:400]],
-        Reason.UNSUPPORTED_MULTIFRAME: [encoded(np.zeros((2, 2, 2, 2), np.uint8))],
         Reason.UNSUPPORTED_PIXELS: [encoded(TRUE, datatype=128), encoded(np.full(SHAPE, np.nan))],
         Reason.TOO_LARGE: [encoded(TRUE, dim=(3, 30000, 30000, 2))],
         Reason.CORRUPT: [
