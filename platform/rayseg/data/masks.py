@@ -11,7 +11,7 @@ from pydicom import uid
 from pydicom.pixels import pixel_array
 
 from rayseg.data.labels import Labels
-from rayseg.dicom import image_files, nifti, segments
+from rayseg.dicom import image_files, segments, volumes
 from rayseg.dicom.parsing import parse, silence_libraries
 from rayseg.dicom.reading import Header
 from rayseg.geometry import planes
@@ -96,7 +96,7 @@ def read_mask(
     """The layers of a mask: one, or as many as a segmentation has segments in the slice.
 
     Args:
-        data: an image file (PNG, JPEG, TIFF, BMP), a NIfTI volume, a DICOM image or a DICOM segmentation.
+        data: an image file (PNG, JPEG, TIFF, BMP), a volume (NIfTI, NRRD, MetaImage), a DICOM image or segmentation.
         source: the `{label}` of its path.
         by_value: whether a palette's indices are wanted, and not the colours that they show.
         header: of the slice, for a segmentation.
@@ -114,8 +114,8 @@ def read_mask(
         if frame is not None:
             return Reject(Reason.MASK_MISMATCH, "one mask image for an object of several frames")
         return _of_image(data, source, by_value)
-    if nifti.is_nifti(data):
-        return _of_volume(data, source, frame, header.geometry if header else geometry, missing_mask)
+    if volumes.is_volume(data):
+        return _of_volume(data, source, frame, header, geometry, missing_mask)
     parsed = parse(data)
     if isinstance(parsed, Reject):
         return Reject(Reason.NOT_AN_IMAGE if parsed.reason == Reason.NOT_DICOM else parsed.reason, "mask")
@@ -165,18 +165,22 @@ def _of_volume(
     data: bytes,
     source: str | None,
     frame: int | None,
-    image: Geometry | None,
+    header: Header | None,
+    geometry: Geometry | None,
     missing_mask: MissingMask,
 ) -> list[Layer] | Reject:
     """The part of a label volume that lies upon the slice; the one of the same number where the slice has no place."""
-    values, volume = nifti.labels(data), nifti.read_volume(data)
+    values, volume = volumes.labels(data), volumes.read_volume(data)
     if isinstance(values, Reject):
         return values
-    assert isinstance(volume, nifti.Volume)
+    assert not isinstance(volume, Reject)
+    image = header.geometry if header else geometry
     if image is None or planes.corners_mm(image) is None:
         if frame is None or frame >= len(values):
             return Reject(Reason.MASK_MISMATCH, f"a mask volume of {len(values)} slices, for an image without a place")
         return [Layer(values[frame], source)]
+    if header is not None and not volume.placed:
+        return Reject(Reason.MASK_MISMATCH, f"the mask volume ({volume.kind}) does not say where it lies")
     place = placement(volume.affine, volume.shape, image)
     if isinstance(place, Reject):
         return place
