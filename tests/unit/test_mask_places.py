@@ -6,19 +6,15 @@ What is expected is made here by index, or by dcm2niix, SimpleITK and dcmqi, whi
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from io import BytesIO
 from itertools import permutations, product
 from pathlib import Path
 
-import highdicom
 import nibabel
 import numpy as np
-import pydicom
 import pytest
 import SimpleITK
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.sr.codedict import codes
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 
 from rayseg.data.labels import Labels

@@ -11,7 +11,7 @@ from pydicom import uid
 from pydicom.pixels import pixel_array
 
 from rayseg.data.labels import Labels
-from rayseg.dicom import image_files, segments, volumes
+from rayseg.dicom import contours, image_files, segments, volumes
 from rayseg.dicom.parsing import parse, silence_libraries
 from rayseg.dicom.reading import Header
 from rayseg.geometry import planes
@@ -120,8 +120,9 @@ def read_mask(
     if isinstance(parsed, Reject):
         return Reject(Reason.NOT_AN_IMAGE if parsed.reason == Reason.NOT_DICOM else parsed.reason, "mask")
     try:
-        if str(parsed.dataset.get("SOPClassUID", "")) in segments.SOP_CLASSES:
-            return _of_segmentation(parsed.data, header, missing_mask)
+        sop_class = str(parsed.dataset.get("SOPClassUID", ""))
+        if sop_class == contours.SOP_CLASS or sop_class in segments.SOP_CLASSES:
+            return _of_segmentation(parsed.data, sop_class, header, missing_mask)
         return _of_dicom(parsed.data, parsed.transfer_syntax_uid, source, frame)
     except Exception as error:  # pydicom's decoders raise a dozen types on bad bytes
         return Reject(Reason.DECODE_FAILED, f"mask: {type(error).__name__}")
@@ -191,10 +192,13 @@ def _of_volume(
     return [] if missing_mask == "empty" else Reject(Reason.NO_MASK, "the mask volume ends before the image")
 
 
-def _of_segmentation(data: bytes, header: Header | None, missing_mask: MissingMask) -> list[Layer] | Reject:
+def _of_segmentation(
+    data: bytes, sop_class: str, header: Header | None, missing_mask: MissingMask
+) -> list[Layer] | Reject:
     if header is None:
         return Reject(Reason.NO_MASK, "a DICOM segmentation refers to DICOM instances, and the image is none")
-    found = segments.of_slice(data, header, missing_mask)
+    of_slice = contours.of_slice if sop_class == contours.SOP_CLASS else segments.of_slice
+    found = of_slice(data, header, missing_mask)
     if isinstance(found, Reject):
         return found
     return [Layer(np.where(inside, np.int32(number), 0), label) for number, label, inside in found]
