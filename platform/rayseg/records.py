@@ -28,8 +28,8 @@ class Reason(StrEnum):
     MISSING_ATTRIBUTE = "missing_attribute"  # an attribute that is needed is absent or unusable; detail names it
     TOO_LARGE = "too_large"  # over a limit of pixels, frames, inflated bytes, scans or tiles; detail names it
     NOT_AN_IMAGE = "not_an_image"  # an image file (PNG, JPEG, TIFF) that cannot be decoded
-    NO_MASK = "no_mask"  # the layout asks for a mask and none pairs with this image
-    MASK_MISMATCH = "mask_mismatch"  # the mask's size or place is not its image's
+    NO_MASK = "no_mask"  # no mask pairs with this image, or the masks that do are of other images
+    MASK_MISMATCH = "mask_mismatch"  # the mask has another size or other pixels or planes than its image
     MASK_VALUES = "mask_values"  # the mask holds a value, colour or segment that no class is named for
     LOCALIZER = "localizer"  # a scout view, no part of a stack
     SERIES_MIXED = "series_mixed"  # a series with several sizes or orientations

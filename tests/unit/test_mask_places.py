@@ -12,6 +12,7 @@ from pathlib import Path
 
 import nibabel
 import numpy as np
+import pydicom
 import pytest
 import SimpleITK
 from pydicom.dataset import Dataset, FileMetaDataset
@@ -230,3 +231,26 @@ def test_segmentations_that_dcmqi_makes(tmp_path: Path, orientation: str, kind: 
     options = ["--referencesGeometryCheck", check, "--skip", skip, "--segmentationType", kind]
     data = by_dcmqi(written(tmp_path / "images", SOURCES), tmp_path / "label.nrrd", *options)
     assert_is(read(data))
+
+
+@pytest.mark.parametrize("maker", ["volume", "dcmqi", "dcmqi without a check"])
+def test_labels_of_a_real_series_as_dcm2niix_stores_it(shared_data: Path, tmp_path: Path, maker: str) -> None:
+    """Its rows run from below. A label is what is bright there, and what is as bright in the DICOM objects."""
+    folder = shared_data / "mr-archive/Study1/12-T1post-05670"
+    program = Path(sys.executable).with_name("dcm2niix")
+    subprocess.run([program, "-b", "n", "-o", tmp_path, "-f", "mr", folder], check=True, capture_output=True)
+    image = nibabel.load(tmp_path / "mr.nii")
+    values = np.asarray(image.dataobj)
+    bright = np.sort(values.ravel())[-200_000]
+    values[:, :, -4:] = 0  # of four slices nothing is known: they stand in no frame
+    nibabel.save(nibabel.Nifti1Image((values > bright).astype(np.uint8), image.affine), tmp_path / "label.nii.gz")
+    data = (tmp_path / "label.nii.gz").read_bytes()
+    if maker != "volume":
+        data = by_dcmqi(folder, tmp_path / "label.nii.gz", "--referencesGeometryCheck", "01"[maker == "dcmqi"])
+    sources = sorted(
+        (pydicom.dcmread(path) for path in folder.glob("*.dcm")), key=lambda one: one.ImagePositionPatient[2]
+    )
+    expected = np.stack([source.pixel_array > bright for source in sources])
+    expected[-4:] = False
+    assert [bool(one.any()) for one in expected].count(False) >= 4
+    assert_is(read(data, headers(sources)), expected)
