@@ -5,6 +5,7 @@ Keys named `*_key` are pseudonyms (keyed HMAC, see `dicom.pseudonyms`): no ident
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Literal
 
 import pyarrow as pa
 
@@ -28,9 +29,9 @@ class Reason(StrEnum):
     MISSING_ATTRIBUTE = "missing_attribute"  # an attribute that is needed is absent or unusable; detail names it
     TOO_LARGE = "too_large"  # over a limit of pixels, frames, inflated bytes, scans or tiles; detail names it
     NOT_AN_IMAGE = "not_an_image"  # an image file (PNG, JPEG, TIFF) that cannot be decoded
-    NO_MASK = "no_mask"  # the layout asks for a mask and none pairs with this image
+    NO_MASK = "no_mask"  # no mask pairs with this image, or the masks that do are of other images
     NO_IMAGE = "no_image"  # a mask that no image pairs with
-    MASK_MISMATCH = "mask_mismatch"  # the mask's size or place is not its image's
+    MASK_MISMATCH = "mask_mismatch"  # the mask has another size or other pixels or planes than its image
     MASK_VALUES = "mask_values"  # the mask holds a value, colour or segment that no class is named for
     LOCALIZER = "localizer"  # a scout view, no part of a stack
     SERIES_MIXED = "series_mixed"  # a series with several sizes or orientations
@@ -65,6 +66,12 @@ class QualityFlag(StrEnum):
 
 # The masks of an image, none or several; `label` is what the `{label}` of the layout's pattern has in its path.
 MASKS = pa.list_(pa.struct([("uri", pa.string()), ("label", pa.string())]))
+
+# What an image without a mask is, and a slice that the mask of its series has no plane of: refused, or all background.
+MissingMask = Literal["reject", "empty"]
+
+# In the metadata of a manifest: `missing_mask` of the layout, which prepare needs too. Older manifests lack it: reject.
+MISSING_MASK = b"rayseg.missing_mask"
 
 # The slices beside a slice in its series, as many on each side, in order along the normal; null beyond the series.
 NEIGHBOURS = pa.list_(pa.struct([("uri", pa.string()), ("frame", pa.int32())]))

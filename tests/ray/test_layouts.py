@@ -1,6 +1,7 @@
 """Each layout that the README shows, from the raw folder through catalog and prepare, against the files as they are."""
 
 import contextlib
+import dataclasses
 import gzip
 import io
 import itertools
@@ -9,6 +10,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import highdicom
 import keras
 import numpy as np
 import pydicom
@@ -16,7 +18,8 @@ import pytest
 import tensorflow as tf
 import yaml
 from PIL import Image
-from pydicom.uid import SecondaryCaptureImageStorage
+from pydicom.sr.codedict import codes
+from pydicom.uid import SecondaryCaptureImageStorage, generate_uid
 
 from rayseg import config, storage
 from rayseg.data import prepared, synthetic
@@ -238,6 +241,71 @@ def test_dicom_segmentations(tmp_path: Path, slices: list[tuple[bytes, np.ndarra
     assert {int(row["mask"].max()) for row in rows.values()} >= {1, 2}
     for number, (_, mask) in enumerate(slices):
         assert np.array_equal(rows[f"p{number // 3}/ct/{number % 3}.dcm"]["mask"], mask)
+
+
+@pytest.mark.parametrize("missing_mask", ["empty", "reject"])
+def test_slices_that_a_sparse_segmentation_leaves_out_are_as_the_layout_says(
+    tmp_path: Path, slices: list[tuple[bytes, np.ndarray]], missing_mask: str
+) -> None:
+    source = tmp_path / "source"
+    for patient in range(2):
+        datas = [data for data, _ in slices[3 * patient : 3 * patient + 3]]
+        for number, data in enumerate(datas):
+            storage.write(str(source / f"p{patient}/ct/{number}.dcm"), data)
+        storage.write(str(source / f"p{patient}/seg.dcm"), sparse([pydicom.dcmread(io.BytesIO(one)) for one in datas]))
+    layout, _, preprocess = example("DICOM images, DICOM segmentations")
+    layout = dataclasses.replace(layout, missing_mask=missing_mask)  # type: ignore[arg-type]
+    if missing_mask == "reject":
+        with pytest.raises(ValueError, match=r"4 of 6 rows rejected.*'no_mask': 4"):
+            run(source, layout, Labels(), preprocess)
+        return
+    rows = run(source, layout, Labels(), preprocess)
+    assert len(rows) == 6
+    for name, row in rows.items():
+        assert np.array_equal(row["mask"], disc(12, 9, 5) * name.endswith("/1.dcm"))
+
+
+def sparse(sources: list[pydicom.Dataset]) -> bytes:
+    """A segmentation of the slice in the middle, which lists no other one."""
+    described = highdicom.seg.SegmentDescription(
+        1, "Lesion", codes.SCT.MorphologicallyAbnormalStructure, codes.SCT.Lesion, "MANUAL"
+    )
+    planes = np.stack([disc(12, 9, 5) * (number == 1) for number in range(3)]).astype(np.uint8)
+    seg = highdicom.seg.Segmentation(
+        sources, planes, "BINARY", [described], generate_uid(), 5, generate_uid(), 1, "someone", "something", "1", "2"
+    )
+    (series,) = seg.ReferencedSeriesSequence
+    series.ReferencedInstanceSequence = [
+        one for one in series.ReferencedInstanceSequence if one.ReferencedSOPInstanceUID == sources[1].SOPInstanceUID
+    ]
+    buffer = io.BytesIO()
+    seg.save_as(buffer)
+    return buffer.getvalue()
+
+
+def test_a_label_volume_for_each_series(tmp_path: Path, slices: list[tuple[bytes, np.ndarray]]) -> None:
+    source = tmp_path / "source"
+    for patient, series in enumerate((slices[:3], slices[3:])):
+        for number, (data, _) in enumerate(series):
+            storage.write(str(source / f"p{patient}/ct/{number}.dcm"), data)
+        headers = [pydicom.dcmread(io.BytesIO(data)) for data, _ in series]
+        along = np.array(headers[0].ImageOrientationPatient, float).reshape(2, 3)
+        spacing = [float(one) for one in headers[0].PixelSpacing]
+        positions = np.array([one.ImagePositionPatient for one in headers], float)
+        affine = np.eye(4)
+        affine[:3, 0], affine[:3, 1] = along[0] * spacing[1], along[1] * spacing[0]
+        affine[:3, 2], affine[:3, 3] = positions[1] - positions[0], positions[0]
+        if patient:  # rows from below, and the last slice is not in it
+            affine[:3, 3] += affine[:3, 1] * (SIDE - 1)
+            affine[:3, 1] *= -1
+        values = np.stack([mask for _, mask in series], axis=-1).transpose(1, 0, 2).astype(np.uint8)
+        values = values[:, ::-1, :2] if patient else values
+        storage.write(str(source / f"p{patient}/label.nii.gz"), nifti(values, np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine))
+    rows = run(source, *example("DICOM images, a label volume for each series"))
+    assert len(rows) == 6
+    for number, (_, mask) in enumerate(slices):
+        expected = mask * (number != 5)
+        assert np.array_equal(rows[f"p{number // 3}/ct/{number % 3}.dcm"]["mask"], expected)
 
 
 def nifti(values: np.ndarray, affine: np.ndarray) -> bytes:

@@ -175,6 +175,16 @@ def test_two_masks_for_one_image_are_refused() -> None:
         planned(FOLDERS, ["images/a.dcm", "masks/a.png", "masks/a.jpg"])
 
 
+@pytest.mark.parametrize("mask", ["label.nii.gz", "label.nrrd", "label.mha", "rtstruct.dcm"])
+def test_what_says_where_it_lies_is_the_mask_of_a_whole_series_but_not_of_image_files(mask: str) -> None:
+    layout = Layout("{patient}/ct/{slice}.dcm", f"{{patient}}/{mask}")
+    found = planned(layout, ["a/ct/1.dcm", "a/ct/2.dcm", f"a/{mask}", "b/ct/1.dcm", f"b/{mask}"])
+    assert [[one.path for one in image.masks] for image in found] == [[f"{one}/{mask}"] for one in "aab"]
+    files = Layout("{patient}/ct/{slice}.png", f"{{patient}}/{mask}")
+    with pytest.raises(ValueError, match="would be the mask of several images"):
+        planned(files, ["a/ct/1.png", "a/ct/2.png", f"a/{mask}"])
+
+
 def test_without_masks_images_come_as_the_listing_does() -> None:
     def listing() -> object:
         yield "1.dcm", 5

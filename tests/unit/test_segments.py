@@ -113,7 +113,7 @@ def test_our_own_segmentations_come_back(kind: str) -> None:
 
 def test_an_image_that_it_does_not_refer_to_has_no_mask() -> None:
     data = other_maker("BINARY", PLANES)
-    for other in (header(77), None):
+    for other in (replace(header(77), series_instance_uid="1.2.3.77"), None):
         reject = truth([(data, None)], (ROWS, COLUMNS), Labels(NAMES), other)
         assert isinstance(reject, Reject)
         assert reject.reason == Reason.NO_MASK
@@ -122,6 +122,7 @@ def test_an_image_that_it_does_not_refer_to_has_no_mask() -> None:
     stream = BytesIO()
     for groups in dataset.PerFrameFunctionalGroupsSequence:
         groups.DerivationImageSequence[0].SourceImageSequence[0].ReferencedSOPInstanceUID += ".9"
+    dataset.ReferencedSeriesSequence[0].SeriesInstanceUID += ".9"
     for instance in dataset.ReferencedSeriesSequence[0].ReferencedInstanceSequence:
         instance.ReferencedSOPInstanceUID += ".9"
     dataset.save_as(stream)
@@ -208,20 +209,20 @@ def test_frames_that_name_no_image_are_of_the_one_they_lie_upon(kind: str) -> No
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "reason"),
     [
-        {"image_position_mm": (0.0, 0.0, 7.5)},  # between two slices
-        {"image_position_mm": (0.5, 0.0, 5.0)},
-        {"image_orientation": (-1.0, 0.0, 0.0, 0.0, 1.0, 0.0)},
-        {"pixel_spacing_mm": (1.1, 1.0)},
-        {"image_position_mm": None},
+        ({"image_position_mm": (0.0, 0.0, 7.5)}, Reason.MASK_MISMATCH),  # between two slices
+        ({"image_position_mm": (0.5, 0.0, 5.0)}, Reason.MASK_MISMATCH),
+        ({"image_orientation": (0.8, 0.6, 0.0, -0.6, 0.8, 0.0)}, Reason.MASK_MISMATCH),
+        ({"pixel_spacing_mm": (1.1, 1.0)}, Reason.MASK_MISMATCH),
+        ({"image_position_mm": None}, Reason.NO_MASK),
     ],
 )
-def test_frames_beside_an_image_are_not_its_mask(changes: dict[str, object]) -> None:
+def test_frames_beside_an_image_are_not_its_mask(changes: dict[str, object], reason: Reason) -> None:
     data = nameless(other_maker("BINARY", PLANES, omit_empty_frames=False))
-    reject = truth([(data, None)], (ROWS, COLUMNS), Labels(NAMES), placed(1, **changes))
+    reject = truth([(data, None)], (ROWS, COLUMNS), Labels(NAMES), placed(1, **changes), missing_mask="reject")
     assert isinstance(reject, Reject)
-    assert reject.reason == Reason.NO_MASK
+    assert reject.reason == reason
     elsewhere = nameless(other_maker("BINARY", PLANES), FrameOfReferenceUID="1.2.3.99")
     assert isinstance(truth([(elsewhere, None)], (ROWS, COLUMNS), Labels(NAMES), placed(1)), Reject)
 
@@ -231,9 +232,158 @@ def test_a_listed_image_without_a_frame_is_background_where_the_grid_is_its_own(
     for number in range(4):
         classes = truth([(sparse, None)], (ROWS, COLUMNS), Labels(NAMES), placed(number))
         assert np.array_equal(classes, EXPECTED[number])
-    unlisted = truth([(nameless(other_maker("BINARY", PLANES)), None)], (ROWS, COLUMNS), Labels(NAMES), placed(0))
+    silent = [(nameless(other_maker("BINARY", PLANES)), None)]
+    unlisted = truth(silent, (ROWS, COLUMNS), Labels(NAMES), placed(0), missing_mask="reject")
     assert isinstance(unlisted, Reject)
+    assert unlisted.reason == Reason.NO_MASK
+    empty = truth(silent, (ROWS, COLUMNS), Labels(NAMES), placed(0), missing_mask="empty")
+    assert isinstance(empty, np.ndarray)
+    assert not empty.any()
     # Of another grid nothing can be said: silence would be a mask of background.
     coarse = truth([(sparse, None)], (ROWS, COLUMNS), Labels(NAMES), placed(0, pixel_spacing_mm=(0.5, 0.5)))
     assert isinstance(coarse, Reject)
-    assert coarse.reason == Reason.NO_MASK
+    assert coarse.reason == Reason.MASK_MISMATCH
+
+
+def named(source: Dataset) -> Dataset:
+    item = Dataset()
+    item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = source.SOPClassUID, source.SOPInstanceUID
+    return item
+
+
+def regridded(kind: str, grid: np.ndarray, planes: np.ndarray, names: str | None = None, **attributes: object) -> bytes:
+    """PLANES on another grid, (column, row, slice) to millimetres.
+
+    Frames name all images, or the one of their number, or as highdicom has it: the one in their plane.
+    """
+    spacing_mm = np.linalg.norm(grid[:3, :3], axis=0)
+    row, column = grid[:3, 0] / spacing_mm[0], grid[:3, 1] / spacing_mm[1]
+    positions = [(grid @ (0, 0, number, 1))[:3].tolist() for number in range(len(planes))]
+    data = other_maker(
+        kind,
+        planes,
+        omit_empty_frames=False,
+        plane_positions=[highdicom.PlanePositionSequence("PATIENT", position) for position in positions],
+        plane_orientation=highdicom.PlaneOrientationSequence("PATIENT", [*row, *column]),
+        pixel_measures=highdicom.PixelMeasuresSequence(spacing_mm[[1, 0]].tolist(), spacing_mm[2], spacing_mm[2]),
+    )
+    dataset = pydicom.dcmread(BytesIO(data))
+    for keyword, value in attributes.items():
+        setattr(dataset, keyword, value)
+    for number, groups in enumerate(dataset.PerFrameFunctionalGroupsSequence):
+        if names is not None:
+            of_frame = SOURCES if names == "all" else [SOURCES[number % len(planes)]]
+            derivation = Dataset()
+            derivation.SourceImageSequence = [named(source) for source in of_frame]
+            groups.DerivationImageSequence = [derivation]
+    stream = BytesIO()
+    dataset.save_as(stream)
+    return stream.getvalue()
+
+
+GRID = np.diag([1.0, 1.0, 5.0, 1.0])  # of the sources
+SWAPPED = GRID[:, [1, 0, 2, 3]]
+KINDS = ["BINARY", "FRACTIONAL", "LABELMAP"]
+
+
+def of_kind(kind: str) -> np.ndarray:
+    return EXPECTED.astype(np.uint8) if kind == "LABELMAP" else PLANES * (1.0 if kind == "FRACTIONAL" else True)
+
+
+def shifted(grid: np.ndarray, *voxels: float) -> np.ndarray:
+    moved = grid.copy()
+    moved[:3, 3] = (grid @ (*voxels, 1))[:3]
+    return moved
+
+
+@pytest.mark.parametrize("names", [None, "all"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_frame_is_where_its_plane_is_whichever_image_it_names(kind: str, names: str | None) -> None:
+    planes = of_kind(kind)
+    grids = [
+        (shifted(GRID, 12, 0, 0) @ np.diag([-1.0, 1, 1, 1]), planes[:, :, ::-1]),  # mirrored
+        (shifted(GRID, 0, 10, 3) @ np.diag([1.0, -1, -1, 1]), planes[::-1, ::-1]),
+        (SWAPPED, planes.swapaxes(1, 2)),  # transposed
+        (
+            shifted(SWAPPED, 10, 0, 0) @ np.diag([-1.0, 1, 1, 1]),
+            planes.swapaxes(1, 2)[:, :, ::-1],
+        ),  # turned by 90 degrees
+        (shifted(GRID, 1, 1, 1), planes[1:3, 1:, 1:]),  # cut
+        (shifted(GRID, -2, -3, 0), np.pad(planes, [(0, 0), (3, 0), (2, 4)] + [(0, 0)] * (planes.ndim - 3))),  # more
+    ]
+    for grid, values in grids:
+        data = regridded(kind, grid, np.ascontiguousarray(values), names)
+        for number in range(4):
+            classes = truth([(data, None)], (ROWS, COLUMNS), Labels(NAMES), placed(number))
+            assert isinstance(classes, np.ndarray), classes
+            assert np.array_equal(classes, EXPECTED[number])
+
+
+@pytest.mark.parametrize(
+    ("grid", "word"),
+    [
+        (GRID @ np.diag([0.5, 0.5, 1, 1]), "spacing"),
+        (GRID @ np.diag([1.04, 1.04, 1, 1]), "beside"),
+        (shifted(GRID, 0.5, 0, 0), "beside"),
+        (shifted(GRID, 0, 0, 0.4), "beside a plane"),
+        (shifted(GRID, 0, 0, 0.5), "beside a plane"),
+        (np.array([[0.8, -0.6, 0, 0], [0.6, 0.8, 0, 0], [0, 0, 5, 0], [0, 0, 0, 1]]), "orientation"),
+        (GRID[:, [2, 0, 1, 3]] @ np.diag([1, 1, 2.5, 1]), "spacing"),  # frames across the images
+    ],
+)
+@pytest.mark.parametrize("names", [None, "all"])
+def test_a_frame_on_another_grid_is_refused_by_name(grid: np.ndarray, word: str, names: str | None) -> None:
+    data = regridded("BINARY", grid, PLANES, names)
+    reject = truth([(data, None)], (ROWS, COLUMNS), Labels(NAMES), placed(1))
+    assert isinstance(reject, Reject)
+    assert reject.reason == Reason.MASK_MISMATCH
+    assert word in reject.detail
+
+
+def test_names_do_not_place_a_frame_that_lies_elsewhere() -> None:
+    far = regridded("BINARY", shifted(GRID, 0, 0, 40), PLANES, "own")
+    for number in range(4):
+        reject = truth([(far, None)], (ROWS, COLUMNS), Labels(NAMES), placed(number))
+        assert isinstance(reject, Reject)
+        assert reject.reason == Reason.MASK_MISMATCH
+
+
+def test_in_another_frame_of_reference_frames_are_of_the_images_that_they_name_and_lie_upon() -> None:
+    turned = shifted(GRID, 12, 0, 0) @ np.diag([-1.0, 1, 1, 1])
+    data = regridded("BINARY", turned, PLANES[:, :, ::-1], FrameOfReferenceUID="1.2.3.99")
+    for number in range(4):
+        classes = truth([(data, None)], (ROWS, COLUMNS), Labels(NAMES), placed(number))
+        assert np.array_equal(classes, EXPECTED[number])
+        copy = replace(placed(number), sop_instance_uid="9.9", series_instance_uid="9")
+        reject = truth([(data, None)], (ROWS, COLUMNS), Labels(NAMES), copy)
+        assert isinstance(reject, Reject)
+        assert reject.reason == Reason.NO_MASK
+
+
+def test_of_images_without_a_place_the_name_counts_unless_it_is_of_several_frames() -> None:
+    for number in range(4):
+        classes = truth([(other_maker("BINARY", PLANES), None)], (ROWS, COLUMNS), Labels(NAMES), header(number))
+        assert np.array_equal(classes, EXPECTED[number])
+    reject = truth([(regridded("BINARY", GRID, PLANES, "all"), None)], (ROWS, COLUMNS), Labels(NAMES), header(1))
+    assert isinstance(reject, Reject)
+    assert reject.reason == Reason.MASK_MISMATCH
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_sparse_segmentation_leaves_out_is_as_the_layout_says(kind: str) -> None:
+    dataset = pydicom.dcmread(BytesIO(other_maker(kind, of_kind(kind))))
+    (series,) = dataset.ReferencedSeriesSequence
+    series.ReferencedInstanceSequence = list(series.ReferencedInstanceSequence)[1:3]  # as dcmqi lists them
+    stream = BytesIO()
+    dataset.save_as(stream)
+    sparse = stream.getvalue()
+    for number in range(4):
+        for slice in (placed(number), replace(placed(number), sop_instance_uid=f"9.{number}", series_instance_uid="9")):
+            empty = truth([(sparse, None)], (ROWS, COLUMNS), Labels(NAMES), slice, missing_mask="empty")
+            assert np.array_equal(empty, EXPECTED[number])
+            strict = truth([(sparse, None)], (ROWS, COLUMNS), Labels(NAMES), slice, missing_mask="reject")
+            assert isinstance(strict, Reject if number in (0, 3) else np.ndarray)
+        other = replace(placed(number), sop_instance_uid="9.9", series_instance_uid="9", frame_of_reference_uid="9.1")
+        reject = truth([(sparse, None)], (ROWS, COLUMNS), Labels(NAMES), other, missing_mask="empty")
+        assert isinstance(reject, Reject)
+        assert reject.reason == Reason.NO_MASK

@@ -20,7 +20,7 @@ from rayseg.data import manifest, standing
 from rayseg.data.layouts import Layout, plan, read_groups
 from rayseg.data.spool import Spool, by_series, packed, unpacked
 from rayseg.dicom.pseudonyms import Pseudonyms, from_environment
-from rayseg.records import MANIFEST, MASKS, REJECTS, Reason, Reject
+from rayseg.records import MANIFEST, MASKS, MISSING_MASK, REJECTS, Reason, Reject
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ def catalog(config: CatalogConfig) -> CatalogResult:
         unread, unchanged = _plan(source, config.layout, groups, earlier, found, lonely)
         objects = unread.objects + unchanged
         _headers(unread, config, pseudonyms, found)
-        counts = _write(found, Path(folder, "manifest"), mark, config.stacks)
+        counts = _write(found, Path(folder, "manifest"), mark, config)
         _write_without_image(output, [storage.join(source, path) for path in lonely])
         storage.write_file(output, Path(folder, "manifest"))
     rows, rejected = counts.accepted + counts.reasons.total(), counts.reasons.total()
@@ -161,15 +161,15 @@ class _Counts:
     series: set[str] = field(default_factory=set)
 
 
-def _write(found: Spool, path: Path, mark: str, stacks: Sequence[str] | None) -> _Counts:
+def _write(found: Spool, path: Path, mark: str, config: CatalogConfig) -> _Counts:
     """Writes the manifest into a local file, some thousand rows at a time; equal rows give equal bytes."""
     counts = _Counts()
-    schema = MANIFEST.with_metadata({standing.METADATA: mark})
+    schema = MANIFEST.with_metadata({standing.METADATA: mark, MISSING_MASK: config.layout.missing_mask})
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
         for rows in by_series(found):
             for row in rows:
                 del row["index"]
-            judged = manifest.in_series(rows, stacks)
+            judged = manifest.in_series(rows, config.stacks)
             writer.write_table(pa.Table.from_pylist(judged, schema=schema))
             accepted = [row for row in judged if row["verdict"] == "ok"]
             reasons = Counter(row["reason"] for row in judged if row["verdict"] != "ok")

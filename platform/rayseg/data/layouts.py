@@ -16,7 +16,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Generic, Literal, TypeVar
+from typing import Generic, TypeVar
+
+from rayseg.records import MissingMask
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +27,8 @@ FileT = TypeVar("FileT")
 _SHOWN = 3
 _TOKEN = re.compile(r"\{([a-z_]+)(\*\*|:[1-9]\d?)?\}|(\*\*)|(\*)")
 _BRACES = "a part is lower-case letters in braces, as {slice}, {id:3} or {path**}"
-_FLAT = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")  # a file of one of these is the mask of one image
+# An image file does not say where it lies: it has masks of its own, and is the mask of one image.
+_FLAT = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Layout:
     images: str | tuple[str, ...] = ""
     masks: str | tuple[str, ...] | None = None  # null: an archive without masks
     groups: str | None = None  # CSV below the source with the columns file,group: which patient an image is of
-    missing_mask: Literal["reject", "empty"] = "reject"  # an image without a mask: refused, or without foreground
+    missing_mask: MissingMask = "reject"  # an image without a mask: refused, or without foreground
     volume: int | None = None  # which one of image files of several volumes (4-D), from 0; null: these are refused
 
     def __post_init__(self) -> None:
@@ -103,8 +106,8 @@ def plan(
         without_image: gets the paths of the masks that no image pairs with, before the plan ends.
 
     Raises:
-        ValueError: no image or no pair at all, two masks for one image by one pattern, or one mask image for several
-            images; with counts and examples.
+        ValueError: no image or no pair at all, two masks for one image by one pattern, or one mask for several where
+            it or these are image files; with counts and examples.
     """
     told = _Told()
     masks = _Masks(layout)
@@ -228,8 +231,8 @@ class _Masks:
             return True
         return False
 
-    def of(self, image_number: int, parts: Mapping[str, str]) -> tuple[Mask, ...]:
-        """The masks of an image, those of the first pattern first."""
+    def of(self, image_number: int, path: str, parts: Mapping[str, str]) -> tuple[Mask, ...]:
+        """The masks of the image at a path, those of the first pattern first."""
         found: list[Mask] = []
         for number, pattern in enumerate(self._layout.mask_patterns):
             shared = _shared(self._layout.image_patterns[image_number], pattern)
@@ -237,7 +240,8 @@ class _Masks:
             for mask in of_pattern:
                 self._used.add(mask.path)
                 self._uses[image_number, mask.path] += 1
-                if self._uses[image_number, mask.path] > 1 and mask.path.lower().endswith(_FLAT):
+                flat = any(one.lower().endswith(_FLAT) for one in (path, mask.path))
+                if flat and self._uses[image_number, mask.path] > 1:
                     shown = shape(self._layout, mask.path)
                     raise ValueError(f"layout.masks: {shown} would be the mask of several images; name more parts")
             found += of_pattern
@@ -270,7 +274,7 @@ def _image(
         if match is None:
             continue
         parts = match.groupdict()
-        found = masks.of(number, parts)
+        found = masks.of(number, path, parts)
         told.images += 1
         told.paired += bool(found)
         if not found:

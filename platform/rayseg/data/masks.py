@@ -8,12 +8,13 @@ import numpy as np
 from pydicom import uid
 
 from rayseg.data.labels import Labels
-from rayseg.dicom import image_files, nifti, segments
+from rayseg.dicom import contours, image_files, segments, volumes
 from rayseg.dicom.parsing import Parsed, parse, silence_libraries
 from rayseg.dicom.reading import Header, read_stored
 from rayseg.geometry import planes
 from rayseg.geometry.grid import Geometry
-from rayseg.records import Reason, Reject
+from rayseg.geometry.placement import is_in_line, placement
+from rayseg.records import MissingMask, Reason, Reject
 
 _MAX_PIXELS = 2**26  # declared; 8192 x 8192, far above any slice
 _LOSSY = (uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit, uid.JPEGLSNearLossless, uid.JPEG2000, uid.HTJ2K)
@@ -40,6 +41,7 @@ def truth(
     header: Header | None = None,
     frame: int | None = None,
     geometry: Geometry | None = None,
+    missing_mask: MissingMask = "empty",
 ) -> np.ndarray | Reject:
     """The classes of a slice from its masks; all background where it has none.
 
@@ -47,9 +49,11 @@ def truth(
         masks: bytes of each, and the `{label}` of its path.
         shape: rows and columns of the slice.
         labels: the classes.
-        header: of the slice, where it is a DICOM object: a segmentation's frames refer to it, or lie where it does.
-        frame: of the slice in an object of several; a mask that is no segmentation has as many, in the same order.
-        geometry: of the slice, where it is one of a volume: a label volume must lie in the same place.
+        header: of the slice, where it is a DICOM object: masks with a place lie where it does.
+        frame: of the slice in an object of several; a mask without a place has as many, in the same order.
+        geometry: of the slice, where it is one of a volume.
+        missing_mask: of the layout: what a slice is that a mask of its series says nothing about. A row of a prepared
+            set had a mask by its manifest's layout already, so that both ways are the same for it.
 
     Returns:
         uint8 (rows, columns), class indices; of overlapping classes the later one.
@@ -57,7 +61,7 @@ def truth(
     classes = np.zeros(shape, np.uint8)
     uncovered = 0
     for data, source in masks:
-        layers = read_mask(data, source, labels.by_value, header, frame, geometry)
+        layers = read_mask(data, source, labels.by_value, header, frame, geometry, missing_mask)
         if isinstance(layers, Reject):
             if layers.reason != Reason.NO_MASK:
                 return layers
@@ -71,7 +75,7 @@ def truth(
                 return found
             np.maximum(classes, found, out=classes)
     if masks and uncovered == len(masks):
-        return Reject(Reason.NO_MASK, "no segmentation that pairs with the image refers to it")
+        return Reject(Reason.NO_MASK, "no mask that pairs with the image is of it")
     return classes
 
 
@@ -82,20 +86,21 @@ def read_mask(
     header: Header | None = None,
     frame: int | None = None,
     geometry: Geometry | None = None,
+    missing_mask: MissingMask = "empty",
 ) -> list[Layer] | Reject:
     """The layers of a mask: one, or as many as a segmentation has segments in the slice.
 
     Args:
-        data: an image file (PNG, JPEG, TIFF, BMP), a NIfTI volume, a DICOM image or a DICOM segmentation.
+        data: an image file (PNG, JPEG, TIFF, BMP), a volume (NIfTI, NRRD, MetaImage), a DICOM image or segmentation.
         source: the `{label}` of its path.
         by_value: whether stored numbers are wanted (indices of a palette, 0 and 1 of one bit), and not what they show.
         header: of the slice, for a segmentation.
         frame: of the slice, in an object of several.
-        geometry: of the slice, for a label volume, where `header` has none.
+        geometry: of the slice, for a label volume, where there is no header.
+        missing_mask: what a slice is that the mask of its series has no plane of: NO_MASK, or without foreground.
 
     Returns:
-        The layers, none where a segmentation that refers to the slice has nothing in it; NO_MASK where it does not
-        refer to it.
+        The layers, none where a mask of the slice has nothing in it; NO_MASK where it is of other images.
     """
     if not data:
         return Reject(Reason.EMPTY_OBJECT, "mask")
@@ -104,14 +109,15 @@ def read_mask(
         if frame is not None:
             return Reject(Reason.MASK_MISMATCH, "one mask image for an object of several frames")
         return _of_image(data, source, by_value)
-    if nifti.is_nifti(data):
-        return _of_volume(data, source, frame, header.geometry if header else geometry)
+    if volumes.is_volume(data):
+        return _of_volume(data, source, frame, header, geometry, missing_mask)
     parsed = parse(data)
     if isinstance(parsed, Reject):
         return Reject(Reason.NOT_AN_IMAGE if parsed.reason == Reason.NOT_DICOM else parsed.reason, "mask")
     try:
-        if str(parsed.dataset.get("SOPClassUID", "")) in segments.SOP_CLASSES:
-            return _of_segmentation(parsed.data, header)
+        sop_class = str(parsed.dataset.get("SOPClassUID", ""))
+        if sop_class == contours.SOP_CLASS or sop_class in segments.SOP_CLASSES:
+            return _of_segmentation(parsed.data, sop_class, header, missing_mask)
         return _of_dicom(parsed, source, frame)
     except Exception as error:  # pydicom's decoders raise a dozen types on bad bytes
         return Reject(Reason.DECODE_FAILED, f"mask: {type(error).__name__}")
@@ -135,29 +141,43 @@ def _of_dicom(parsed: Parsed, source: str | None, frame: int | None) -> list[Lay
     return [Layer(values, source, parsed.transfer_syntax_uid in _LOSSY)]
 
 
-def _of_volume(data: bytes, source: str | None, frame: int | None, image: Geometry | None) -> list[Layer] | Reject:
-    """The slice of a label volume, which must lie where the image's does, where the image says where that is."""
-    values, volume = nifti.labels(data), nifti.read_volume(data)
+def _of_volume(
+    data: bytes,
+    source: str | None,
+    frame: int | None,
+    header: Header | None,
+    geometry: Geometry | None,
+    missing_mask: MissingMask,
+) -> list[Layer] | Reject:
+    """The part of a label volume that lies upon the slice; the one of the same number where the slice has no place."""
+    values, volume = volumes.labels(data), volumes.read_volume(data)
     if isinstance(values, Reject):
         return values
-    assert isinstance(volume, nifti.Volume)
-    if frame is None or frame >= len(values):
-        return Reject(Reason.MASK_MISMATCH, f"a mask volume of {len(values)} slices")
-    corners_mm = None if image is None else planes.corners_mm(image)
-    mask = Geometry(**volume.place(frame))
-    if image is not None and corners_mm is not None and (mask.rows, mask.columns) == (image.rows, image.columns):
-        theirs_mm = planes.corners_mm(mask)
-        assert theirs_mm is not None
-        apart_mm = float(planes.apart_mm(corners_mm, theirs_mm))
-        if apart_mm > planes.tolerance_mm(image):
-            return Reject(Reason.MASK_MISMATCH, f"affine: the mask volume lies {apart_mm:.3g} mm from its image")
-    return [Layer(values[frame], source)]
+    assert not isinstance(volume, Reject)
+    image = header.geometry if header else geometry
+    if image is None or planes.corners_mm(image) is None:
+        if frame is None or frame >= len(values):
+            return Reject(Reason.MASK_MISMATCH, f"a mask volume of {len(values)} slices, for an image without a place")
+        return [Layer(values[frame], source)]
+    if header is not None and not volume.placed:
+        return Reject(Reason.MASK_MISMATCH, f"the mask volume ({volume.kind}) does not say where it lies")
+    place = placement(volume.affine, volume.shape, image)
+    if isinstance(place, Reject):
+        return place
+    if place is not None and place.has_pixels(volume.shape):
+        return [Layer(place.take(values), source)]
+    if not is_in_line(volume.affine, volume.shape, image):
+        return Reject(Reason.MASK_MISMATCH, "the mask volume lies beside the image")
+    return [] if missing_mask == "empty" else Reject(Reason.NO_MASK, "the mask volume ends before the image")
 
 
-def _of_segmentation(data: bytes, header: Header | None) -> list[Layer] | Reject:
+def _of_segmentation(
+    data: bytes, sop_class: str, header: Header | None, missing_mask: MissingMask
+) -> list[Layer] | Reject:
     if header is None:
         return Reject(Reason.NO_MASK, "a DICOM segmentation refers to DICOM instances, and the image is none")
-    found = segments.of_slice(data, header)
+    of_slice = contours.of_slice if sop_class == contours.SOP_CLASS else segments.of_slice
+    found = of_slice(data, header, missing_mask)
     if isinstance(found, Reject):
         return found
     return [Layer(np.where(inside, np.int32(number), 0), label) for number, label, inside in found]

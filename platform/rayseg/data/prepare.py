@@ -27,7 +27,7 @@ from rayseg.data.samples import PLAN, TAKEN, limited, positive_patients, row_id,
 from rayseg.data.split import LEAK_COLUMNS, SPLITS, Split, check_leak, read_standing, to_csv
 from rayseg.data.spool import packed
 from rayseg.data.stacks import PLACE, beside
-from rayseg.records import REJECTS
+from rayseg.records import MISSING_MASK, REJECTS, MissingMask
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +100,7 @@ def prepare(config: PrepareConfig) -> PrepareResult:
         manifest = storage.read(manifest_uri)
     except FileNotFoundError:
         raise ValueError(f"prepare.manifest: there is no {manifest_uri}; run the catalog job") from None
+    missing_mask = _missing_mask(manifest)
     standing_split = _standing_split(config.split.standing)
     digest = _digest(config, hashlib.sha256(manifest).hexdigest(), standing_split)
     standing = _standing(output, digest)
@@ -112,9 +113,9 @@ def prepare(config: PrepareConfig) -> PrepareResult:
     taken = _taken(pq.read_table(pa.BufferReader(manifest), columns=columns), config)
     parts = _deal(taken, config, standing_split)
     samples = _samples(taken, parts, config.split)
-    plan = _shards(samples, config)
+    plan = _shards(samples, config, missing_mask)
     _clear(output, keep={path for path, _ in plan})
-    written = _write(plan, len(samples), output, config)
+    written = _write(plan, len(samples), output, config, missing_mask)
     rejects = [reject for shard in written for reject in shard["rejects"]]
     storage.write_table(storage.join(output, REJECTS_FILE), pa.Table.from_pylist(rejects, schema=REJECTS))
     reasons = dict(sorted(Counter(reject["reason"] for reject in rejects).items()))
@@ -158,6 +159,12 @@ def _digest(config: PrepareConfig, manifest_sha256: str, standing_split: Mapping
     values["split"]["standing"] = dict(standing_split)
     del values["resources"]  # where it is made
     return configuration.digest(values)
+
+
+def _missing_mask(manifest: bytes) -> MissingMask:
+    """What the manifest's layout says of slices that the mask of their series has no plane of."""
+    said = (pq.read_schema(pa.BufferReader(manifest)).metadata or {}).get(MISSING_MASK, b"reject")
+    return "empty" if said == b"empty" else "reject"
 
 
 def _standing_split(uri: str | None) -> Mapping[str, str]:
@@ -264,9 +271,10 @@ def _samples(taken: pa.Table, parts: Mapping[str, str], split: Split) -> pa.Tabl
     return taken.append_column("split", pa.array(dealt)).take(pa.array(order))
 
 
-def _shards(samples: pa.Table, config: PrepareConfig) -> list[tuple[str, bytes]]:
+def _shards(samples: pa.Table, config: PrepareConfig, missing_mask: MissingMask) -> list[tuple[str, bytes]]:
     """Path and packed samples of each shard; the path's digest is of all that the shard is made from."""
-    settings = [VERSION, config.row_group_rows, *map(configuration.plain, (config.preprocess, config.labels))]
+    made_with = map(configuration.plain, (config.preprocess, config.labels))
+    settings = [VERSION, config.row_group_rows, missing_mask, *made_with]
     shards = []
     for split in SPLITS:
         of_split = samples.filter(pc.equal(samples["split"], split))
@@ -286,7 +294,9 @@ def _refuse_empty(rows: Counter[str] | dict[str, int], split: Split, what: str) 
         )
 
 
-def _write(plan: list[tuple[str, bytes]], rows: int, output: str, config: PrepareConfig) -> list[dict[str, Any]]:
+def _write(
+    plan: list[tuple[str, bytes]], rows: int, output: str, config: PrepareConfig, missing_mask: MissingMask
+) -> list[dict[str, Any]]:
     """Prepares the shards, a task each; returns rows of `WRITTEN` in the order of the shards."""
     dataset = _planned(plan).map_batches(
         logs.carried(write_shards),
@@ -297,6 +307,7 @@ def _write(plan: list[tuple[str, bytes]], rows: int, output: str, config: Prepar
             "preprocess": config.preprocess,
             "labels": config.labels,
             "row_group_rows": config.row_group_rows,
+            "missing_mask": missing_mask,
         },
         resources=config.resources,
     )

@@ -20,7 +20,7 @@ from rayseg.data.range import facts
 from rayseg.data.spool import unpacked
 from rayseg.data.stacks import usable
 from rayseg.dicom.reading import Slice, read_slices, slice_uid
-from rayseg.records import PREPARED, REJECTS, Reason, Reject
+from rayseg.records import PREPARED, REJECTS, MissingMask, Reason, Reject
 
 TAKEN = ("patient_key", "study_key", "series_key", "uri", "frame", "masks")  # columns of a manifest that a sample keeps
 # A shard to write; its samples (TAKEN, `neighbours`, `voxel_mm3`, `split`) are packed: the plan is all in Ray's store.
@@ -65,7 +65,14 @@ def limited(patient_keys: Sequence[str], limit: int | None) -> Sequence[int]:
     return sorted(kept)
 
 
-def write_shards(plan: pa.Table, output: str, preprocess: Preprocess, labels: Labels, row_group_rows: int) -> pa.Table:
+def write_shards(
+    plan: pa.Table,
+    output: str,
+    preprocess: Preprocess,
+    labels: Labels,
+    row_group_rows: int,
+    missing_mask: MissingMask = "reject",
+) -> pa.Table:
     """A task: reads the samples of each planned shard, writes it where any is left, and tells what became of each.
 
     A shard that an earlier run wrote is kept: its name is of all that it is made from. Only where that run could not
@@ -77,6 +84,7 @@ def write_shards(plan: pa.Table, output: str, preprocess: Preprocess, labels: La
         preprocess: makes the pixels.
         labels: makes the classes.
         row_group_rows: rows of a Parquet row group.
+        missing_mask: of the manifest's layout.
 
     Returns:
         Rows of `WRITTEN`, one a planned shard.
@@ -91,7 +99,10 @@ def write_shards(plan: pa.Table, output: str, preprocess: Preprocess, labels: La
         found: dict[int, dict[str, Any]] = {}
         rejects = []
         for place, stack, masks in _read(samples, preprocess.color):
-            made = make(stack, masks, preprocess, labels, samples[place]["frame"], samples[place]["voxel_mm3"])
+            sample = samples[place]
+            made = make(
+                stack, masks, preprocess, labels, sample["frame"], sample["voxel_mm3"], missing_mask=missing_mask
+            )
             if isinstance(made, Reject):
                 told = {name: samples[place][name] for name in ("uri", "frame", "patient_key", "series_key")}
                 rejects.append({**told, "stage": "prepare", "reason": made.reason.value, "detail": made.detail})
@@ -124,6 +135,7 @@ def positive_patients(plan: pa.Table, preprocess: Preprocess, labels: Labels) ->
     for cell in plan["samples"].to_pylist():
         samples = [sample for sample in _unpacked(cell) if sample["masks"]]
         for place, stack, masks in _read(samples, preprocess.color):
+            # What has no mask has no foreground either way.
             made = make(stack, masks, preprocess, labels, samples[place]["frame"])
             if not isinstance(made, Reject) and made["foreground_pixels"]:
                 positive.add(samples[place]["patient_key"])
@@ -191,6 +203,7 @@ def make(
     labels: Labels,
     frame: int | None = None,
     voxel_mm3: float | None = None,
+    missing_mask: MissingMask = "reject",
 ) -> dict[str, Any] | Reject:
     """The columns of one sample that its pixels and header give, or why there are none; never raises.
 
@@ -207,7 +220,7 @@ def make(
             readable.append((mask, label))
         slice = slices[len(slices) // 2]
         assert slice is not None
-        classes = truth(readable, slice.shape, labels, slice.header, frame, slice.geometry)
+        classes = truth(readable, slice.shape, labels, slice.header, frame, slice.geometry, missing_mask)
         if isinstance(classes, Reject):
             return classes
         mask_HW = preprocess.apply_mask(classes)
