@@ -1,6 +1,5 @@
 """Masks: the bytes of image files, volumes, DICOM images and segmentations to the class indices of one slice."""
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,7 @@
 """What a DICOM Segmentation takes of its sources, slices and frames alike, and how it names them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
@@ -27,6 +27,7 @@ _NEEDED = (
     "ImagePositionPatient",
     "ImageOrientationPatient",
 )
+PLACE = ("FrameOfReferenceUID", "PixelSpacing", "ImagePositionPatient", "ImageOrientationPatient")
 # Patient and study attributes that the segmentation takes over: those of type 2, empty where the source lacks them or
 # holds a malformed value, and those of type 3, then left out (PS3.3 C.7.1.1, C.7.2.1, C.7.2.2).
 _TYPE_2 = (
@@ -109,6 +110,22 @@ def attributes(source: bytes | Dataset, frame: int | None) -> Dataset | Reject:
     if clean.PatientSex not in ("M", "F", "O", ""):
         clean.PatientSex = ""
     return clean
+
+
+def are_placed(datasets: Iterable[Container[str]]) -> bool | Reject:
+    """Whether the slices lie in a patient; MISSING_ATTRIBUTE, naming it, where only a part says where.
+
+    Radiographs do not say so at all (CR, DX, MG: PS3.3 A.2, A.26, A.27), nor do secondary captures and ultrasound.
+
+    Args:
+        datasets: of the slices, or the keywords of what these have.
+    """
+    datasets = list(datasets)
+    if not any(keyword in dataset for dataset in datasets for keyword in PLACE[2:]):
+        return False
+    lacking = (keyword for dataset in datasets for keyword in PLACE if keyword not in dataset)
+    missing = next(lacking, None)
+    return True if missing is None else Reject(Reason.MISSING_ATTRIBUTE, missing)
 
 
 def _of_frame(dataset: Dataset, keyword: str, frame: int | None) -> Any | None:
