@@ -228,6 +228,10 @@ def test_jpeg_of_all_colours():
     inks = Image.fromarray(smooth_HWC).convert("CMYK")
     data = saved(inks, "JPEG", quality=100, subsampling=0)
     assert np.abs(stored(data, color=True).astype(int) - smooth_HWC).max() < 12
+    inverted = 255 - np.asarray(inks)
+    data = imagecodecs.jpeg8_encode(inverted, colorspace="CMYK", outcolorspace="YCCK", level=100, subsampling="444")
+    judged = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)[..., ::-1]
+    assert np.abs(stored(data, color=True).astype(int) - judged).max() < 3
     twelve = imagecodecs.jpeg8_encode(np.arange(4096, dtype=np.uint16).reshape(64, 64), bitspersample=12, level=100)
     assert np.abs(stored(twelve).astype(int) - np.arange(4096).reshape(64, 64)).max() < 20
     lossless = imagecodecs.jpeg8_encode(DEEP, lossless=True, bitspersample=16)
@@ -315,6 +319,23 @@ def test_tiff_in_strips_tiles_and_planes(compression: str | None, layout: dict[s
         data = tiff(values, photometric="rgb", planarconfig=planar, compression=compression, **layout)
         assert np.array_equal(stored(data, color=True), COLOURS_HWC)
         assert np.array_equal(mask(data), COLOURS_HWC)
+
+
+def filled_from_below(data: bytes) -> bytes:
+    """A TIFF with the tag FillOrder 2 in the place of ResolutionUnit."""
+    with tifffile.TiffFile(io.BytesIO(data)) as file:
+        tag = file.pages[0].tags["ResolutionUnit"]
+    return data[: tag.offset] + struct.pack("<HHIHH", 266, 3, 1, 2, 0) + data[tag.offset + 12 :]
+
+
+def test_tiff_whose_bytes_begin_with_the_lowest_bit():
+    turned = np.array([int(f"{value:08b}"[::-1], 2) for value in range(256)], np.uint8)
+    values = DEEP.astype(np.uint8)
+    for options in ({}, {"tile": (16, 16)}):
+        assert np.array_equal(stored(filled_from_below(tiff(turned[values], **options))), values)
+    bits = np.pad(CLASSES > 0, ((0, 0), (0, 5)))
+    packed = tiff(turned[np.packbits(bits, axis=1)], photometric="minisblack")
+    assert np.array_equal(mask(filled_from_below(retagged(packed, ImageWidth=24, BitsPerSample=1))), bits * 255)
 
 
 def test_tiff_samples_beyond_colours():

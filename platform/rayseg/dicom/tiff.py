@@ -94,8 +94,7 @@ def _next_page_is_cut(file: TiffFile, tiff: bytes) -> bool:
     at, width = file.pages.next_page_offset, file.tiff.offsetsize
     if at is None:
         return False
-    order = "little" if file.byteorder == "<" else "big"
-    return int.from_bytes(tiff[at : at + width], order) >= len(tiff)
+    return int.from_bytes(tiff[at : at + width], "little" if file.byteorder == "<" else "big") >= len(tiff)
 
 
 def _orientation(page: TiffPage) -> int:
