@@ -120,8 +120,7 @@ def _affine(header: Nifti1Header) -> tuple[np.ndarray, bool]:
     """To millimetres of NIfTI's coordinates, and whether the header says where they lie."""
     # As nifti1_io reads what should not occur: a factor of neither 1 nor -1, spacings that are 0 or negative.
     header["pixdim"][0] = -1 if header["pixdim"][0] < 0 else 1
-    spacings = np.abs(header["pixdim"][1:4])
-    header["pixdim"][1:4] = np.where(spacings == 0, 1, spacings)
+    header["pixdim"][1:4] = [abs(spacing) or 1 for spacing in header["pixdim"][1:4].tolist()]
     affine, _ = header.get_sform(coded=True)
     if affine is None and header["qform_code"] > 0:
         vector = np.array([float(header[name]) for name in ("quatern_b", "quatern_c", "quatern_d")])
