@@ -220,3 +220,14 @@ def test_what_has_no_grey_values_or_lies_in_another_file_is_refused_by_name(tmp_
         assert isinstance(found, Reject)
         assert (found.reason, name in found.detail) == (Reason.UNSUPPORTED_PIXELS, True), found
         assert rows_of(data)[0]["detail"] == found.detail
+
+
+@pytest.mark.parametrize("dim", [(2, 5, 4, 1), (3, 5, 4, 1), (4, 5, 4, 1, 0), (7, 5, 4, 1, 1, 1, 0, 1)])
+def test_a_single_slice_needs_no_number(dim: tuple[int, ...]) -> None:
+    data = bytearray(nibabel.Nifti1Image(VALUES[:, :, :1], AFFINE).to_bytes())
+    struct.pack_into(f"<{len(dim)}h", data, 40, *dim)
+    for number in (None, 0):
+        found = read_slice(bytes(data), number)
+        assert isinstance(found, Slice)
+        assert np.array_equal(found.stored, VALUES[:, :, 0].T)
+    assert [row["frame"] for row in rows_of(bytes(data))] == [0]

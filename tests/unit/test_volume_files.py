@@ -255,6 +255,19 @@ def test_a_metaimage_without_directions_has_no_place() -> None:
     assert volume.place(0)["pixel_spacing_mm"] == (0.75, 0.5)
 
 
+def test_a_single_slice_of_each_format(tmp_path: Path) -> None:
+    plane = SimpleITK.GetImageFromArray(VALUES[:, :, 0].T)
+    plane.SetSpacing(SPACING[:2])
+    for suffix in (".nrrd", ".mha", ".nii.gz"):
+        SimpleITK.WriteImage(plane, str(tmp_path / f"x{suffix}"))
+        data = (tmp_path / f"x{suffix}").read_bytes()
+        found = read_slice(data)
+        assert isinstance(found, Slice), found
+        assert np.array_equal(found.stored, VALUES[:, :, 0].T)
+        assert found.geometry is not None
+        assert found.geometry.pixel_spacing_mm == pytest.approx((0.75, 0.5))
+
+
 def test_headers_whose_values_lie_in_another_file_are_refused_by_name(tmp_path: Path) -> None:
     image = SimpleITK.GetImageFromArray(VALUES.T)
     SimpleITK.WriteImage(image, str(tmp_path / "x.mhd"))

@@ -41,7 +41,7 @@ def is_metaimage(data: bytes) -> bool:
     return _BEGINNING.match(data[:256]) is not None and b"NDims" in data[:4096]
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=2)  # of an image and its labels, whose slices come one after the other
 def read_header(data: bytes) -> Volume | Reject:
     """The header, from the file or its beginning, whatever the number of volumes."""
     fields: dict[str, str] = {}

@@ -51,7 +51,7 @@ def is_nrrd(data: bytes) -> bool:
     return data.startswith(_MAGIC)
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=2)  # of an image and its labels, whose slices come one after the other
 def read_header(data: bytes) -> Volume | Reject:
     """The header, from the file or its beginning, whatever the number of volumes."""
     end = _END.search(data)
@@ -92,7 +92,7 @@ def _volume(fields: Mapping[str, Any], data: bytes, start: int) -> Volume | Reje
         return Reject(Reason.UNSUPPORTED_PIXELS, "NRRD: encoding (raw, gzip or text expected)")
     dtype = np.dtype(name)
     if dtype.itemsize > 1 and encoding != "text":
-        dtype = dtype.newbyteorder({"little": "<", "big": ">"}[str(fields["endian"]).lower()])
+        dtype = np.dtype({"little": "<", "big": ">"}[str(fields["endian"]).lower()] + dtype.str[1:])
     sizes = [int(size) for size in fields["sizes"]]
     if len(sizes) != fields["dimension"] or min(sizes) < 1:
         return Reject(Reason.CORRUPT, "NRRD: sizes")

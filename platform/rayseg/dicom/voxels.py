@@ -82,8 +82,11 @@ def turned(affine: np.ndarray, stored: tuple[int, int, int]) -> tuple[np.ndarray
 
     None where the affine has no volume or no numbers.
     """
-    steps = affine[:3, :3]
-    if not np.isfinite(affine).all() or abs(np.linalg.det(steps)) <= _FLAT * np.prod(np.linalg.norm(steps, axis=0)):
+    # In plain numbers: numpy takes ten times as long for nine of them, and a catalog reads many headers.
+    (a, b, c), (d, e, f), (g, h, i) = affine[:3, :3].tolist()
+    volume = abs(a * (e * i - f * h) - b * (d * i - f * g) + c * (d * h - e * g))
+    box = math.hypot(a, d, g) * math.hypot(b, e, h) * math.hypot(c, f, i)
+    if not volume > _FLAT * box or not np.isfinite(affine).all():
         return None
     orientation = io_orientation(affine)
     if np.isnan(orientation).any():
@@ -208,7 +211,7 @@ def inflated(data: bytes | memoryview, begin: int, length: int) -> bytes | bytea
     """
     content, view, place, passed = bytearray(), memoryview(data), 0, 0
     # All at once is the fastest, but what a member leaves is copied: after the first, a piece of the file at a time.
-    fed_bytes = len(view) if length > _CHUNK else _CHUNK
+    fed_bytes = len(view) if length > _CHUNK else _BLOCK
     try:
         while len(content) < length and place < len(view):
             stream = zlib.decompressobj(32 + zlib.MAX_WBITS)  # zlib or gzip, as the first bytes say
