@@ -19,6 +19,7 @@ from rayseg.data.catalog import CatalogConfig, catalog
 from rayseg.data.layouts import Layout
 from rayseg.dicom.pseudonyms import from_environment
 from rayseg.records import MANIFEST, REJECTS
+from tests.unit.mr_images import image
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
@@ -182,6 +183,35 @@ def test_rows_made_otherwise_are_not_taken_over(
         storage.write_table(config.output, storage.read_table(config.output).replace_schema_metadata())
     result = catalog(config)
     assert (result.objects, result.unchanged) == (12, 0)
+
+
+def test_stacks_of_a_series_are_chosen_without_reading_again(tmp_path: Path) -> None:
+    """A series of two echoes, files interleaved, and one of one; what is not wanted is no failure."""
+    source = tmp_path / "source"
+    for number in range(8):
+        data = image(5.0 * (number // 2), EchoTime=(90, 11)[number % 2])
+        storage.write(str(source / f"{number}.dcm"), data)
+    for number in range(3):
+        storage.write(str(source / f"other{number}.dcm"), image(5.0 * number, SeriesInstanceUID="1.2.840.1.7"))
+    config = config_of(source, tmp_path, Layout())
+    both = catalog(config)
+    assert (both.accepted, both.series, both.unchanged) == (11, 3, 0)
+    rows = storage.read_table(both.manifest).to_pylist()
+    assert [row["stack"] for row in rows] == ["EchoTime 11 ms"] * 4 + ["EchoTime 90 ms"] * 4 + [None] * 3
+    assert [row["image_position_mm"][2] for row in rows] == [0, 5, 10, 15] * 2 + [0, 5, 10]
+    one = catalog(dataclasses.replace(config, stacks="EchoTime 9*"))
+    assert (one.accepted, one.series, one.unchanged) == (7, 2, 11)
+    assert one.reasons == {"stack_not_wanted": 4}
+    taken = [row["series_key"] for row in storage.read_table(one.manifest).to_pylist() if row["verdict"] == "ok"]
+    assert taken == [row["series_key"] for row in rows[4:]]
+    chosen = storage.read(one.manifest)
+    again = catalog(config)
+    assert again.unchanged == 11
+    assert storage.read_table(again.manifest).to_pylist() == rows
+    assert storage.read(catalog(dataclasses.replace(config, stacks=("echo 1", "*9?*"))).manifest) == chosen
+    for none in ((), "", ("b=0", "")):
+        with pytest.raises(ValueError, match=r"catalog\.stacks"):
+            dataclasses.replace(config, stacks=none)
 
 
 def test_a_failed_read_is_tried_again(phantoms: Path, tmp_path: Path) -> None:

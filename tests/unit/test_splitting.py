@@ -1,5 +1,6 @@
 """A series of several volumes: into which stacks it is split, by what, and under which names."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -10,18 +11,24 @@ from typing import Any
 
 import nibabel
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydicom import uid
+from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
+from pydicom.tag import BaseTag
 
+from rayseg import storage
 from rayseg.data import manifest
+from rayseg.dicom import traits
 from rayseg.dicom.pseudonyms import Pseudonyms
 from rayseg.dicom.reading import read_slice
 from rayseg.dicom.series import verdict
 from rayseg.dicom.splitting import split
-from rayseg.records import Reason
+from rayseg.inference import plan
+from rayseg.records import MANIFEST, Reason
 from serving.upload import Limits, arrange
 from tests.unit.conftest import item
 from tests.unit.mr_images import GE, PHILIPS, SIEMENS, UIH, headers, image
@@ -220,7 +227,7 @@ def test_copies_and_localizers() -> None:
     assert result.rest == {11: Reason.LOCALIZER}
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.permutations(range(15)), st.lists(st.floats(0.1, 5000), min_size=3, max_size=3, unique=True))
 def test_the_order_of_the_slices_changes_nothing(order: list[int], times_ms: list[float]) -> None:
     times_ms = [float(f"{time:.5g}") for time in times_ms]
@@ -276,6 +283,10 @@ ENHANCED: dict[str, tuple[list[dict[str, Any]], list[str]]] = {
         ["TriggerTime 0 ms", "TriggerTime 33.5 ms"],
     ),
     "stacks": ([{"FrameContentSequence": item(StackID=name)} for name in "21"], ["stack 1", "stack 2"]),
+    "acquisitions": (
+        [{"FrameContentSequence": item(FrameAcquisitionNumber=n)} for n in (2, 1)],
+        ["acquisition 1 of frames", "acquisition 2 of frames"],
+    ),
     "dimensions": (
         [{"FrameContentSequence": item(DimensionIndexValues=[1, n])} for n in (1, 2)],
         ["index 1 of dimension 2", "index 2 of dimension 2"],
@@ -305,6 +316,25 @@ def test_frames_of_an_enhanced_object(
     count = len(of_each)
     of_volume = {tuple(range(number, len(read), count)) for number in range(count)}
     assert {tuple(part.indices) for part in parts} == of_volume
+
+
+def test_an_enhanced_object_for_each_volume(enhanced: Callable[..., Dataset], as_file: Callable[..., bytes]) -> None:
+    """As Siemens stores functional series; whatever the frames say of themselves, what is in one object is together."""
+    positions_mm = [(0, 0, z_mm) for z_mm in HEIGHTS_MM]
+    files = []
+    for number in (3, 1, 2):
+        dataset = enhanced(np.zeros((5, 6, 8), np.uint16), positions_mm, Modality="MR")
+        dataset.SOPInstanceUID, dataset.InstanceNumber = f"1.2.3.4.{number}", number
+        for place, groups in enumerate(dataset.PerFrameFunctionalGroupsSequence):
+            groups.FrameContentSequence = item(FrameAcquisitionNumber=place, TemporalPositionIndex=1)
+        files.append(as_file(dataset))
+    parts = split(headers(files)).parts
+    assert [(part.name, part.indices[0]) for part in parts] == [
+        ("instance 1", 5),
+        ("instance 2", 10),
+        ("instance 3", 0),
+    ]
+    assert all(len(part.indices) == 5 for part in parts)
 
 
 def dcm2niix_volumes(files: Sequence[bytes], folder: Path) -> Counter[tuple[int, ...]]:
@@ -380,6 +410,19 @@ def test_each_stack_is_a_series_in_the_manifest() -> None:
     assert manifest.in_series(again) == judged
 
 
+def test_an_archive_run_has_a_series_for_each_stack(tmp_path: Path) -> None:
+    scout = image(ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
+    judged = manifest.in_series(rows([scout, *volumes(*CASES["b-values"][0], by_slice=True)]))
+    uri = str(tmp_path / "manifest.parquet")
+    storage.write_table(uri, pa.Table.from_pylist(judged, schema=MANIFEST))
+    kept: list[dict[str, Any]] = []
+    planned = plan.make(uri, None, lambda row: False, lambda unusable, rejects: kept.extend([*unusable, *rejects]))
+    assert planned.series == list(dict.fromkeys(row["series_key"] for row in judged))
+    slices = [len(plan.unpacked_series(cell)["uris"]) for cell in planned.todo]
+    assert slices == [5, 5, 5]
+    assert [(row["reason"], row["series_key"]) for row in kept] == [("localizer", planned.series[0])]
+
+
 @pytest.mark.parametrize(
     ("patterns", "taken"),
     [
@@ -413,6 +456,21 @@ def test_nothing_that_is_no_code_is_kept() -> None:
     )
     (header,) = headers([told])
     assert header.traits == "EchoTime=5|ImageType=ORIGINAL\\PRIMARY\\"
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(sorted(traits.TAGS)),
+        st.binary(max_size=40) | st.text(r"0123456789.\-E").map(str.encode),
+    )
+)
+def test_any_bytes_give_values_that_can_be_read_back(values: dict[int, bytes]) -> None:
+    elements = {tag: RawDataElement(BaseTag(tag), None, len(data), data, 0, True, True) for tag, data in values.items()}
+    told = traits.read(elements)
+    assert re.fullmatch(r"[A-Za-z0-9 _.+/|=\\-]*", told)
+    assert len(told) < 1000
+    known = {trait.name for trait in traits.TRAITS}
+    assert set(traits.parsed(told)) <= known
 
 
 def test_an_upload_of_several_stacks_is_refused_by_their_names() -> None:

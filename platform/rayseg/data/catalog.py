@@ -51,13 +51,18 @@ class CatalogConfig:
     max_reject_fraction: float = 0.2
     concurrency: int = 4  # tasks at a time
     resources: dict[str, float] = field(default_factory=dict)  # what each asks for beside a CPU: {decode: 1}
-    stacks: tuple[str, ...] | None = None  # of series with several, those whose name a pattern matches; null: all
+    stacks: str | tuple[str, ...] | None = None  # of series with several, those that a pattern names; null: all
 
     def __post_init__(self) -> None:
         if pacs.is_dicomweb(self.source) and self.layout != Layout():
             raise ValueError("catalog.layout: a DICOMweb service has no paths: leave it out")
-        if self.stacks is not None and not self.stacks:
-            raise ValueError("catalog.stacks: no pattern; null takes all stacks, as 'b=1000*' those of that name")
+        if self.stacks is not None and not all(self.stack_patterns or [""]):
+            raise ValueError("catalog.stacks: no pattern, as 'b=1000*' of names of stacks; null takes all of them")
+
+    @property
+    def stack_patterns(self) -> tuple[str, ...] | None:
+        """The patterns of stacks; None where all are taken."""
+        return (self.stacks,) if isinstance(self.stacks, str) else self.stacks
 
 
 @dataclass(frozen=True)
@@ -169,7 +174,7 @@ def _write(found: Spool, path: Path, mark: str, config: CatalogConfig) -> _Count
         for rows in by_series(found):
             for row in rows:
                 del row["index"]
-            judged = manifest.in_series(rows, config.stacks)
+            judged = manifest.in_series(rows, config.stack_patterns)
             writer.write_table(pa.Table.from_pylist(judged, schema=schema))
             accepted = [row for row in judged if row["verdict"] == "ok"]
             reasons = Counter(row["reason"] for row in judged if row["verdict"] != "ok")

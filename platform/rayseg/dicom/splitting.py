@@ -123,8 +123,12 @@ def _columns(headers: Sequence[Header], slices: _Slices) -> _Columns:
     first = {int(grid): headers[slices.indices[place]] for place, grid in reversed(list(enumerate(slices.grid)))}
     of_grid = {grid: _geometry_traits(header) for grid, header in first.items()}
     for row, index, grid in zip(rows, slices.indices, slices.grid, strict=True):
-        thickness_mm = headers[index].geometry.slice_thickness_mm
-        row.update(of_grid[int(grid)], **({} if thickness_mm is None else {"SliceThickness": f"{thickness_mm:.7g}"}))
+        header = headers[index]
+        row.update(of_grid[int(grid)])
+        if header.geometry.slice_thickness_mm is not None:
+            row["SliceThickness"] = f"{header.geometry.slice_thickness_mm:.7g}"
+        if header.frame is not None and header.instance_number is not None:
+            row["InstanceNumber"] = str(header.instance_number)
     for row, phase in zip(rows, _phases([row.get("TriggerTime") for row in rows], slices.place), strict=False):
         row["Phase"] = phase
     columns = {trait.name: [row.get(trait.name) for row in rows] for trait in traits.TRAITS}

@@ -105,12 +105,13 @@ def _direction(element: RawDataElement) -> tuple[str, ...]:
     return tuple(f"{round(float(value), 3) + 0.0:g}" for value in _binary(element, "d", 3))
 
 
+_MOST_VALUES = 16  # of ImageType, that are looked at
 _CODE, _TEXT = re.compile(r"[A-Z0-9 _]{1,16}"), re.compile(r"[A-Za-z0-9 _.+/-]{1,16}")
 
 
 def _codes(element: RawDataElement, allowed: re.Pattern[str] = _CODE) -> tuple[str, ...]:
     """Those values that are code strings; of a value that is none its place remains."""
-    values = (element.value or b"").decode("ascii", "replace").split("\\")
+    values = (element.value or b"").decode("ascii", "replace").split("\\")[:_MOST_VALUES]
     kept = tuple(value if allowed.fullmatch(value) else "" for value in (one.strip(" \0") for one in values))
     return kept if any(kept) else ()
 
@@ -118,7 +119,7 @@ def _codes(element: RawDataElement, allowed: re.Pattern[str] = _CODE) -> tuple[s
 def _ge_b_value(element: RawDataElement) -> tuple[str, ...]:
     """The first value, without the billion that is added where the scanner scales the gradients."""
     value = (element.value or b"").split(b"\\")[0].strip(b" \0")
-    return (_number(int(value) % 100_000),) if value.isdigit() else ()
+    return (_number(int(value) % 100_000),) if value.isdigit() and len(value) <= 12 else ()  # as an IS has
 
 
 def _ge_component(element: RawDataElement) -> tuple[str, ...]:
@@ -179,9 +180,9 @@ TRAITS = (
     )),
     Trait("Phase", "phase {}"),  # of the heart: the order of TriggerTime at each position
     Trait("FrameReferenceTime", "FrameReferenceTime {} ms", sources=(_Source((0x00541300,), _decimals),)),
-    Trait("AcquisitionNumber", "acquisition {}", sources=(
-        _Source((0x00209156,), _word), _Source((0x00200012,), _decimals),
-    )),
+    Trait("AcquisitionNumber", "acquisition {}", sources=(_Source((0x00200012,), _decimals),)),
+    Trait("FrameAcquisitionNumber", "acquisition {} of frames", sources=(_Source((0x00209156,), _word),)),
+    Trait("InstanceNumber", "instance {}"),  # of objects of several frames, which belong together: see `splitting`
     *(
         Trait(f"DimensionIndexValue{place}", f"index {{}} of dimension {place}", sources=(
             _Source((0x00209157,), partial(_index, place=place)),
