@@ -3,6 +3,7 @@
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import pydicom
@@ -12,7 +13,7 @@ from pydicom.pixels import pixel_array
 
 from rayseg.data.labels import Labels
 from rayseg.dicom import contours, image_files, segments, volumes
-from rayseg.dicom.parsing import parse, silence_libraries
+from rayseg.dicom.parsing import Parsed, parse, silence_libraries
 from rayseg.dicom.reading import Header
 from rayseg.geometry import planes
 from rayseg.geometry.grid import Geometry
@@ -116,7 +117,7 @@ def read_mask(
         return _of_image(data, source, by_value)
     if volumes.is_volume(data):
         return _of_volume(data, source, frame, header, geometry, missing_mask)
-    parsed = parse(data)
+    parsed = _parsed(data)
     if isinstance(parsed, Reject):
         return Reject(Reason.NOT_AN_IMAGE if parsed.reason == Reason.NOT_DICOM else parsed.reason, "mask")
     try:
@@ -126,6 +127,11 @@ def read_mask(
         return _of_dicom(parsed.data, parsed.transfer_syntax_uid, source, frame)
     except Exception as error:  # pydicom's decoders raise a dozen types on bad bytes
         return Reject(Reason.DECODE_FAILED, f"mask: {type(error).__name__}")
+
+
+@lru_cache(maxsize=2)  # one segmentation is the mask of all slices of a series
+def _parsed(data: bytes) -> Parsed | Reject:
+    return parse(data)
 
 
 def _of_image(data: bytes, source: str | None, by_value: bool) -> list[Layer] | Reject:
