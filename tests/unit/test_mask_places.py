@@ -164,6 +164,21 @@ def test_a_label_volume_on_another_grid_is_refused_by_name(change: np.ndarray) -
     assert not any(isinstance(one, np.ndarray) and one.any() for one in read(data))
 
 
+@pytest.mark.parametrize("name", ["label.nrrd", "label.mha", "label.nii.gz"])
+@pytest.mark.parametrize("orientation", ["RAS", "LPS", "SPR", "AIL"])
+def test_label_volumes_of_other_formats(tmp_path: Path, name: str, orientation: str) -> None:
+    SimpleITK.WriteImage(SimpleITK.DICOMOrient(itk_mask(), orientation), tmp_path / name)
+    assert_is(read((tmp_path / name).read_bytes()))
+
+
+def itk_mask() -> SimpleITK.Image:
+    image = SimpleITK.GetImageFromArray(MASK)
+    image.SetSpacing((SPACING_MM[1], SPACING_MM[0], STEP_MM))
+    image.SetOrigin(CORNER_MM.tolist())
+    image.SetDirection(AXES.ravel().tolist())
+    return image
+
+
 def written(folder: Path, sources: list[Dataset]) -> Path:
     folder.mkdir(exist_ok=True)
     for number, source in enumerate(sources):
@@ -223,11 +238,7 @@ def by_dcmqi(images: Path, labels: Path, *options: str) -> bytes:
     ],
 )
 def test_segmentations_that_dcmqi_makes(tmp_path: Path, orientation: str, kind: str, skip: str, check: str) -> None:
-    image = SimpleITK.GetImageFromArray(MASK)
-    image.SetSpacing((SPACING_MM[1], SPACING_MM[0], STEP_MM))
-    image.SetOrigin(CORNER_MM.tolist())
-    image.SetDirection(AXES.ravel().tolist())
-    SimpleITK.WriteImage(SimpleITK.DICOMOrient(image, orientation), tmp_path / "label.nrrd")
+    SimpleITK.WriteImage(SimpleITK.DICOMOrient(itk_mask(), orientation), tmp_path / "label.nrrd")
     options = ["--referencesGeometryCheck", check, "--skip", skip, "--segmentationType", kind]
     data = by_dcmqi(written(tmp_path / "images", SOURCES), tmp_path / "label.nrrd", *options)
     assert_is(read(data))

@@ -166,9 +166,15 @@ def test_frames_of_a_multi_frame_source_are_told_apart() -> None:
     stream = BytesIO()
     dataset.save_as(stream)
     for frame in range(4):
-        of_frame = replace(header(0), frame=frame)
-        classes = truth([(stream.getvalue(), None)], (ROWS, COLUMNS), Labels(NAMES), of_frame, frame)
-        assert np.array_equal(classes, EXPECTED[frame])
+        for one in (header(0), replace(placed(frame), sop_instance_uid="1.2.3.4.0")):
+            of_frame = replace(one, frame=frame)
+            classes = truth([(stream.getvalue(), None)], (ROWS, COLUMNS), Labels(NAMES), of_frame, frame)
+            assert np.array_equal(classes, EXPECTED[frame])
+        # At another time in the same place: a frame that names one of them is of that one alone.
+        later = replace(placed(frame), sop_instance_uid="1.2.3.4.0", frame=frame + 4)
+        classes = truth([(stream.getvalue(), None)], (ROWS, COLUMNS), Labels(NAMES), later, frame + 4)
+        assert isinstance(classes, np.ndarray)
+        assert not classes.any()
 
 
 def nameless(data: bytes, listed: bool = False, **frame_of_reference: str) -> bytes:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from pydicom import uid
@@ -110,7 +111,7 @@ def read_mask(
         return _of_image(data, source, by_value)
     if volumes.is_volume(data):
         return _of_volume(data, source, frame, header, geometry, missing_mask)
-    parsed = parse(data)
+    parsed = _parsed(data)
     if isinstance(parsed, Reject):
         return Reject(Reason.NOT_AN_IMAGE if parsed.reason == Reason.NOT_DICOM else parsed.reason, "mask")
     try:
@@ -120,6 +121,11 @@ def read_mask(
         return _of_dicom(parsed, source, frame)
     except Exception as error:  # pydicom's decoders raise a dozen types on bad bytes
         return Reject(Reason.DECODE_FAILED, f"mask: {type(error).__name__}")
+
+
+@lru_cache(maxsize=2)  # one segmentation is the mask of all slices of a series
+def _parsed(data: bytes) -> Parsed | Reject:
+    return parse(data)
 
 
 def _of_image(data: bytes, source: str | None, by_value: bool) -> list[Layer] | Reject:

@@ -178,8 +178,10 @@ def _read(data: bytes) -> _Structures | Reject:
     numbers, kinds, instances, points = [], [], [], []
     for roi in dataset.get("ROIContourSequence") or []:
         for contour in roi.get("ContourSequence") or []:
-            values = np.array(contour.get("ContourData") or [], np.float64)
-            if not len(values) or len(values) % 3 or not np.isfinite(values).all():
+            values = _numbers(contour)
+            if not len(values):
+                continue
+            if len(values) % 3 or not np.isfinite(values).all():
                 return Reject(Reason.CORRUPT, "mask: ContourData")
             numbers.append(int(roi.ReferencedROINumber))
             kinds.append(str(contour.get("ContourGeometricType") or ""))
@@ -204,6 +206,13 @@ def _read(data: bytes) -> _Structures | Reject:
         frozenset(str(series.SeriesInstanceUID) for series in listed if series.get("SeriesInstanceUID")),
         frozenset({str(one.get("FrameOfReferenceUID") or "") for one in references} | set(spaces.values())) - {""},
     )
+
+
+def _numbers(contour: Dataset) -> np.ndarray:
+    """ContourData, float64; from its bytes, as pydicom takes a microsecond and more for each number."""
+    element: Any = contour.get_item("ContourData")
+    value = None if element is None else element.value
+    return np.array(value.split(b"\\") if isinstance(value, bytes) else value or [], np.float64)
 
 
 def _instances(item: Dataset) -> frozenset[str]:

@@ -105,7 +105,8 @@ def _upon(
     places: dict[bytes, Placement | Reject | None] = {}
     upon: list[tuple[int, Placement | None]] = []
     shape = (int(found.dataset.Columns), int(found.dataset.Rows), 1)
-    for at in np.flatnonzero(least_mm <= np.maximum(distances_mm, thickness_mm)):
+    # Planes farther off than half the way to the next frame are no concern of the slice's: `placement` would say None.
+    for at in np.flatnonzero(least_mm <= 0.55 * distances_mm + tolerance_mm):
         index, affine = int(comparable[at]), affines[at]
         if index in of_other_frames:
             continue
