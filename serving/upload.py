@@ -124,7 +124,8 @@ def arrange(objects: Sequence[bytes], limits: Limits) -> Series | Reject:
     if len(stacks.parts) > 1:
         shown = [str(part.name) for part in stacks.parts[:_SHOWN_STACKS]]
         names = "; ".join(shown if len(shown) == len(stacks.parts) else [*shown, "..."])
-        return Reject(Reason.SERIES_DUPLICATES, f"{len(stacks.parts)} stacks ({names}): send one at a time")
+        reason = verdict([header for _, header in slices]).reason or Reason.SERIES_DUPLICATES
+        return Reject(reason, f"{len(stacks.parts)} stacks ({names}): send one at a time")
     left_out.update(stacks.rest.values())
     slices = [slices[place] for place in stacks.parts[0].indices]
     found = verdict([header for _, header in slices])

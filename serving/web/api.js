@@ -11,6 +11,7 @@ const WORDS = {
   unsupported_transfer_syntax: "The image is compressed in a way that is not read here.",
   unsupported_pixels: "The image has a pixel format that is not read here.",
   unsupported_multiframe: "The object holds several images where one is expected.",
+  mosaic: "Its slices are tiles of one image (a mosaic): take them apart with dcm2niix first.",
   missing_attribute: "The file lacks something that is needed.",
   localizer: "There are only localizers (scout views) in it.",
   series_mixed: "These images make no single series.",

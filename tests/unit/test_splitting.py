@@ -477,5 +477,7 @@ def test_an_upload_of_several_stacks_is_refused_by_their_names() -> None:
     refused = arrange(volumes(*CASES["b-values"][0]), Limits())
     assert refused.reason == Reason.SERIES_DUPLICATES
     assert "b=0; b=50; b=800" in refused.detail
+    sizes = arrange(volumes({"Rows": 8}, {"Rows": 16}), Limits())
+    assert (sizes.reason, "16x8 pixels" in sizes.detail) == (Reason.SERIES_MIXED, True)
     taken = arrange([*volumes({"AcquisitionNumber": 1}), image(HEIGHTS_MM[2], AcquisitionNumber=2)], Limits())
     assert (len(taken.places), dict(taken.left_out)) == (5, {"series_duplicates": 1})

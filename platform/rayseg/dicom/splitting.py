@@ -58,28 +58,30 @@ def split(headers: Sequence[Header]) -> Split:
     if names is None:
         return whole
     numbers = _numbers(columns, names)
-    sizes = np.bincount(numbers)
-    kept = [number for number, size in enumerate(sizes) if size > 1 or slices.several_positions == 0]
-    firsts = {number: int(np.flatnonzero(numbers == number)[0]) for number in kept}
-    texts = _texts(columns, _named(columns, names, numbers), list(firsts.values()))
-    order = sorted(kept, key=lambda number: _sortable(columns, names, firsts[number]))
-    name_of = dict(zip(firsts, texts, strict=True))
+    # By number the first slice of each stack, which stands for it; a slice alone is none where others have many.
+    first_of = {
+        number: int(np.argmax(numbers == number))
+        for number, size in enumerate(np.bincount(numbers))
+        if size > 1 or not slices.several_positions
+    }
+    texts = _texts(columns, _named(columns, names, numbers), list(first_of.values()))
     if len(set(texts)) < len(texts):
         return whole
-    part_of = {index: int(number) for index, number in zip(slices.indices, numbers, strict=True)}
-    members: dict[int, list[int]] = {number: [] for number in order}
+    parts = {number: Part(text, []) for number, text in zip(first_of, texts, strict=True)}
+    number_of = {index: int(number) for index, number in zip(slices.indices, numbers, strict=True)}
     rest: dict[int, Reason] = {}
     for index, header in enumerate(headers):
-        part = part_of.get(first[header.slice_uid])
-        if part in members:
-            members[part].append(index)
+        number = number_of.get(first[header.slice_uid])
+        if number in parts:
+            parts[number].indices.append(index)
+        elif header.localizer:
+            rest[index] = Reason.LOCALIZER
         else:
-            rest[index] = Reason.SERIES_MIXED if part is None else Reason.SERIES_DUPLICATES
-            if header.localizer:
-                rest[index] = Reason.LOCALIZER
+            rest[index] = Reason.SERIES_MIXED if number is None else Reason.SERIES_DUPLICATES
+    order = sorted(parts, key=lambda number: _sortable(columns, names, first_of[number]))
     if len(order) == 1:
-        return Split([Part(None, members[order[0]])], rest)
-    return Split([Part(name_of[number], members[number]) for number in order], rest)
+        return Split([Part(None, parts[order[0]].indices)], rest)
+    return Split([parts[number] for number in order], rest)
 
 
 @dataclass(frozen=True, eq=False)
