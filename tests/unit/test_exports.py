@@ -164,10 +164,3 @@ def test_a_scene_without_anything_found_is_valid_and_empty():
     assert chunk % 4 == 0
     assert json.loads(data[20:]) == {"asset": {"version": "2.0"}, "scene": 0, "scenes": [{}]}
     assert not trimesh.load(io.BytesIO(data), file_type="glb").geometry
-
-
-def test_a_flat_body_has_a_diameter() -> None:
-    """Of a unit square's two triangles; marching cubes leaves such pieces where slices are tilted."""
-    corners = np.array([[0, 0, 3], [1, 0, 3], [1, 1, 3], [0, 1, 3]], float)
-    flat = trimesh.Trimesh(corners, [[0, 1, 2], [0, 2, 3]])
-    assert exports.max_diameter_mm(flat) == pytest.approx(2**0.5)

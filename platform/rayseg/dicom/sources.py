@@ -1,7 +1,7 @@
 """What a DICOM Segmentation takes of its sources, slices and frames alike, and how it names them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
@@ -25,7 +25,7 @@ _NEEDED = (
     "Rows",
     "Columns",
 )
-_PLACE = ("FrameOfReferenceUID", "PixelSpacing", "ImagePositionPatient", "ImageOrientationPatient")
+PLACE = ("FrameOfReferenceUID", "PixelSpacing", "ImagePositionPatient", "ImageOrientationPatient")
 _SERIES = (
     "Modality",
     "SeriesDate",
@@ -47,7 +47,7 @@ _GROUPS = {
 # All that `attributes` looks at, for reading no more of a source.
 KEYWORDS = (
     *_NEEDED,
-    *_PLACE,
+    *PLACE,
     *_SERIES,
     *_LOSSY,
     *patient.PATIENT,
@@ -92,7 +92,7 @@ def attributes(source: Dataset, frame: int | None) -> Dataset | Reject:
     if frame is None and int(_value(source, "NumberOfFrames") or 1) > 1:
         return Reject(Reason.UNSUPPORTED_MULTIFRAME, "NumberOfFrames")
     clean = Dataset()
-    for keyword in (*_NEEDED, *_PLACE, *_SERIES):
+    for keyword in (*_NEEDED, *PLACE, *_SERIES):
         value = _of_frame(source, keyword, frame) if keyword in _GROUPS else _value(source, keyword)
         if value is not None:
             setattr(clean, keyword, value)
@@ -108,14 +108,18 @@ def attributes(source: Dataset, frame: int | None) -> Dataset | Reject:
     return clean
 
 
-def are_placed(datasets: Sequence[Dataset]) -> bool | Reject:
+def are_placed(datasets: Iterable[Container[str]]) -> bool | Reject:
     """Whether the slices lie in a patient; MISSING_ATTRIBUTE, naming it, where only a part says where.
 
     Radiographs do not say so at all (CR, DX, MG: PS3.3 A.2, A.26, A.27), nor do secondary captures and ultrasound.
+
+    Args:
+        datasets: of the slices, or the keywords of what these have.
     """
-    if not any(keyword in dataset for dataset in datasets for keyword in _PLACE[2:]):
+    datasets = list(datasets)
+    if not any(keyword in dataset for dataset in datasets for keyword in PLACE[2:]):
         return False
-    lacking = (keyword for dataset in datasets for keyword in _PLACE if keyword not in dataset)
+    lacking = (keyword for dataset in datasets for keyword in PLACE if keyword not in dataset)
     missing = next(lacking, None)
     return True if missing is None else Reject(Reason.MISSING_ATTRIBUTE, missing)
 

@@ -1,6 +1,5 @@
 """A stack of masks in other formats: NIfTI volumes, and surfaces as STL and glTF. Equal stacks give equal bytes."""
 
-import contextlib
 import gzip
 import struct
 from collections.abc import Sequence
@@ -10,8 +9,6 @@ import nibabel as nib
 import numpy as np
 import trimesh
 from scipy import ndimage
-from scipy.spatial import ConvexHull, QhullError
-from scipy.spatial.distance import pdist
 from skimage.measure import marching_cubes
 
 from rayseg.geometry.stack import Stack
@@ -90,17 +87,3 @@ def glb(meshes: dict[str, trimesh.Trimesh]) -> bytes:
     options: dict[str, Any] = {"file_type": "glb", "include_normals": True}
     data: bytes = scene.export(**options)
     return data
-
-
-def max_diameter_mm(mesh: trimesh.Trimesh) -> float:
-    """The greatest distance between two vertices of one body of the surface, over its bodies.
-
-    The maximum 3D diameter of the IBSI reference manual (arXiv:1612.07003, code L0JK), of the largest lesion.
-    """
-    return max(_diameter(body.vertices) for body in mesh.split(only_watertight=False))
-
-
-def _diameter(points: np.ndarray) -> float:
-    with contextlib.suppress(QhullError):  # a body that is flat, of a few triangles, has no hull
-        points = points[ConvexHull(points).vertices]
-    return float(pdist(points).max())

@@ -14,9 +14,12 @@ from rayseg import config as configuration
 from rayseg.dicom import report, segmentation
 from rayseg.dicom.reading import Header
 from rayseg.dicom.sources import KEYWORDS
+from rayseg.geometry import planes
+from rayseg.geometry.grid import Geometry
 from rayseg.geometry.stack import Stack, stack
-from rayseg.geometry.volume import volume_ml
+from rayseg.geometry.volume import volume_ml, voxels_mm3
 from rayseg.inference import exports
+from rayseg.inference.lesions import lesions
 from rayseg.inference.postprocess import Postprocess
 from rayseg.inference.quality import Look
 from rayseg.models.engine import Engine
@@ -149,6 +152,10 @@ def _segmentation(
     )
 
 
+def _is_label_map(file: File) -> bool:
+    return SEGMENTATIONS[file.profile] == "LABELMAP"
+
+
 def _of_volume(
     profile: str,
     series: Segmented,
@@ -160,21 +167,33 @@ def _of_volume(
 ) -> bytes | Reject:
     if profile == "nifti":
         return exports.nifti(volume, labels)
-    meshes = exports.surfaces(volume, labels)
     if profile == "stl":
-        return exports.stl(meshes)
+        return exports.stl(exports.surfaces(volume, labels))
     if profile == "glb":
-        return exports.glb(meshes)
+        return exports.glb(exports.surfaces(volume, labels))
     assert profile == "report"
-    about = next((file.data for file in made if file.profile in SEGMENTATIONS), None)
+    # Of one that older readers know as a segmentation, too, where there is one: dcmtk 3.6.7 knows no label maps.
+    segmentations = sorted((file for file in made if file.profile in SEGMENTATIONS), key=_is_label_map)
+    about = next((file.data for file in segmentations), None)
     if about is None:
         return Reject(Reason.WRITE_FAILED, "a report is about a segmentation, named before it")
     geometries = [header.geometry for header in series.headers]
-    measured = [
-        report.Measured(
-            volume_ml([int(np.count_nonzero(mask == number)) for mask in series.masks], geometries),
-            exports.max_diameter_mm(meshes[name]) if name in meshes else None,
-        )
-        for number, name in enumerate(labels, start=1)
-    ]
+    measured = [_measured(number, series.masks, volume, geometries) for number in range(1, len(labels) + 1)]
     return report.encode(about, labels, measured, model.name, model.version, list(flags))
+
+
+def _measured(
+    value: int, masks: Sequence[np.ndarray], volume: Stack, geometries: Sequence[Geometry]
+) -> report.Measured:
+    """Of a class: its volume, and the lesion that is the largest by volume, by voxels where there is none."""
+    whole_ml = volume_ml([int(np.count_nonzero(mask == value)) for mask in masks], geometries)
+    voxels = voxels_mm3(sorted(geometries, key=planes.along_normal_mm))  # the stack's order
+    largest = max(
+        lesions(volume.masks, value),
+        key=lambda one: one.pixels if voxels is None else one.volume_ml(voxels),
+        default=None,
+    )
+    if largest is None:
+        return report.Measured(whole_ml, None)
+    lesion_ml = None if voxels is None else largest.volume_ml(voxels)
+    return report.Measured(whole_ml, report.Lesion(lesion_ml, largest.diameter_mm(volume)))
