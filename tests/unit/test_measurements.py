@@ -20,7 +20,7 @@ from rayseg.inference.lesions import lesions
 from rayseg.inference.outputs import Segmented, files
 from rayseg.tracking.version import ModelVersion
 from tests.unit.test_exports import COLUMNS, ROWS, places
-from tests.unit.test_segmentation import LABELS, source
+from tests.unit.test_segmentation import LABELS, header_of, source
 
 MEASURED = [Measured(1.25, Lesion(1.0, 17.5)), Measured(0.0, None)]
 
@@ -106,10 +106,8 @@ def test_the_lesion_that_is_told_is_the_largest_by_volume(profiles: tuple[str, .
     masks = (((slices - 3) ** 2 + (rows - 15) ** 2 + (columns - 15) ** 2) <= 9).astype(np.uint8)  # 123 voxels
     masks[8, 50, 10:50] = 1  # 40 voxels of 4 x 6 mm2, 80 mm long
     order = [4, 0, 8, 2, 6, 1, 3, 5, 7]
-    headers = [read_header(as_bytes(sources[number])) for number in order]
-    series = Segmented(
-        "key", [sources[number] for number in order], headers, [masks[number] for number in order], [], None, ()
-    )  # type: ignore[arg-type]
+    mixed = [sources[number] for number in order]
+    series = Segmented("", mixed, [*map(header_of, mixed)], [masks[number] for number in order], [], None, ())
     made = files(series, profiles, ("hemorrhage",), ModelVersion("m", "1", "", "", "d"), {}, "", "")
     assert isinstance(made, list), made
     dataset = pydicom.dcmread(BytesIO(made[-1].data))

@@ -130,8 +130,7 @@ def encode(
         return Reject(Reason.SERIES_MIXED, "slices of several series, frames of reference or sizes")
     slices.sort(key=lambda one: (_along_normal_mm(one.dataset), one.sop_instance_uid, one.frame or 0))
     datasets = [one.dataset for one in slices]
-    spacings_mm = {tuple(dataset.get("PixelSpacing") or ()) for dataset in datasets}
-    frame_of_reference_uid = datasets[0].get("FrameOfReferenceUID")
+    known = unplaced.known(datasets)
     distance_mm = None
     if not placed:
         unplaced.stand_in(datasets)
@@ -189,8 +188,7 @@ def encode(
         name_sources(segmentation, slices)
         _tell_distance(segmentation, distance_mm)
         if not placed:
-            (spacing_mm,) = spacings_mm if len(spacings_mm) == 1 else [()]
-            unplaced.take_out(segmentation, spacing_mm or None, frame_of_reference_uid)
+            unplaced.take_out(segmentation, known)
         patient.write(subject, segmentation)
         return _fixed_bytes(segmentation, identity)
     except Exception as error:  # highdicom refuses what it cannot express by many types; its text may identify

@@ -50,6 +50,7 @@ KEYWORDS = (
     *PLACE,
     *_SERIES,
     *_LOSSY,
+    "PatientOrientation",
     *patient.PATIENT,
     *patient.STUDY,
     "SpecificCharacterSet",
@@ -98,6 +99,7 @@ def attributes(source: Dataset, frame: int | None) -> Dataset | Reject:
             setattr(clean, keyword, value)
         elif keyword in _NEEDED:
             return Reject(Reason.MISSING_ATTRIBUTE, keyword)
+    clean.PatientOrientation = _texts(source, "PatientOrientation")
     flag, ratios, methods = (_texts(source, keyword) for keyword in _LOSSY)
     if flag == ["01"] or (not flag and (ratios or methods)):
         clean.LossyImageCompression = "01"

@@ -6,7 +6,10 @@ where frames are derived from images without).
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 from pydicom import uid
 from pydicom.datadict import tag_for_keyword
 from pydicom.dataset import Dataset
@@ -25,25 +28,44 @@ def stand_in(datasets: Sequence[Dataset]) -> None:
         dataset.SliceThickness = 1
 
 
-def take_out(segmentation: Dataset, spacing_mm: Sequence[object] | None, frame_of_reference_uid: str | None) -> None:
-    """Removes the stand-ins.
+@dataclass(frozen=True)
+class Known:
+    """What the images say of where they are, each attribute where all of them say the same."""
 
-    Args:
-        segmentation: whose frames are in order of the places that `stand_in` gave.
-        spacing_mm: PixelSpacing, where all images say the same.
-        frame_of_reference_uid: where all images name one, though no place in it.
-    """
-    if frame_of_reference_uid is None:
+    frame_of_reference_uid: str | None
+    spacing_mm: list[float] | None  # PixelSpacing
+    thickness_mm: float | None
+    patient_orientation: list[str]
+
+
+def known(datasets: Sequence[Dataset]) -> Known:
+    """Of the images, before `stand_in`."""
+
+    def same(keyword: str) -> Any | None:
+        values = [dataset.get(keyword) for dataset in datasets]
+        return values[0] if all(value == values[0] for value in values) else None
+
+    return Known(
+        same("FrameOfReferenceUID"), same("PixelSpacing"), same("SliceThickness"), same("PatientOrientation") or []
+    )
+
+
+def take_out(segmentation: Dataset, images: Known) -> None:
+    """Removes the stand-ins from a segmentation whose frames are in order of the places that `stand_in` gave."""
+    segmentation.PatientOrientation = images.patient_orientation  # of type 2C where there is no plane (PS3.3 C.7.6.1)
+    if images.frame_of_reference_uid is None:
         del segmentation.FrameOfReferenceUID
         segmentation.pop("PositionReferenceIndicator", None)
     else:
-        segmentation.FrameOfReferenceUID = frame_of_reference_uid
+        segmentation.FrameOfReferenceUID = images.frame_of_reference_uid
     shared = segmentation.SharedFunctionalGroupsSequence[0]
     del shared.PlaneOrientationSequence
     del shared.PixelMeasuresSequence
-    if spacing_mm is not None:
+    # Without thickness it would be half a measure: highdicom reads none, and as empty the attribute is an error.
+    if images.spacing_mm is not None and images.thickness_mm is not None:
         measures = Dataset()
-        measures.PixelSpacing = list(spacing_mm)
+        measures.PixelSpacing = images.spacing_mm
+        measures.SliceThickness = images.thickness_mm
         shared.PixelMeasuresSequence = [measures]
     (place,) = (
         number
@@ -56,6 +78,9 @@ def take_out(segmentation: Dataset, spacing_mm: Sequence[object] | None, frame_o
     index.DimensionDescriptionLabel = "Image"
     for groups in segmentation.PerFrameFunctionalGroupsSequence:
         del groups.PlanePositionSequence
-        content = groups.FrameContentSequence[0]
-        values = content.DimensionIndexValues
-        content.FrameLabel = str(values[place] if isinstance(values, list) or hasattr(values, "__len__") else values)
+        groups.FrameContentSequence[0].FrameLabel = str(_number(groups, place))
+
+
+def _number(groups: Dataset, place: int) -> int:
+    """Which image a frame is of, from 1."""
+    return int(np.atleast_1d(groups.FrameContentSequence[0].DimensionIndexValues)[place])
