@@ -8,10 +8,11 @@ import numpy as np
 from pydantic import BaseModel, Field
 
 from rayseg import config
+from rayseg.dicom import nifti
 from rayseg.geometry.grid import Geometry
 from rayseg.geometry.stack import stack
 from rayseg.geometry.volume import volume_ml, voxels_mm3
-from rayseg.inference import exports, outputs, quality
+from rayseg.inference import exports, outputs, quality, volume
 from rayseg.inference.lesions import Lesion as Connected
 from rayseg.inference.lesions import lesions as lesions_of
 from rayseg.inference.postprocess import Postprocess
@@ -115,16 +116,22 @@ def found(
 
 
 def encode(kind: str, found: Found) -> bytes | Reject:
-    """The series as DICOM SEG, gzipped NIfTI or GLB; a reject where it lacks what the format must state."""
+    """The series as DICOM SEG, gzipped NIfTI or GLB; a reject where it lacks what the format must state.
+
+    The NIfTI of a NIfTI volume is on the volume's own grid: voxel by voxel its mask.
+    """
     if kind == DICOM:
         return _dicom_seg(found)
-    volume = stack(found.masks, found.geometries)
-    if isinstance(volume, Reject):
-        return volume
+    if kind == NIFTI and found.series.headers is None and nifti.is_nifti(found.series.objects[0]):
+        frames = [found.series.places[number][1] for number in found.numbers]
+        return volume.mask(volume.header(found.series.objects[0]), found.masks, frames, found.model.labels)
+    place = stack(found.masks, found.geometries)
+    if isinstance(place, Reject):
+        return place
     if kind == NIFTI:
-        return exports.nifti(volume, found.model.labels)
+        return exports.nifti(place, found.model.labels)
     assert kind == GLB
-    return exports.glb(exports.surfaces(volume, found.model.labels))
+    return exports.glb(exports.surfaces(place, found.model.labels))
 
 
 def measure(found: Found, timings_ms: dict[str, float]) -> SeriesAnswer:
@@ -175,9 +182,9 @@ def _dicom_seg(found: Found) -> bytes | Reject:
     settings = outputs.settings_digest(Postprocess(), model.settings, None)
     if found.threshold is not None:  # another mask, so another name
         settings = config.digest([settings, found.threshold])
-    headers = [found.series.headers[number] for number in found.numbers]
-    made = outputs.files(
-        outputs.Segmented("", sources, headers, found.masks, found.looks, None, ()),
+    frames = [frame for _, frame in places]
+    made, refused = outputs.files(
+        outputs.Segmented("", "dicom", found.numbers, frames, found.geometries, found.masks, found.looks, sources),
         ("seg",),
         model.labels,
         ModelVersion(model.name, model.version, "", model.run_id, model.digest),
@@ -185,9 +192,7 @@ def _dicom_seg(found: Found) -> bytes | Reject:
         settings,
         model.engine,
     )
-    if isinstance(made, Reject):
-        return Reject(made.reason, made.detail.removeprefix("seg: "))
-    return made[0].data
+    return refused["seg"] if refused else made[0].data
 
 
 def _with_diameters(found: Found, masks_SHW: np.ndarray, lesions: Sequence[Connected]) -> list[Lesion]:

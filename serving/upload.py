@@ -22,6 +22,7 @@ from rayseg.dicom import image_files, nifti
 from rayseg.dicom.reading import Header, Slice, read_headers, read_slices
 from rayseg.dicom.series import verdict
 from rayseg.geometry.grid import Geometry
+from rayseg.inference import volume
 from rayseg.records import Reason, Reject
 
 # It warns of each wrong byte, and what a client sends is no log's business.
@@ -61,13 +62,7 @@ class Series:
     def slices(self, color: bool) -> Iterator[Slice | Reject]:
         """Decodes one after the other, each when it is asked for."""
         if self.headers is None and nifti.is_nifti(self.objects[0]):
-            # Not by `read_slices`: its memory holds one volume, and other requests have theirs.
-            found = nifti.image(self.objects[0])
-            for (_, frame), geometry in zip(self.places, self.geometries, strict=True):
-                if isinstance(found, Reject):
-                    yield found
-                else:
-                    yield Slice(found[0][frame], found[1], found[2], None, geometry)
+            yield from volume.slices(self.objects[0], [frame for _, frame in self.places])
             return
         for index, places in groupby(self.places, key=lambda place: place[0]):
             yield from read_slices(self.objects[index], [frame for _, frame in places], color)
@@ -156,13 +151,13 @@ def _other(
     data, told = objects[index], dict(left_out)
     if not nifti.is_nifti(data):
         return Series([data], [(0, None)], None, [None], told)
-    volume = nifti.read_volume(data)
-    if isinstance(volume, Reject):
-        return volume
-    columns, rows, count = volume.shape
-    if rows * columns * count * volume.dtype.itemsize > limits.inflated_bytes:
+    found = nifti.read_volume(data)
+    if isinstance(found, Reject):
+        return found
+    columns, rows, count = found.shape
+    if rows * columns * count * found.dtype.itemsize > limits.inflated_bytes:
         return Reject(Reason.TOO_LARGE, "NIfTI: dim")
-    geometries = [Geometry(**volume.place(number)) for number in range(count)] if count <= limits.slices else []
+    geometries = [Geometry(**found.place(number)) for number in range(count)] if count <= limits.slices else []
     return _within(limits, Series([data], [(0, number) for number in range(count)], None, geometries, told))
 
 

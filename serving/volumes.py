@@ -11,6 +11,7 @@ import numpy as np
 from rayseg.dicom.reading import Slice
 from rayseg.geometry.grid import Geometry
 from rayseg.geometry.stack import stack
+from rayseg.inference.sources import geometry
 from rayseg.records import Reject
 from serving.answers import FORM, NIFTI
 from serving.findings import Found, SeriesAnswer
@@ -25,6 +26,8 @@ _COMPRESSION = 1
 def volumes(slices: Sequence[Slice], masks: Sequence[np.ndarray]) -> tuple[bytes, bytes]:
     """Image and mask as gzipped NIfTI-1, (columns, rows, slices), ascending along the normal of the planes.
 
+    Of a NIfTI volume too, whatever way it is stored: so slices of the answer are those of the volumes.
+
     The image has the modality's values (HU of CT), the mask class indices. Where no matrix says where the slices lie,
     as they lie at uneven distances or have no place at all, sform and qform have the code 0, pixdim is the best that is
     known (1 where nothing is), and descrip says why; the slices keep the order in which they are given then.
@@ -33,7 +36,7 @@ def volumes(slices: Sequence[Slice], masks: Sequence[np.ndarray]) -> tuple[bytes
         slices: of one series, in order; of equal size, as a series' verdict lets them pass.
         masks: uint8 (rows, columns), of the same slices.
     """
-    geometries = [_geometry(slice) for slice in slices]
+    geometries = [geometry(slice) for slice in slices]
     image_SHW, slope, intercept = _values(slices)
     # The same places give the same order and affine to both.
     placed, found = stack(list(image_SHW), geometries), stack(masks, geometries)
@@ -66,11 +69,6 @@ def view(found: Found, answer: SeriesAnswer) -> bytes:
     # Of a request that goes nowhere: httpx has the encoding for no other use.
     body: bytes = httpx.Request("POST", "http://localhost", files=parts, headers={"content-type": MEDIA_TYPE}).read()
     return body
-
-
-def _geometry(slice: Slice) -> Geometry:
-    known = slice.header.geometry if slice.header else slice.geometry
-    return known or Geometry(*slice.shape)
 
 
 def _values(slices: Sequence[Slice]) -> tuple[np.ndarray, float, float]:

@@ -150,7 +150,18 @@ OUTPUTS = pa.list_(
     )
 )
 
-# One row per series of an archive run.
+# The profiles that could not be made of a series, though others were.
+NOT_MADE = pa.list_(
+    pa.struct(
+        [
+            ("profile", pa.string()),  # of `inference.outputs.Profile`
+            ("reason", pa.string()),  # a Reason value
+            ("detail", pa.string()),
+        ]
+    )
+)
+
+# One row per series of an archive run; an image file (PNG, JPEG, TIFF) is one by itself, under its `instance_key`.
 LEDGER = pa.schema(
     [
         ("series_key", pa.string()),
@@ -170,6 +181,7 @@ LEDGER = pa.schema(
         ("flags_detail", pa.string()),  # null where there are none
         ("input_digest", pa.string()),  # of the objects that were to be segmented, by URI, frame and ETag
         ("outputs", OUTPUTS),  # empty: rejected, or nothing found where such series get no files
+        ("not_made", NOT_MADE),  # empty: all profiles could be made; null in ledgers of earlier versions
         ("engine", pa.string()),  # with its version and precision; null where nothing ran
         ("read_s", pa.float64()),  # waiting for bytes
         ("decode_s", pa.float64()),

@@ -107,9 +107,11 @@ def test_the_lesion_that_is_told_is_the_largest_by_volume(profiles: tuple[str, .
     masks[8, 50, 10:50] = 1  # 40 voxels of 4 x 6 mm2, 80 mm long
     order = [4, 0, 8, 2, 6, 1, 3, 5, 7]
     mixed = [sources[number] for number in order]
-    series = Segmented("", mixed, [*map(header_of, mixed)], [masks[number] for number in order], [], None, ())
-    made = files(series, profiles, ("hemorrhage",), ModelVersion("m", "1", "", "", "d"), {}, "", "")
-    assert isinstance(made, list), made
+    places_mm = [header_of(one).geometry for one in mixed]
+    masks_mixed = [masks[number] for number in order]
+    series = Segmented("", "dicom", order, [None] * 9, places_mm, masks_mixed, [], mixed)
+    made, refused = files(series, profiles, ("hemorrhage",), ModelVersion("m", "1", "", "", "d"), {}, "", "")
+    assert not refused
     dataset = pydicom.dcmread(BytesIO(made[-1].data))
     whole, largest = highdicom.sr.Comprehensive3DSR.from_dataset(
         dataset

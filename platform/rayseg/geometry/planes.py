@@ -39,13 +39,6 @@ def along_mm(positions_mm: Sequence[Sequence[float]] | np.ndarray, orientation: 
     return distances
 
 
-def along_normal_mm(geometry: Geometry) -> float:
-    """How far a slice with a place lies along its own normal."""
-    assert geometry.image_position_mm is not None
-    assert geometry.image_orientation is not None
-    return float(along_mm([geometry.image_position_mm], geometry.image_orientation)[0])
-
-
 def distance_mm(distances_mm: Sequence[float] | np.ndarray, tolerance_mm: float) -> float | None:
     """The one distance of planes that lie so far along their normal, in any order; None where there is not one.
 

@@ -1,4 +1,4 @@
-"""A series' masks as one stack in patient space: what volumes and surfaces are made of."""
+"""A series' slices, with masks or without, as one stack in patient space: what volumes and surfaces are made of."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,15 +9,17 @@ from rayseg.geometry import planes
 from rayseg.geometry.grid import Geometry
 from rayseg.records import Reason, Reject
 
+_SIZES = "slices of several sizes"
+
 
 @dataclass(frozen=True, eq=False)
-class Stack:
-    """Label maps in the order of their planes, and where each slice's first pixel lies.
+class Places:
+    """Where the slices of a series lie, in the order of their planes.
 
     Slices are parallel; they may be tilted against the way from one to the next, and lie at uneven distances.
     """
 
-    masks: np.ndarray  # uint8 (slices, rows, columns)
+    order: np.ndarray  # int (S,), which slice, as they were given, each one is
     positions_mm: np.ndarray  # float64 (S, 3), of the centre of each slice's first pixel (PS3.3 C.7.6.2.1.1)
     row_mm: np.ndarray  # float64 (3,), from a pixel to the next one of its row
     column_mm: np.ndarray  # float64 (3,), from a pixel to the next one of its column
@@ -51,6 +53,13 @@ class Stack:
         return first_mm - (self.positions_mm[1] - first_mm if len(self.positions_mm) > 1 else self.beyond_mm)
 
 
+@dataclass(frozen=True, eq=False)
+class Stack(Places):
+    """Label maps in the order of their planes, and where each slice's first pixel lies."""
+
+    masks: np.ndarray  # uint8 (slices, rows, columns)
+
+
 def stack(masks: Sequence[np.ndarray], geometries: Sequence[Geometry]) -> Stack | Reject:
     """Puts the slices of a series, in any order, together.
 
@@ -59,26 +68,41 @@ def stack(masks: Sequence[np.ndarray], geometries: Sequence[Geometry]) -> Stack 
         geometries: where they lie.
 
     Returns:
-        MISSING_ATTRIBUTE where a slice has no place, or one alone no thickness; SERIES_DUPLICATES where two are at one
-        position; SERIES_MIXED where sizes or orientations differ, which a series' verdict does not let pass.
+        A reject where `places` gives one, or label maps are of several sizes (SERIES_MIXED).
     """
     assert masks
     assert len(masks) == len(geometries)
-    places = []
+    found = places(geometries)
+    if isinstance(found, Reject):
+        return found
+    ordered = [masks[place] for place in found.order]
+    if len({mask.shape for mask in ordered}) > 1:
+        return Reject(Reason.SERIES_MIXED, _SIZES)
+    return Stack(**vars(found), masks=np.stack(ordered))
+
+
+def places(geometries: Sequence[Geometry]) -> Places | Reject:
+    """Where the slices of a series, one or more and in any order, lie.
+
+    Returns:
+        MISSING_ATTRIBUTE where a slice has no place, or one alone no thickness; SERIES_DUPLICATES where two are at one
+        position; SERIES_MIXED where sizes differ, which a series' verdict does not let pass.
+    """
+    assert geometries
+    known = []
     for geometry in geometries:
         if geometry.image_position_mm is None or geometry.image_orientation is None or not geometry.pixel_spacing_mm:
             return Reject(Reason.MISSING_ATTRIBUTE, "ImagePositionPatient, ImageOrientationPatient and PixelSpacing")
-        places.append((geometry.image_position_mm, geometry.image_orientation, geometry.pixel_spacing_mm))
-    if len({mask.shape for mask in masks}) > 1:
-        return Reject(Reason.SERIES_MIXED, "slices of several sizes")
-    _, orientation, spacing_mm = places[0]
+        known.append((geometry.image_position_mm, geometry.image_orientation, geometry.pixel_spacing_mm))
+    if len({(geometry.rows, geometry.columns) for geometry in geometries}) > 1:
+        return Reject(Reason.SERIES_MIXED, _SIZES)
+    _, orientation, spacing_mm = known[0]
     along_row, along_column = np.array(orientation, float).reshape(2, 3)
-    positions_mm = np.array([position for position, _, _ in places], float)
+    positions_mm = np.array([position for position, _, _ in known], float)
     along_mm = planes.along_mm(positions_mm, orientation)
     order = np.argsort(along_mm, kind="stable")
     positions_mm = positions_mm[order]
-    tolerance = planes.tolerance_mm(geometries[0])
-    if len(places) > 1:
+    if len(known) > 1:
         if np.diff(along_mm[order]).min() < planes.SAME_POSITION_MM:
             return Reject(Reason.SERIES_DUPLICATES, "several slices at one position")
         beyond_mm = positions_mm[-1] - positions_mm[-2]
@@ -86,11 +110,11 @@ def stack(masks: Sequence[np.ndarray], geometries: Sequence[Geometry]) -> Stack 
         beyond_mm = planes.normal(orientation) * geometries[0].slice_thickness_mm
     else:
         return Reject(Reason.MISSING_ATTRIBUTE, "SliceThickness of a slice alone")
-    return Stack(
-        np.stack([masks[place] for place in order]),
+    return Places(
+        order,
         positions_mm,
         along_row * spacing_mm[1],
         along_column * spacing_mm[0],
         beyond_mm,
-        tolerance,
+        planes.tolerance_mm(geometries[0]),
     )

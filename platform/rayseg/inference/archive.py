@@ -32,7 +32,7 @@ from rayseg.tracking.version import together
 logger = logging.getLogger(__name__)
 
 _KEYS = {"CPU": "cpus_per_actor", "GPU": "gpus_per_actor", "count": "concurrency"}
-VERSION = 3  # of what is made of a series; another number makes finished series stale
+VERSION = 4  # of what is made of a series; another number makes finished series stale
 MANIFEST = "manifest.parquet"  # below the output, where a source is given
 
 
@@ -81,7 +81,7 @@ class SegmentConfig:
 class SegmentResult:
     """What became of the manifest's series: `series` = `segmented` + `rejected` + `skipped` (done before this run).
 
-    Of a dry run nothing but `series`, `skipped` and `estimate` counts.
+    Of a dry run nothing but `series`, `skipped`, `estimate` and `not_made`, as far as headers tell, counts.
     """
 
     series: int
@@ -94,6 +94,7 @@ class SegmentResult:
     rejected_slices: int = 0  # objects without one, in the manifest already or in this run
     reasons: dict[str, int] = field(default_factory=dict)  # of rejected_slices
     flags: dict[str, int] = field(default_factory=dict)  # segmented series of this run by what makes them worth a look
+    not_made: dict[str, int] = field(default_factory=dict)  # segmented series of this run by a profile that they lack
     # URIs of the first profile's files, those of skipped series included, in the manifest's order
     seg_paths: list[str] = field(default_factory=list)
     report: str | None = None  # URI of an HTML file; None of a dry run
@@ -153,7 +154,8 @@ def segment(config: SegmentConfig) -> SegmentResult:
     if config.dry_run:
         at_once = config.concurrency * config.cpus_per_actor
         estimate = plan.estimate(planned, ledger.read(output), at_once, config.cost_per_hour)
-        return replace(result, estimate=estimate, seconds=time.monotonic() - began)
+        lacking = dict(sorted(planned.not_made.items()))
+        return replace(result, estimate=estimate, not_made=lacking, seconds=time.monotonic() - began)
     found: list[dict[str, Any]] = []
     run_id = None
     if planned.todo:
@@ -184,6 +186,7 @@ def segment(config: SegmentConfig) -> SegmentResult:
         rejected_slices=refusals.reasons.total(),
         reasons=refusals.counts(),
         flags=dict(sorted(Counter(flag for row in made.values() for flag in row["flags"]).items())),
+        not_made=dict(sorted(Counter(one["profile"] for row in made.values() for one in row["not_made"]).items())),
         seg_paths=[uri for row in ended for uri in ledger.uris(row, config.profiles[0])],
         report=page,
         run_id=run_id,

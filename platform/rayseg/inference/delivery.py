@@ -8,10 +8,8 @@ from typing import Any
 import pydicom
 
 from rayseg import pacs, storage
-from rayseg.inference.outputs import SEGMENTATIONS, File
+from rayseg.inference.outputs import DICOM, File
 from rayseg.records import Reason, Reject
-
-DICOM_PROFILES = (*SEGMENTATIONS, "report")
 
 
 def check(service: str, profiles: Sequence[str]) -> None:
@@ -22,8 +20,8 @@ def check(service: str, profiles: Sequence[str]) -> None:
         raise ValueError(f"segment.pacs: {error}") from None
     if url != service.rstrip("/"):
         raise ValueError("segment.pacs: the URL of a DICOMweb service expected, as https://HOST/dicom-web, and no more")
-    if not set(profiles) & set(DICOM_PROFILES):
-        raise ValueError(f"segment.pacs: none of the profiles is stored there; those: {', '.join(DICOM_PROFILES)}")
+    if not set(profiles) & set(DICOM):
+        raise ValueError(f"segment.pacs: none of the profiles is stored there; those: {', '.join(DICOM)}")
 
 
 def deliver(file: File, folder: str, service: str | None) -> dict[str, Any] | Reject:
@@ -43,7 +41,7 @@ def deliver(file: File, folder: str, service: str | None) -> dict[str, Any] | Re
     except OSError as error:
         return Reject(Reason.WRITE_FAILED, type(error).__name__)
     place = None
-    if service is not None and file.profile in DICOM_PROFILES:
+    if service is not None and file.profile in DICOM:
         made = pydicom.dcmread(io.BytesIO(file.data), stop_before_pixels=True)
         try:
             place = pacs.store(service, str(made.SOPInstanceUID), file.data)

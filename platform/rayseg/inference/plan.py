@@ -1,5 +1,6 @@
 """What an archive run has to do: the manifest's series without those that the ledger has, and how long that takes."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -11,9 +12,10 @@ import pyarrow.compute as pc
 from rayseg import config as configuration
 from rayseg import storage
 from rayseg.data.spool import packed, unpacked
+from rayseg.inference import feasible
 from rayseg.inference.refusals import Refusals
-from rayseg.inference.series import STAGE, Task, ledger_row, reject_row
-from rayseg.records import Reason, Reject
+from rayseg.inference.series import STAGE, Task, ledger_row, not_made_rows, reject_row
+from rayseg.records import NOT_MADE, Reason, Reject
 
 SCHEMA = pa.schema(
     [
@@ -22,10 +24,24 @@ SCHEMA = pa.schema(
         ("uris", pa.list_(pa.string())),
         ("frames", pa.list_(pa.int32())),  # at the same places; null: the object is one image
         ("input_digest", pa.string()),
+        ("kind", pa.string()),  # of `outputs.Kind`
+        ("profiles", pa.list_(pa.string())),  # that can be made of it
+        ("not_made", NOT_MADE),  # the others that were asked for
     ]
 )
-_MANIFEST_COLUMNS = ("uri", "frame", "etag", "verdict", "reason", "detail", "kind", "patient_key", "series_key")
-KNOWN = ("input_digest", "verdict", "reason")  # what `is_done` looks at of a ledger row
+_MANIFEST_COLUMNS = (
+    "uri",
+    "frame",
+    "etag",
+    "verdict",
+    "reason",
+    "detail",
+    "kind",
+    "patient_key",
+    "series_key",
+    "instance_key",
+)
+KNOWN = ("input_digest", "verdict", "reason", "not_made")  # what `is_done` looks at of a ledger row
 # A second try may end otherwise, whatever `retry` says.
 _TRY_AGAIN = {Reason.READ_FAILED, Reason.NOT_FOUND, Reason.WRITE_FAILED, Reason.INTERNAL}
 _HOUR_S = 3600.0
@@ -45,6 +61,7 @@ class Plan:
     accepted: int = 0  # objects that the catalog has accepted
     unusable: list[dict[str, Any]] = field(default_factory=list)  # ledger rows of series without any usable object
     refusals: Refusals = field(default_factory=Refusals)  # objects that are not to be segmented
+    not_made: Counter[str] = field(default_factory=Counter)  # series to do, by the profiles that they will not have
 
 
 @dataclass(frozen=True)
@@ -62,6 +79,9 @@ def make(
 ) -> Plan:
     """Reads a manifest, a part at a time.
 
+    What is left of a series' profiles is decided by `feasible`; without any it is unusable. An image file is a series
+    by itself, named by its `instance_key`: nothing says how several belong together.
+
     Args:
         manifest: its URI. The rows of a series stand together, as the catalog writes them.
         task: what all series have in common.
@@ -75,10 +95,11 @@ def make(
     unusable: list[dict[str, Any]] = []
     rejects: list[dict[str, Any]] = []
     met: set[str] = set()
+    columns = (*_MANIFEST_COLUMNS, *feasible.columns(task.profiles))
     # What is of no series stands for itself.
-    for group, rows in groupby(_rows(manifest), lambda row: row["series_key"] or (row["uri"], row["frame"])):
+    for group, rows in groupby(_rows(manifest, columns), lambda row: _key(row) or (row["uri"], row["frame"])):
         key = group if isinstance(group, str) else None
-        planned, refused = _of_series(key, rows)
+        planned, refused = _of_series(task, key, rows, is_done)
         if key is not None:
             if key in met:
                 raise ValueError(
@@ -90,11 +111,12 @@ def make(
         if planned is not None:
             made.series.append(planned["series_key"])
             made.accepted += len(planned["uris"])
-            if is_done(planned):
+            if "profiles" not in planned:
                 made.done.add(planned["series_key"])
             else:
                 made.todo.append(packed(pa.Table.from_pylist([planned], schema=SCHEMA)))
                 made.slices += len(planned["uris"])
+                made.not_made.update(one["profile"] for one in planned["not_made"])
         elif key is not None:
             first = Reject(Reason(refused[0]["reason"]), refused[0]["detail"])
             row = ledger_row(task, key, refused[0]["patient_key"], first) | {"rejected_slices": len(refused)}
@@ -108,41 +130,57 @@ def make(
     return made
 
 
-def _rows(manifest: str) -> Iterator[dict[str, Any]]:
+def _rows(manifest: str, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
     try:
-        for some in storage.read_row_groups(manifest, _MANIFEST_COLUMNS):
-            columns = [some[name].to_pylist() for name in _MANIFEST_COLUMNS]
-            yield from (dict(zip(_MANIFEST_COLUMNS, values, strict=True)) for values in zip(*columns, strict=True))
+        for some in storage.read_row_groups(manifest, columns):
+            values = [some[name].to_pylist() for name in columns]
+            yield from (dict(zip(columns, row, strict=True)) for row in zip(*values, strict=True))
     except FileNotFoundError:
         raise ValueError(f"segment.manifest: there is no manifest at {manifest}; run the catalog job") from None
 
 
+def _key(row: Mapping[str, Any]) -> str | None:
+    """Of the series that a row is of."""
+    alone = row["kind"] == "image" and row["frame"] is None
+    key: str | None = (row["instance_key"] if alone else None) or row["series_key"]
+    return key
+
+
 def _of_series(
-    key: str | None, rows: Iterable[Mapping[str, Any]]
+    task: Task, key: str | None, rows: Iterable[Mapping[str, Any]], is_done: Callable[[Mapping[str, Any]], bool]
 ) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
-    """The series as a row of `SCHEMA`, None where nothing of it can be used, and the rejects."""
+    """The series as a row of `SCHEMA`, and the rejects.
+
+    None where nothing of it can be used; without profiles where it is done.
+    """
     usable: list[Mapping[str, Any]] = []
     rejects = []
     for row in rows:
-        if row["verdict"] != "ok":
-            stage, reject = "catalog", Reject(Reason(row["reason"]), row["detail"] or "")
-        elif row["kind"] != "dicom":
-            reject = Reject(Reason.NOT_DICOM, "a DICOM SEG refers to DICOM instances, and this is an image file")
-            stage = STAGE
-        else:
+        if row["verdict"] == "ok":
             usable.append(row)
             continue
-        rejects.append(reject_row(row["uri"], row["frame"], stage, reject, row["patient_key"], key))
+        reject = Reject(Reason(row["reason"]), row["detail"] or "")
+        rejects.append(reject_row(row["uri"], row["frame"], "catalog", reject, row["patient_key"], key))
     if not usable:
         return None, rejects
+    kind = feasible.kind_of(usable[0])
     planned = {
         "series_key": key,
         "patient_key": usable[0]["patient_key"],
         "uris": [row["uri"] for row in usable],
         "frames": [row["frame"] for row in usable],
         "input_digest": configuration.digest([[row["uri"], row["frame"], row["etag"]] for row in usable]),
+        "kind": kind,
     }
-    return planned, rejects
+    if is_done(planned):
+        return planned, rejects
+    profiles, refused = feasible.divide(task.profiles, kind, usable)
+    if profiles:
+        return planned | {"profiles": profiles, "not_made": not_made_rows(refused)}, rejects
+    profile, first = next(iter(refused.items()))
+    reject = Reject(first.reason, f"{profile}: {first.detail}")
+    ours = [reject_row(row["uri"], row["frame"], STAGE, reject, row["patient_key"], key) for row in usable]
+    return None, [*ours, *rejects]
 
 
 def is_done(known: Mapping[str, Any] | None, planned: Mapping[str, Any], retry_rejected: bool) -> bool:
@@ -150,7 +188,7 @@ def is_done(known: Mapping[str, Any] | None, planned: Mapping[str, Any], retry_r
     if known is None or known["input_digest"] != planned["input_digest"]:
         return False
     if known["verdict"] == "segmented":
-        return True
+        return not any(one["reason"] in _TRY_AGAIN for one in known.get("not_made") or ())
     return not retry_rejected and known["reason"] not in _TRY_AGAIN
 
 

@@ -13,7 +13,8 @@ from tqdm import tqdm
 from rayseg import meters, storage
 from rayseg.inference import ledger
 from rayseg.inference.plan import objects
-from rayseg.inference.series import STAGE, STEPS
+from rayseg.inference.series import STAGE
+from rayseg.inference.watch import STEPS
 from rayseg.tracking import runs
 
 logger = logging.getLogger(__name__)

@@ -29,6 +29,16 @@ class Run:
 
 
 @dataclass(frozen=True)
+class _NotMade:
+    """A profile that could not be made for one reason."""
+
+    profile: str
+    reason: str
+    series: int  # segmented ones
+    detail: str  # of one of them
+
+
+@dataclass(frozen=True)
 class _Refused:
     """What was refused for one reason."""
 
@@ -45,7 +55,7 @@ def render(run: Run, asked: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
         run: how it ended.
         asked: its configuration, by key.
         rows: of `records.LEDGER`, of all series of the manifest, those done before too. `engine`, `flags` (a list of
-            codes) with `flags_detail`, and seconds by stage (`read_s`, ...), are told where rows have them.
+            codes) with `flags_detail`, `not_made`, and seconds by stage (`read_s`, ...), are told where rows have them.
         refusals: of this run.
     """
     segmented = [row for row in rows if row["verdict"] == "segmented"]
@@ -78,7 +88,17 @@ def render(run: Run, asked: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
         flags=flags.most_common(),
         flagged=flagged[:_FLAGGED],
         more_flagged=max(len(flagged) - _FLAGGED, 0),
+        not_made=_not_made(segmented),
+        short_of_any=sum(bool(row.get("not_made")) for row in segmented),
     )
+
+
+def _not_made(segmented: Sequence[Mapping[str, Any]]) -> list[_NotMade]:
+    """By profile and reason, the most frequent first."""
+    told = [one for row in segmented for one in row.get("not_made") or ()]
+    counts = Counter((one["profile"], one["reason"]) for one in told)
+    details = {(one["profile"], one["reason"]): one["detail"] for one in reversed(told)}
+    return [_NotMade(*which, count, details[which] or "") for which, count in counts.most_common()]
 
 
 def _refused(rows: Sequence[Mapping[str, Any]], refusals: Refusals) -> list[_Refused]:

@@ -1,39 +1,30 @@
 """One series: its slices read, segmented and written in all profiles; the outcome is a row of the ledger."""
 
-import contextlib
 import dataclasses
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pydicom
 
-from rayseg import storage
-from rayseg.data.manifest import read_failure
 from rayseg.data.preprocess import Preprocess
 from rayseg.data.stacks import along
-from rayseg.dicom.reading import Header, Slice, read_slices
+from rayseg.geometry.grid import Geometry
 from rayseg.geometry.volume import volume_ml, voxels_mm3
 from rayseg.inference import quality
 from rayseg.inference.delivery import deliver
-from rayseg.inference.outputs import Profile, Segmented, files, overlay_png, without_pixels
+from rayseg.inference.outputs import File, Kind, Profile, Segmented, files, overlay_png
 from rayseg.inference.packed import Packed
 from rayseg.inference.postprocess import Postprocess
 from rayseg.inference.predictor import Prediction, Predictor
+from rayseg.inference.sources import Place, Sources, geometry
+from rayseg.inference.watch import STEPS, Watch
 from rayseg.records import Reason, Reject
 from rayseg.tracking.version import ModelVersion
 
 STAGE = "segment"  # as the table of rejects names it
-# What a series' time goes into: waiting for bytes, decoding, waiting for its slices in the network (with their scaling,
-# and behind those of the actor's other series), making files, writing them.
-STEPS = ("read", "decode", "forward", "encode", "write")
-
-T = TypeVar("T")
-
-_Place = tuple[str, int | None]  # URI and frame of a slice
 
 
 @dataclass(frozen=True)
@@ -51,42 +42,6 @@ class Task:
     settings: str = ""
 
 
-class Watch:
-    """How long each of `STEPS` takes, in seconds of the clock; steps within others count for themselves."""
-
-    def __init__(self) -> None:
-        self.began = self._since = time.monotonic()
-        self.seconds = dict.fromkeys(STEPS, 0.0)
-        self._step: str | None = None
-
-    @contextlib.contextmanager
-    def step(self, name: str) -> Iterator[None]:
-        """Counts the block's time, but for the steps within it, to the step `name`."""
-        outer = self._turn(name)
-        try:
-            yield
-        finally:
-            self._turn(outer)
-
-    def each(self, name: str, items: Iterable[T]) -> Iterator[T]:
-        """The items; the time to get each counts to the step `name`."""
-        iterator = iter(items)
-        while True:
-            with self.step(name):
-                try:
-                    item = next(iterator)
-                except StopIteration:
-                    return
-            yield item
-
-    def _turn(self, name: str | None) -> str | None:
-        now = time.monotonic()
-        if self._step is not None:
-            self.seconds[self._step] += now - self._since
-        outer, self._step, self._since = self._step, name, now
-        return outer
-
-
 def segment_series(
     predictor: Predictor,
     task: Task,
@@ -96,35 +51,61 @@ def segment_series(
     uris: Sequence[str],
     frames: Sequence[int | None],
     input_digest: str = "",
+    kind: Kind = "dicom",
+    profiles: Sequence[str] | None = None,
+    not_made: Sequence[dict[str, str]] = (),
 ) -> dict[str, Any]:
     """Segments the slices of a series, given in order, and writes its files `FOLDER/<series_key>...`; never raises.
 
     A slice is an object at one of `uris`, or the frame of it that `frames` has at the same place; `input_digest` of all
     of them goes into the row as it is. A slice that cannot be used is in no file; a series without any other is
-    rejected, and so is one that a profile cannot express.
+    rejected, and so is one of which no profile can be made, or a file not be written.
+
+    Args:
+        predictor, task: what all series have in common.
+        series_key, patient_key, uris, frames, input_digest, kind: the series.
+        profiles: to make, of the task's; None for all of these.
+        not_made: rows of `records.NOT_MADE`, of the others: they go into the row with those that fail.
 
     Returns:
         A row of the schema `records.LEDGER`, with `rejects` beside: rows of the schema `records.REJECTS`.
     """
     watch = Watch()
     wanted = list(zip(uris, frames, strict=True))
-    refused: dict[_Place, Reject] = {}
+    asked = task.profiles if profiles is None else profiles
+    refused: dict[Place, Reject] = {}
     try:
-        made = _make(predictor, task, series_key, wanted, refused, watch)
+        made = _make(predictor, task, series_key, kind, asked, wanted, refused, watch)
     except Exception as error:  # a defect of ours must cost this series only
         made = Reject(Reason.INTERNAL, type(error).__name__)
     if isinstance(made, Reject):
         refused = {place: refused.get(place, made) for place in wanted}
+    else:
+        made["not_made"] = in_order(task, [*not_made, *made["not_made"]])
     row = ledger_row(task, series_key, patient_key, made if isinstance(made, Reject) else None)
     row |= {
         "input_digest": input_digest,
         "rejected_slices": len(refused),
         "rejects": [reject_row(*place, STAGE, reject, patient_key, series_key) for place, reject in refused.items()],
+        "not_made": list(not_made),
         "engine": predictor.engine,
         **{f"{step}_s": watch.seconds[step] for step in STEPS},
         "seconds": time.monotonic() - watch.began,
     }
     return row if isinstance(made, Reject) else row | made
+
+
+def in_order(task: Task, not_made: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    """Rows of `records.NOT_MADE` in the order in which the profiles were asked for."""
+    return sorted(not_made, key=lambda one: task.profiles.index(one["profile"]))
+
+
+def not_made_rows(refused: Mapping[str, Reject]) -> list[dict[str, str]]:
+    """Rows of `records.NOT_MADE`."""
+    return [
+        {"profile": profile, "reason": reject.reason.value, "detail": reject.detail}
+        for profile, reject in refused.items()
+    ]
 
 
 def ledger_row(task: Task, series_key: str, patient_key: str | None, reject: Reject | None) -> dict[str, Any]:
@@ -144,6 +125,7 @@ def ledger_row(task: Task, series_key: str, patient_key: str | None, reject: Rej
         "rejected_slices": 0,
         "foreground_pixels": 0,
         "outputs": [],
+        "not_made": [],
     }
 
 
@@ -166,37 +148,41 @@ def _make(
     predictor: Predictor,
     task: Task,
     series_key: str,
-    wanted: Sequence[_Place],
-    refused: dict[_Place, Reject],
+    kind: Kind,
+    profiles: Sequence[str],
+    wanted: Sequence[Place],
+    refused: dict[Place, Reject],
     watch: Watch,
 ) -> dict[str, Any] | Reject:
     """Writes the files of the usable slices and returns what the ledger row says of them; fills `refused`."""
-    series = _segmented(predictor, task, series_key, wanted, refused, watch)
+    if kind == "image" and predictor.neighbours:
+        return Reject(Reason.NEEDS_NEIGHBOURS, "an image file has none, and the model looks at them")
+    series = _segmented(predictor, series_key, kind, profiles, wanted, refused, watch)
     if not series.masks:
         first = refused[wanted[0]]
         return Reject(
             first.reason, f"none of {len(wanted)} slices can be used; the first: {first.detail or first.reason}"
         )
-    geometries = [header.geometry for header in series.headers]
     if task.postprocess != Postprocess():
         try:
             with watch.step("encode"):
-                masks = task.postprocess.apply(series.masks, voxels_mm3(geometries))
+                masks = task.postprocess.apply(series.masks, voxels_mm3(series.geometries))
         except ValueError as error:
             return Reject(Reason.MISSING_ATTRIBUTE, str(error))
         looks = [one.of(mask) for one, mask in zip(series.looks, masks, strict=True)]
         series = dataclasses.replace(series, masks=masks, looks=looks)
     foreground = [int(np.count_nonzero(mask)) for mask in series.masks]
-    volume = volume_ml(foreground, geometries)
+    volume = volume_ml(foreground, series.geometries)
     flags = quality.judge(predictor.bundle.range, series.looks, volume)
-    made = []
+    made: list[File] = []
+    not_made: dict[str, Reject] = {}
     if any(foreground) or task.write_empty:
         with watch.step("encode"):
             labels = predictor.bundle.labels.names
-            encoded = files(series, task.profiles, labels, task.model, flags, task.settings, predictor.engine)
-        if isinstance(encoded, Reject):
-            return encoded
-        made = encoded
+            made, not_made = files(series, profiles, labels, task.model, flags, task.settings, predictor.engine)
+    if len(not_made) == len(profiles):
+        profile, first = next(iter(not_made.items()))
+        return Reject(first.reason, f"{profile}: {first.detail}")
     outputs = []
     for file in made:
         with watch.step("write"):
@@ -211,43 +197,60 @@ def _make(
         "flags": [flag.value for flag in flags],
         "flags_detail": quality.describe(flags),
         "outputs": outputs,
+        "not_made": not_made_rows(not_made),
     }
 
 
 def _segmented(
     predictor: Predictor,
-    task: Task,
     series_key: str,
-    wanted: Sequence[_Place],
-    refused: dict[_Place, Reject],
+    kind: Kind,
+    profiles: Sequence[str],
+    wanted: Sequence[Place],
+    refused: dict[Place, Reject],
     watch: Watch,
 ) -> Segmented:
     """The usable slices with their masks; of pixels only what the profiles ask for is kept."""
-    sources: list[pydicom.Dataset] = []
+    numbers: list[int] = []
+    datasets: list[pydicom.Dataset] = []
     masks = Packed()
-    headers: list[Header] = []
+    geometries: list[Geometry] = []
     looks: list[quality.Look] = []
     probabilities = Packed()
     pictures: list[tuple[int, bytes]] = []
-    datasets: dict[str, pydicom.Dataset | Reject] = {}
-    stacks = along(_read(wanted, datasets, watch), predictor.neighbours)
+    sources = Sources(kind, predictor.bundle.preprocess.color, watch)
+    stacks = along(sources.read(wanted), predictor.neighbours)
     results = watch.each("forward", predictor.judge_stacks(stacks))
     for number, ((uri, frame), result) in enumerate(zip(wanted, results, strict=True)):
-        source = result if isinstance(result, Reject) else datasets[uri]
+        source = result if isinstance(result, Reject) else sources.datasets.get(uri)
         if isinstance(result, Reject) or isinstance(source, Reject):
+            assert isinstance(source, Reject)
             refused[uri, frame] = source
             continue
-        assert result.slice.header is not None
-        sources.append(source)
+        if source is not None:
+            datasets.append(source)
+        numbers.append(number)
         masks.append(result.mask)
-        headers.append(result.slice.header)
+        geometries.append(geometry(result.slice))
         with watch.step("encode"):
             looks.append(quality.look(predictor.bundle.preprocess, result))
-            if "seg-fractional" in task.profiles:
+            if "seg-fractional" in profiles:
                 probabilities.append(_as_bytes(result.probabilities_KHW))
-            if "overlays" in task.profiles and result.mask.any():
+            if "overlays" in profiles and result.mask.any():
                 pictures.append((number, _picture(predictor.bundle.preprocess, result)))
-    return Segmented(series_key, sources, headers, masks, looks, probabilities or None, pictures)
+    return Segmented(
+        series_key,
+        kind,
+        numbers,
+        [wanted[number][1] for number in numbers],
+        geometries,
+        masks,
+        looks,
+        datasets,
+        sources.volume,
+        probabilities or None,
+        pictures,
+    )
 
 
 def _as_bytes(probabilities_KHW: np.ndarray) -> np.ndarray:
@@ -260,25 +263,3 @@ def _picture(preprocess: Preprocess, prediction: Prediction) -> bytes:
     """With the grey values of the network's first channel, on the slice's own grid."""
     alone = dataclasses.replace(preprocess, size=prediction.slice.shape, neighbours=0)
     return overlay_png(alone.apply(prediction.slice)[..., 0], prediction.mask)
-
-
-def _read(
-    wanted: Sequence[_Place], datasets: dict[str, pydicom.Dataset | Reject], watch: Watch
-) -> Iterator[Slice | Reject]:
-    """Each slice in order, some read ahead; puts the data set, without pixels, of each object into `datasets`.
-
-    Frames of one object that follow each other are read and parsed once.
-    """
-    runs = [(uri, [frame for _, frame in places]) for uri, places in groupby(wanted, key=lambda place: place[0])]
-    for (uri, frames), data in zip(runs, watch.each("read", storage.read_each(uri for uri, _ in runs)), strict=True):
-        if isinstance(data, OSError):
-            yield from (read_failure(data) for _ in frames)
-            continue
-        for slice in watch.each("decode", read_slices(data, frames)):
-            if isinstance(slice, Slice) and slice.header is None:
-                yield Reject(Reason.NOT_DICOM, "an image file, where the manifest has a DICOM instance")
-                continue
-            if isinstance(slice, Slice) and uri not in datasets:
-                with watch.step("decode"):
-                    datasets[uri] = without_pixels(data)
-            yield slice
