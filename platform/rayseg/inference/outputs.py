@@ -17,6 +17,7 @@ from rayseg.dicom import report, segmentation
 from rayseg.dicom.sources import KEYWORDS
 from rayseg.geometry.grid import Geometry
 from rayseg.geometry.stack import Places, Stack, stack
+from rayseg.geometry.upright import upright
 from rayseg.geometry.volume import volume_ml, voxels_mm3
 from rayseg.inference import exports, volume
 from rayseg.inference.lesions import lesions
@@ -28,9 +29,11 @@ from rayseg.records import QualityFlag, Reason, Reject
 from rayseg.tracking.version import ModelVersion
 
 # DICOM Segmentations (binary, label map, probabilities), a structured report about the first of these, a NIfTI volume
-# on the source's own grid, surfaces in patient millimetres, label maps of the slices as PNG, and pictures of those with
-# something found.
-Profile = Literal["seg", "seg-labelmap", "seg-fractional", "report", "nifti", "stl", "glb", "png", "overlays"]
+# on the source's own grid, and one with right angles where that is sheared, surfaces in patient millimetres, label maps
+# of the slices as PNG, and pictures of those with something found.
+Profile = Literal[
+    "seg", "seg-labelmap", "seg-fractional", "report", "nifti", "nifti-upright", "stl", "glb", "png", "overlays"
+]
 Kind = Literal["dicom", "volume", "image"]  # of a series: DICOM instances, a volume in one file, one image file
 SEGMENTATIONS: dict[str, segmentation.Kind] = {
     "seg": "BINARY",
@@ -45,6 +48,7 @@ _SUFFIXES = {
     "seg-fractional": ".fractional.dcm",
     "report": ".report.dcm",
     "nifti": ".nii.gz",
+    "nifti-upright": ".upright.nii.gz",
     "stl": ".stl",
     "glb": ".glb",
 }
@@ -57,6 +61,7 @@ class File:
     profile: str
     name: str
     data: bytes = field(repr=False)
+    warning: str | None = None  # what its users should know
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +123,7 @@ def lacking(
     places = where()
     if isinstance(places, Reject):
         return places
-    affine = places.affine_lps() if profile == "nifti" else None
+    affine = places.affine_lps() if profile.startswith("nifti") else None
     return affine if isinstance(affine, Reject) else None
 
 
@@ -195,7 +200,8 @@ class _Making:
         data = self._of_series(profile)
         if isinstance(data, Reject):
             return data
-        self.files.append(File(profile, f"{series.series_key}{_SUFFIXES[profile]}", data))
+        warning = exports.nifti_warning(self._placed) if (series.kind, profile) == ("dicom", "nifti") else None
+        self.files.append(File(profile, f"{series.series_key}{_SUFFIXES[profile]}", data, warning))
         return None
 
     def _of_slice(self, profile: str, number: int, png: bytes) -> File:
@@ -212,6 +218,8 @@ class _Making:
             if series.volume is not None:
                 return volume.mask(series.volume, series.masks, series.frames, self.labels)
             return exports.nifti(self._placed, self.labels)
+        if profile == "nifti-upright":
+            return exports.nifti(upright(self._placed), self.labels)
         if profile == "stl":
             return exports.stl(self.meshes)
         if profile == "glb":
