@@ -73,10 +73,18 @@ def case(stack: str) -> Case:
     """A lesion that looks like no mirror image of itself, in all slices but the first and the last."""
     axes, along_mm, tilt = STACKS[stack]
     row, column, normal = axes.T
+    series_uid = f"1.2.3.4.{[*STACKS].index(stack)}"
     sources, masks, points, geometries = [], [], [], []
     for number, distance_mm in enumerate(along_mm):
         position_mm = np.array([-20.0, 35.0, 10.0]) + distance_mm * normal + tilt * distance_mm * column
-        changes = {"Rows": ROWS, "Columns": COLUMNS, "PixelSpacing": [*map(str, SPACING_MM)], "SliceThickness": "2"}
+        changes = {
+            "SOPInstanceUID": f"{series_uid}.{number + 1}",
+            "SeriesInstanceUID": series_uid,
+            "Rows": ROWS,
+            "Columns": COLUMNS,
+            "PixelSpacing": [*map(str, SPACING_MM)],
+            "SliceThickness": "2",
+        }
         sources.append(source(number + 1, list(position_mm), [*row, *column], **changes))
         mask = np.zeros((ROWS, COLUMNS), np.uint8)
         if 0 < number < len(along_mm) - 1:
@@ -109,7 +117,7 @@ def outcome(read: Callable[[Case, bytes], np.ndarray], stack: str, profile: str)
     except RefusedError:
         return "refused"
     if not len(points_mm):
-        return "wrong: nothing"
+        return "**wrong**: nothing there"
     near_mm = HALF_A_PIXEL_MM if profile == "nifti-upright" else 0.0
     off_mm = max(_farthest_mm(known.points_mm, points_mm), _farthest_mm(points_mm, known.points_mm))
     if off_mm <= near_mm + NEAR_MM and len(points_mm) == len(known.points_mm):
@@ -180,7 +188,7 @@ def _highdicom_by_slice(known: Case, data: bytes) -> np.ndarray:
     uids = [one.SOPInstanceUID for one in known.sources]
     frames = made.get_pixels_by_source_instance(uids, rescale_fractional=True)[..., 0]
     return np.concatenate(
-        [_of_plane(frame, one.ImagePositionPatient, made) for frame, one in zip(frames, known.sources, strict=True)]
+        [of_plane(frame, one.ImagePositionPatient, made) for frame, one in zip(frames, known.sources, strict=True)]
     )
 
 
@@ -189,13 +197,13 @@ def _pydicom(_: Case, data: bytes) -> np.ndarray:
     frames = made.pixel_array.reshape(-1, made.Rows, made.Columns)
     return np.concatenate(
         [
-            _of_plane(frame, groups.PlanePositionSequence[0].ImagePositionPatient, made)
+            of_plane(frame, groups.PlanePositionSequence[0].ImagePositionPatient, made)
             for frame, groups in zip(frames, made.PerFrameFunctionalGroupsSequence, strict=True)
         ]
     )
 
 
-def _of_plane(frame: np.ndarray, position_mm: Sequence[float], made: pydicom.Dataset) -> np.ndarray:
+def of_plane(frame: np.ndarray, position_mm: Sequence[float], made: pydicom.Dataset) -> np.ndarray:
     shared = made.SharedFunctionalGroupsSequence[0]
     cosines = np.array(shared.PlaneOrientationSequence[0].ImageOrientationPatient, float)
     spacing_mm = np.array(shared.PixelMeasuresSequence[0].PixelSpacing, float)
@@ -210,14 +218,14 @@ def _nibabel(_: Case, data: bytes) -> np.ndarray:
     return nibabel.affines.apply_affine(image.affine, where) * [-1, -1, 1]
 
 
-def _of_surface(known: Case, triangles_mm: np.ndarray) -> np.ndarray:
+def of_surface(known: Case, triangles_mm: np.ndarray) -> np.ndarray:
     """The centres of those voxels of all slices that lie within a surface (triangles, 3, 3) in the patient.
 
     Those around which it winds: by the solid angles of its triangles (Van Oosterom and Strackee 1983).
     """
     everywhere = np.ones((ROWS, COLUMNS), np.uint8)
     measures = pydicom.dcmread(io.BytesIO(known.files["seg"]))
-    points = np.concatenate([_of_plane(everywhere, one.ImagePositionPatient, measures) for one in known.sources])
+    points = np.concatenate([of_plane(everywhere, one.ImagePositionPatient, measures) for one in known.sources])
     turns = []
     for some in np.array_split(points, 64):
         a, b, c = np.moveaxis(triangles_mm - some[:, np.newaxis, np.newaxis], 2, 0)
@@ -231,14 +239,14 @@ def _of_surface(known: Case, triangles_mm: np.ndarray) -> np.ndarray:
 def _stl(known: Case, data: bytes) -> np.ndarray:
     count = struct.unpack_from("<I", data, 80)[0]
     triangles = np.frombuffer(data, [("normal", "<f4", 3), ("corners", "<f4", (3, 3)), ("more", "<u2")], count, 84)
-    return _of_surface(known, triangles["corners"].astype(float))
+    return of_surface(known, triangles["corners"].astype(float))
 
 
 def _glb(known: Case, data: bytes) -> np.ndarray:
     """In metres, Y up, as the format has it: x, z and -y of the patient."""
     mesh = trimesh.load(io.BytesIO(data), file_type="glb").to_geometry()
     x, y, z = 1000 * np.moveaxis(mesh.triangles, 2, 0)
-    return _of_surface(known, np.stack([x, -z, y], axis=-1))
+    return of_surface(known, np.stack([x, -z, y], axis=-1))
 
 
 def _report(known: Case, data: bytes) -> np.ndarray:
@@ -340,8 +348,10 @@ def written(name: str) -> list[str]:
 
 def write(name: str, lines: Sequence[str]) -> None:
     """Puts lines in place of those of a table."""
-    text = PAGE.read_text()
-    PAGE.write_text(text.replace("\n".join(written(name)), "\n".join(lines)))
+    before, rest = PAGE.read_text().split(f"<!-- {name} -->\n")
+    table, after = rest.split("\n\n", 1)
+    head = table.splitlines()[:2]
+    PAGE.write_text(f"{before}<!-- {name} -->\n" + "\n".join([*head, *lines]) + "\n\n" + after)
 
 
 if __name__ == "__main__":
