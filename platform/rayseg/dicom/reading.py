@@ -174,7 +174,7 @@ def read_headers(data: bytes, object_bytes: int | None = None) -> list[Header] |
     """
     try:
         silence_libraries()
-        found = _open(data, with_traits=True)
+        found = _open(data, True)
         if isinstance(found, Reject):
             return found
         if object_bytes is not None and object_bytes - found.parsed.pixel_offset < _least_bytes(found):
