@@ -1,8 +1,8 @@
 """A request's body to the slices of one series, in order. Nothing here raises on any bytes.
 
-A body is one object (DICOM, NIfTI, PNG, JPEG or TIFF), a zip of objects, or a form (multipart/form-data) whose `file`
-parts are objects or zips. Names of files are not looked at, so none can lead anywhere; what belongs together, and in
-which order, the objects say themselves, as they do for the bulk job.
+A body is one object (DICOM, NIfTI, NRRD, MetaImage, PNG, JPEG or TIFF), a zip of objects, or a form
+(multipart/form-data) whose `file` parts are objects or zips. Names of files are not looked at, so none can lead
+anywhere; what belongs together, and in which order, the objects say themselves, as they do for the bulk job.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from itertools import groupby
 from python_multipart import multipart
 from python_multipart.exceptions import FormParserError
 
-from rayseg.dicom import image_files, nifti
+from rayseg.dicom import image_files, volumes
 from rayseg.dicom.reading import Header, Slice, read_headers, read_slices
 from rayseg.dicom.series import verdict
 from rayseg.geometry.grid import Geometry
@@ -39,7 +39,7 @@ class Limits:
     """Of what a body may become."""
 
     objects: int = 4096  # files of a form, entries of its zips
-    inflated_bytes: int = 2**30  # of all entries, or of a NIfTI volume
+    inflated_bytes: int = 2**30  # of all entries, or of a volume
     slices: int = 4096
     pixels: int = 2**29  # of all slices: a mask has a byte for each
 
@@ -60,9 +60,9 @@ class Series:
 
     def slices(self, color: bool) -> Iterator[Slice | Reject]:
         """Decodes one after the other, each when it is asked for."""
-        if self.headers is None and nifti.is_nifti(self.objects[0]):
+        if self.headers is None and volumes.is_volume(self.objects[0]):
             # Not by `read_slices`: its memory holds one volume, and other requests have theirs.
-            found = nifti.image(self.objects[0])
+            found = volumes.image(self.objects[0])
             for (_, frame), geometry in zip(self.places, self.geometries, strict=True):
                 if isinstance(found, Reject):
                     yield found
@@ -83,7 +83,7 @@ class Series:
 
 def is_several(body: bytes, content_type: str) -> bool:
     """Whether the body is for sure more than one image: a zip, a form or a volume."""
-    return content_type in (FORM, ZIP) or body.startswith(_ZIP_MAGIC) or nifti.is_nifti(body)
+    return content_type in (FORM, ZIP) or body.startswith(_ZIP_MAGIC) or volumes.is_volume(body)
 
 
 def read(body: bytes, content_type: str, limits: Limits) -> Series | Reject:
@@ -99,7 +99,7 @@ def arrange(objects: Sequence[bytes], limits: Limits) -> Series | Reject:
     of_series: dict[str, list[tuple[int, Header]]] = {}
     others: list[int] = []
     for index, data in enumerate(objects):
-        if nifti.is_nifti(data) or image_files.is_image(data):
+        if volumes.is_volume(data) or image_files.is_image(data):
             others.append(index)
             continue
         headers = read_headers(data, len(data))
@@ -154,14 +154,14 @@ def _other(
         return Reject(Reason.SERIES_MIXED, f"{len(others)} image files or volumes: send one at a time, or DICOM")
     (index,) = others
     data, told = objects[index], dict(left_out)
-    if not nifti.is_nifti(data):
+    if not volumes.is_volume(data):
         return Series([data], [(0, None)], None, [None], told)
-    volume = nifti.read_volume(data)
+    volume = volumes.read_volume(data)
     if isinstance(volume, Reject):
         return volume
-    columns, rows, count = volume.shape
-    if rows * columns * count * volume.dtype.itemsize > limits.inflated_bytes:
-        return Reject(Reason.TOO_LARGE, "NIfTI: dim")
+    if volume.inflated_bytes > limits.inflated_bytes:
+        return Reject(Reason.TOO_LARGE, f"{volume.kind}: the size of the volume")
+    count = volume.slices
     geometries = [Geometry(**volume.place(number)) for number in range(count)] if count <= limits.slices else []
     return _within(limits, Series([data], [(0, number) for number in range(count)], None, geometries, told))
 

@@ -41,7 +41,7 @@ def is_metaimage(data: bytes) -> bool:
     return _BEGINNING.match(data[:256]) is not None and b"NDims" in data[:4096]
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=2)  # of an image and its labels, whose slices come one after the other
 def read_header(data: bytes) -> Volume | Reject:
     """The header, from the file or its beginning, whatever the number of volumes."""
     fields: dict[str, str] = {}
@@ -67,8 +67,8 @@ def read_volume(data: bytes, number: int | None = None) -> Volume | Reject:
 
 
 @lru_cache(maxsize=1)  # its slices come one after the other
-def image(data: bytes, number: int | None = None) -> tuple[np.ndarray, float, float] | Reject:
-    """A volume as `voxels.image` gives it."""
+def image(data: bytes, number: int = 0) -> tuple[np.ndarray, float, float] | Reject:
+    """Volume `number` of the file as `voxels.image` gives it."""
     return voxels.image(data, read_volume(data, number), number)
 
 
@@ -87,8 +87,8 @@ def _volume(fields: Mapping[str, str], start: int) -> Volume | Reject:
     if fields["ElementType"] not in _DTYPES or channels < 1 or (channels > 1 and axes == 4):
         return Reject(Reason.UNSUPPORTED_PIXELS, "MetaImage: ElementType, ElementNumberOfChannels")
     stored = (sizes[0], sizes[1], sizes[2] if axes > 2 else 1)
-    if math.prod(stored) > voxels.MAX_VOXELS:
-        return Reject(Reason.TOO_LARGE, "MetaImage: DimSize")
+    if math.prod(stored) * channels > voxels.MAX_VOXELS:
+        return Reject(Reason.TOO_LARGE, "MetaImage: DimSize, ElementNumberOfChannels")
     big = _is_true(fields.get("BinaryDataByteOrderMSB", fields.get("ElementByteOrderMSB", "False")))
     deflated = _is_true(fields.get("CompressedData", "False"))
     text = not deflated and not _is_true(fields.get("BinaryData", "True"))

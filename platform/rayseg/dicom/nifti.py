@@ -18,6 +18,7 @@ from rayseg.records import Reason, Reject
 
 _HEADERS = {b"n+1\0": (344, 352, Nifti1Header), b"n+2\0": (4, 544, Nifti2Header)}  # magic: its place, bytes before data
 _PAIRS = {b"ni1\0": 344, b"ni2\0": 4}
+_MAGICS = (*((place, magic) for magic, (place, _, _) in _HEADERS.items()), *((at, one) for one, at in _PAIRS.items()))
 _ANALYZE = {struct.pack(order + "i", 348) for order in "<>"}  # what NIfTI-1 begins with, too
 _BEGINNING = 544
 _MAX_OFFSET = 2**31  # extensions come before the values
@@ -29,21 +30,23 @@ _QUATERNION = 1.01  # the longest that rounding makes of one
 def is_nifti(data: bytes) -> bool:
     """Whether the bytes, which may be a file's beginning, are those of a NIfTI volume, its header, or ANALYZE's."""
     beginning = _beginning(data)
-    magics = {magic: place for magic, (place, _, _) in _HEADERS.items()} | _PAIRS
-    if any(beginning[place : place + 4] == magic for magic, place in magics.items()):
+    if any(beginning.startswith(magic, place) for place, magic in _MAGICS):
         return True
     return len(beginning) >= 348 and beginning[:4] in _ANALYZE
 
 
-@lru_cache(maxsize=4)  # of an image and its labels, whose slices come one after the other
 def read_header(data: bytes) -> Volume | Reject:
     """The header, from the file or its beginning, whatever the number of volumes."""
-    beginning = _beginning(data)
+    return _read(_beginning(data), data.startswith(GZIP))
+
+
+@lru_cache(maxsize=2)  # of an image and its labels, whose slices come one after the other
+def _read(beginning: bytes, compressed: bool) -> Volume | Reject:
     form, size = None, 0
     for magic, (place, least, its_form) in _HEADERS.items():
-        if beginning[place : place + 4] == magic:
+        if beginning.startswith(magic, place):
             form, size = its_form, least
-    if form is None and any(beginning[place : place + 4] == magic for magic, place in _PAIRS.items()):
+    if form is None and any(beginning.startswith(magic, place) for magic, place in _PAIRS.items()):
         return Reject(Reason.UNSUPPORTED_PIXELS, "NIfTI: a header without its image (.hdr, .img): save it as .nii")
     if form is None and beginning[:4] in _ANALYZE:
         return Reject(Reason.UNSUPPORTED_PIXELS, "ANALYZE 7.5, which does not say what is left: save it as .nii")
@@ -51,7 +54,7 @@ def read_header(data: bytes) -> Volume | Reject:
         return Reject(Reason.TRUNCATED, "NIfTI header")
     try:
         # By its bytes: `from_fileobj` would want the extensions, too.
-        return _volume(form(beginning[: form.sizeof_hdr], check=False), size, data.startswith(GZIP))
+        return _volume(form(beginning[: form.sizeof_hdr], check=False), size, compressed)
     except Exception as error:  # nibabel raises several types on headers that mean nothing
         return Reject(Reason.CORRUPT, f"NIfTI: {type(error).__name__}")
 
@@ -62,8 +65,8 @@ def read_volume(data: bytes, number: int | None = None) -> Volume | Reject:
 
 
 @lru_cache(maxsize=1)  # its slices come one after the other
-def image(data: bytes, number: int | None = None) -> tuple[np.ndarray, float, float] | Reject:
-    """A volume as `voxels.image` gives it."""
+def image(data: bytes, number: int = 0) -> tuple[np.ndarray, float, float] | Reject:
+    """Volume `number` of the file as `voxels.image` gives it."""
     return voxels.image(data, read_volume(data, number), number)
 
 
@@ -120,8 +123,7 @@ def _affine(header: Nifti1Header) -> tuple[np.ndarray, bool]:
     """To millimetres of NIfTI's coordinates, and whether the header says where they lie."""
     # As nifti1_io reads what should not occur: a factor of neither 1 nor -1, spacings that are 0 or negative.
     header["pixdim"][0] = -1 if header["pixdim"][0] < 0 else 1
-    spacings = np.abs(header["pixdim"][1:4])
-    header["pixdim"][1:4] = np.where(spacings == 0, 1, spacings)
+    header["pixdim"][1:4] = [abs(spacing) or 1 for spacing in header["pixdim"][1:4].tolist()]
     affine, _ = header.get_sform(coded=True)
     if affine is None and header["qform_code"] > 0:
         vector = np.array([float(header[name]) for name in ("quatern_b", "quatern_c", "quatern_d")])

@@ -51,11 +51,11 @@ def is_nrrd(data: bytes) -> bool:
     return data.startswith(_MAGIC)
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=2)  # of an image and its labels, whose slices come one after the other
 def read_header(data: bytes) -> Volume | Reject:
     """The header, from the file or its beginning, whatever the number of volumes."""
     end = _END.search(data)
-    lines = data[: end.start() if end else len(data)].decode("utf-8", "replace").splitlines()
+    lines = data[: end.start() if end else len(data)].decode("utf-8", "replace").split("\n")
     if any(re.match(r"data ?file *:", line) for line in lines):
         return Reject(Reason.UNSUPPORTED_PIXELS, "NRRD: a header whose values lie in another file: save it as one file")
     if end is None:
@@ -72,8 +72,8 @@ def read_volume(data: bytes, number: int | None = None) -> Volume | Reject:
 
 
 @lru_cache(maxsize=1)  # its slices come one after the other
-def image(data: bytes, number: int | None = None) -> tuple[np.ndarray, float, float] | Reject:
-    """A volume as `voxels.image` gives it."""
+def image(data: bytes, number: int = 0) -> tuple[np.ndarray, float, float] | Reject:
+    """Volume `number` of the file as `voxels.image` gives it."""
     return voxels.image(data, read_volume(data, number), number)
 
 
@@ -92,7 +92,7 @@ def _volume(fields: Mapping[str, Any], data: bytes, start: int) -> Volume | Reje
         return Reject(Reason.UNSUPPORTED_PIXELS, "NRRD: encoding (raw, gzip or text expected)")
     dtype = np.dtype(name)
     if dtype.itemsize > 1 and encoding != "text":
-        dtype = dtype.newbyteorder({"little": "<", "big": ">"}[str(fields["endian"]).lower()])
+        dtype = np.dtype({"little": "<", "big": ">"}[str(fields["endian"]).lower()] + dtype.str[1:])
     sizes = [int(size) for size in fields["sizes"]]
     if len(sizes) != fields["dimension"] or min(sizes) < 1:
         return Reject(Reason.CORRUPT, "NRRD: sizes")
@@ -103,7 +103,7 @@ def _volume(fields: Mapping[str, Any], data: bytes, start: int) -> Volume | Reje
         return Reject(Reason.UNSUPPORTED_PIXELS, "NRRD: two or three axes in space expected, and others on one side")
     lengths = [sizes[place] for place in in_space] + [1]
     stored = (lengths[0], lengths[1], lengths[2])
-    if math.prod(stored) > voxels.MAX_VOXELS:
+    if math.prod(sizes if first else stored) > voxels.MAX_VOXELS:
         return Reject(Reason.TOO_LARGE, "NRRD: sizes")
     affine, placed = _affine(fields, [one for one in directions if one is not None])
     turned = None if affine is None else voxels.turned(affine, stored)

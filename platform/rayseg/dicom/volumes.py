@@ -24,8 +24,11 @@ def read_volume(data: bytes, number: int | None = None) -> Volume | Reject:
     return _of(data).read_volume(data, number)
 
 
-def image(data: bytes, number: int | None = None) -> tuple[np.ndarray, float, float] | Reject:
-    """A volume as (slices, rows, columns), rescale slope and intercept: see `voxels.image`. The last one is held."""
+def image(data: bytes, number: int = 0) -> tuple[np.ndarray, float, float] | Reject:
+    """Volume `number` of the file as (slices, rows, columns), rescale slope and intercept: see `voxels.image`.
+
+    The last one is held.
+    """
     return _of(data).image(data, number)
 
 
