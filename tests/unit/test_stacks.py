@@ -180,7 +180,7 @@ def test_another_neighbour_or_size_of_one_makes_another_shard() -> None:
         taken = _taken(table, config)
         assert taken["uri"].to_pylist() == ["b", "d"]
         samples = taken.append_column("split", pa.array(["train"] * len(taken)))
-        return [path for path, _ in _shards(samples, config)]
+        return [path for path, _ in _shards(samples, config, "reject")]
 
     rows = [(*"ps", name) for name in "abcd"]
     first = paths(manifest(*rows))

@@ -38,7 +38,7 @@ class Layout:
     images: str | tuple[str, ...] = ""
     masks: str | tuple[str, ...] | None = None  # null: an archive without masks
     groups: str | None = None  # CSV below the source with the columns file,group: which patient an image is of
-    missing_mask: MissingMask = "reject"  # an image without a mask: refused, or without foreground
+    missing_mask: MissingMask = "reject"  # what an image without a mask is: refused, or without foreground
     volume: int | None = None  # which one of image files of several volumes (4-D), from 0; null: these are refused
 
     def __post_init__(self) -> None:

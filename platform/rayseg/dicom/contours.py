@@ -23,6 +23,7 @@ from rayseg.records import MissingMask, Reason, Reject
 
 SOP_CLASS = str(uid.RTStructureSetStorage)
 _CLOSED = ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR")
+_OPEN = ("OPEN_PLANAR", "OPEN_NONPLANAR")
 _STEPS = 64  # of a pixel: contours through centres are written in decimals, and would pass beside them
 
 
@@ -110,7 +111,8 @@ def _in_plane(found: _Structures, header: Header) -> list[int] | Reject:
         return np.flatnonzero(comparable & within & closed).tolist()
     open_ones = found.kinds[comparable & touches & ~closed]
     if len(open_ones):
-        return Reject(Reason.MASK_MISMATCH, f"{open_ones[0]}: a contour without an inside")
+        kind = next((one for one in open_ones if one in _OPEN), "ContourGeometricType")
+        return Reject(Reason.MASK_MISMATCH, f"{kind}: a contour without an inside")
     if (comparable & touches & ~within).any():
         return Reject(Reason.MASK_MISMATCH, "a contour crosses the image's plane")
     away_mm = np.where(touches, 0.0, np.minimum(np.abs(least_mm), np.abs(most_mm)))
