@@ -137,6 +137,11 @@ def test_part_paired_warns_with_counts_and_three_examples(caplog: pytest.LogCapt
     assert "4.png" not in message
 
 
+@pytest.mark.parametrize("mask", ["a.nii.gz", "a.nii", "a.nrrd", "a.seg.nrrd", "a.mha"])
+def test_suffixes_of_volumes_pair_with_each_other(mask: str) -> None:
+    assert pairs(FOLDERS, ["images/a.nii.gz", f"masks/{mask}"]) == {"images/a.nii.gz": [f"masks/{mask}"]}
+
+
 def test_all_masks_without_an_image_are_listed() -> None:
     without_image: list[str] = []
     masks = [f"masks/{number}.png" for number in range(9)]

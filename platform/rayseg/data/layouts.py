@@ -162,7 +162,8 @@ def _compiled(pattern: str) -> _Pattern:
                 f"{pattern!r}: a part is lower-case letters in braces, as {{slice}}, {{id:3}} or {{path**}}"
             )
         start = re.escape(pattern) + "/" if pattern else ""
-        return _Pattern(re.compile(rf"{start}(?P<path>.+?)(?:\.[^./]*)?"), pattern, frozenset({"path"}))
+        suffix = r"(?:\.(?:nii|seg))?(?:\.[^./]*)?"  # .nii.gz and .seg.nrrd are one
+        return _Pattern(re.compile(rf"{start}(?P<path>.+?){suffix}"), pattern, frozenset({"path"}))
     expression, end, parts = "", 0, set()
     for token in _TOKEN.finditer(pattern):
         expression += _literal(pattern, end, token.start())
