@@ -17,7 +17,8 @@ from rle import rle
 from rayseg.dicom.codestreams import END_OF_IMAGE, Codestream
 from rayseg.records import Reason, Reject
 
-_TAILS = (b"\0" * 64, b"\x55" * 64)
+_TAILS = (b"\0" * 64, b"\x55" * 64, b"\xaa" * 64)
+_MORE_THAN_THE_IMAGE = ("still contains encoded data", "missing End Of Image")  # what CharLS says of stray bytes
 
 
 def decode(stream: Codestream, luma_first: bool, luma: bool) -> np.ndarray | Reject:
@@ -72,9 +73,9 @@ def _jpeg(stream: Codestream, luma_first: bool, luma: bool) -> np.ndarray | Reje
         values = imagecodecs.jpeg8_decode(stream.data, **spaces)
     else:
         # What is missing becomes grey without a word: so nothing that follows may change the image.
-        data = stream.data.rstrip(b"\xff")
-        values, other = (imagecodecs.jpeg8_decode(data + tail + END_OF_IMAGE, **spaces) for tail in _TAILS)
-        if stream.parts > 1 or not np.array_equal(values, other):
+        data = stream.data.removesuffix(b"\0").rstrip(b"\xff")  # without the padding of an odd length
+        values, *others = (imagecodecs.jpeg8_decode(data + tail + END_OF_IMAGE, **spaces) for tail in _TAILS)
+        if stream.parts > 1 or not all(np.array_equal(values, other) for other in others):
             return Reject(Reason.DECODE_FAILED, "JPEG: the codestream ends within the image")
     return _low_bits(values, stream) if stream.lossless else values
 
@@ -102,18 +103,23 @@ def _jpeg_by_sample(stream: Codestream, luma_first: bool, luma: bool) -> np.ndar
     return imagecodecs.jpegsof3_decode(stream.data)
 
 
-def _jpeg_ls(stream: Codestream, luma_first: bool, luma: bool) -> np.ndarray:
+def _jpeg_ls(stream: Codestream, luma_first: bool, luma: bool) -> np.ndarray | Reject:
+    """Bytes between the image and its end marker are left out, where the decoder says that the image is whole.
+
+    Without an end marker it is not decoded: CharLS may look for one for minutes.
+    """
+    end = stream.data.rfind(END_OF_IMAGE, stream.scan)
+    if end < 0:
+        return Reject(Reason.DECODE_FAILED, "JPEG-LS: the codestream has no end marker")
     try:
         return imagecodecs.jpegls_decode(stream.data)
-    except Exception as error:
-        if "source buffer" not in str(error):  # it wants more bytes, or fewer, and the image itself is sound
+    except imagecodecs.JpeglsError as error:
+        if not any(text in str(error) for text in _MORE_THAN_THE_IMAGE):
             raise
         refusal = error
-    end = stream.data.rfind(END_OF_IMAGE)
-    ends = (end - 1, end - 2) if end > 0 else (len(stream.data), len(stream.data) - 1)
-    for stop in ends:
+    for stray in (1, 2):
         try:
-            return imagecodecs.jpegls_decode(stream.data[:stop] + END_OF_IMAGE)
+            return imagecodecs.jpegls_decode(stream.data[: end - stray] + END_OF_IMAGE)
         except imagecodecs.JpeglsError:
             continue
     raise refusal
