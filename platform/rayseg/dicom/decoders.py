@@ -63,18 +63,19 @@ def decode_rle(codestream: bytes, pixels: int, bits: int) -> np.ndarray | Reject
 
 def _jpeg(stream: Codestream, luma_first: bool, luma: bool) -> np.ndarray | Reject:
     """Any JPEG. Whatever its scan headers say of a sequential one is not looked at."""
-    spaces = {}
+    space = out = None
     if stream.components == 3:  # named, so that none is converted
-        space = "YCBCR" if luma_first else "RGB"
-        spaces = {"colorspace": space, "outcolorspace": space}
+        space = out = "YCBCR" if luma_first else "RGB"
         if luma_first and luma and not stream.lossless:
-            spaces["outcolorspace"] = "GRAYSCALE"
+            out = "GRAYSCALE"
     if stream.data.rfind(END_OF_IMAGE, stream.scan) >= 0:
-        values = imagecodecs.jpeg8_decode(stream.data, **spaces)
+        values = imagecodecs.jpeg8_decode(stream.data, colorspace=space, outcolorspace=out)
     else:
         # What is missing becomes grey without a word: so nothing that follows may change the image.
         data = stream.data.removesuffix(b"\0").rstrip(b"\xff")  # without the padding of an odd length
-        values, *others = (imagecodecs.jpeg8_decode(data + tail + END_OF_IMAGE, **spaces) for tail in _TAILS)
+        values, *others = (
+            imagecodecs.jpeg8_decode(data + tail + END_OF_IMAGE, colorspace=space, outcolorspace=out) for tail in _TAILS
+        )
         if stream.parts > 1 or not all(np.array_equal(values, other) for other in others):
             return Reject(Reason.DECODE_FAILED, "JPEG: the codestream ends within the image")
     return _low_bits(values, stream) if stream.lossless else values

@@ -62,7 +62,7 @@ def _nothing(rows: int, columns: int) -> bytes:
 
 def _encoded(frame: np.ndarray) -> bytes:
     rows, columns = frame.shape
-    return get_encoder(uid.RLELossless).encode(  # type: ignore[no-any-return]
+    return get_encoder(uid.RLELossless).encode(
         np.ascontiguousarray(frame),
         encoding_plugin="pylibjpeg",  # else another one that is installed may come first
         rows=rows,

@@ -294,8 +294,8 @@ def _of_stream(words: np.ndarray, stream: Codestream, layout: Layout) -> tuple[n
         width = words.dtype.itemsize * 8
         unused = width - (stream.precision if stream.kind == "JPEG" else bits)
         words = np.right_shift(np.left_shift(words, unused).view(f"i{width // 8}"), unused)
-    changes = {"bits_allocated": bits, "bits_stored": bits, "high_bit": bits - 1, "signed": signed}
-    return words, dataclasses.replace(layout, **changes)
+    of_stream = dataclasses.replace(layout, bits_allocated=bits, bits_stored=bits, high_bit=bits - 1, signed=signed)
+    return words, of_stream
 
 
 def _stored_bits(words: np.ndarray, layout: Layout) -> np.ndarray:
