@@ -320,6 +320,21 @@ def test_a_cut_codestream_is_no_image(cut: int, seed: int, kind: str) -> None:
     assert isinstance(found, Reject) or (cut < 3 and np.array_equal(found.stored, whole))
 
 
+def test_jpeg_ls_without_end_marker_is_not_decoded() -> None:
+    for frame in (jpeg_ls(GREY_HW), jpeg_ls(RGB_HWC, interleave_mode=1)):
+        words = RGB_HWC if frame[11] == 3 else GREY_HW
+        for cut in (2, 4, 30):
+            found = refused(file_of(bytes(frame)[:-cut], uid.JPEGLSLossless, words))
+            assert found == Reject(Reason.DECODE_FAILED, "JPEG-LS: the codestream has no end marker")
+
+
+def test_white_stays_white_in_htj2k_that_is_not_reversible() -> None:
+    image = np.zeros((64, 64), np.uint8)
+    image[16:48, 16:48] = 255
+    frame = imagecodecs.htj2k_encode(image, reversible=False, level=0.01)
+    np.testing.assert_allclose(stored_of(file_of(frame, uid.HTJ2K, image)).astype(int), image, atol=5)
+
+
 def test_a_whole_jpeg_without_end_marker_is_read() -> None:
     for frame, syntax in ((jpeg("jfif"), uid.JPEGBaseline8Bit), (lossless_jpeg(RGB_HWC, 8), uid.JPEGLosslessSV1)):
         expected = stored_of(file_of(frame, syntax, RGB_HWC))

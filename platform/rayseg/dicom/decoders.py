@@ -1,7 +1,7 @@
 """Codestreams to component values, by the fastest right decoder, and by the next one where that does not do.
 
-Milliseconds for a 512x512 CT of 12 bits where nothing else is said, best of 12 side by side on one machine, and how many
-files of pydicom's and of the corpus in ../shared/data are read as other decoders read them:
+Milliseconds for a 512x512 CT of 12 bits where nothing else is said, best of 12 side by side on one machine, and how
+many files of pydicom's and of the corpus in ../shared/data are read as other decoders read them:
 
 | | taken | others | right |
 |---|---|---|---|
@@ -14,8 +14,8 @@ files of pydicom's and of the corpus in ../shared/data are read as other decoder
 | HTJ2K, reversible (640x480 colours) | OpenJPH 9.4 | OpenJPEG 22 | 1 of 1 |
 | HTJ2K, irreversible (the same) | OpenJPEG 16 | OpenJPH 6.7, 0.3 % of the pixels wrong | 1 of 1 |
 
-Not taken: pylibjpeg-libjpeg, which is under the GPL, and wrong for lossless JPEG that relies on the low bits; GDCM, which
-holds the interpreter's lock. What is taken here releases it, but for RLE.
+Not taken: pylibjpeg-libjpeg, which is under the GPL and wrong for lossless JPEG that relies on the low bits; and GDCM,
+which is not faster and mixes what the data set says into what the codestream does.
 """
 
 from collections.abc import Callable
