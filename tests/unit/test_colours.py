@@ -10,10 +10,13 @@ import numpy as np
 import pydicom
 import pytest
 from pydicom import uid
+from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate
 from pydicom.pixels import pack_bits
+from pydicom.tag import Tag
 
+from rayseg.data.preprocess import Preprocess
 from rayseg.dicom.reading import Slice, read_slice, read_slices
 from rayseg.records import Reason, Reject
 
@@ -158,6 +161,104 @@ def test_modality_look_up_table(secondary: Callable[..., Dataset], as_file: AsFi
     found = read_slice(as_file(secondary(words, ModalityLUTSequence=[table])))
     assert isinstance(found, Reject)
     assert found.detail.startswith("ModalityLUTSequence")
+
+
+def look_up_table(vr: str, data: bytes, entries: int, first: int = 0, bits: int = 16, little: bool = True) -> Dataset:
+    """An item whose LUTData has these bytes, in a byte order of its own."""
+    item = Dataset()
+    order = "little" if little else "big"
+    descriptor = b"".join((number & 0xFFFF).to_bytes(2, order) for number in (entries, first, bits))
+    item[0x00283002] = RawDataElement(Tag(0x00283002), "SS" if first < 0 else "US", 6, descriptor, 0, False, little)
+    item[0x00283006] = RawDataElement(Tag(0x00283006), vr, len(data), data, 0, False, little)
+    return item
+
+
+TABLE = (np.arange(40) * 5 + 3).astype(np.uint16)  # up to 198
+
+
+@pytest.mark.parametrize("syntax", [uid.ImplicitVRLittleEndian, uid.ExplicitVRLittleEndian, uid.ExplicitVRBigEndian])
+@pytest.mark.parametrize("entries", [40, 39])
+@pytest.mark.parametrize(
+    ("vr", "bits", "wide"),
+    [
+        ("OW", 16, True),
+        ("US", 16, True),
+        ("OW", 12, True),
+        ("OW", 8, False),
+        ("OB", 8, False),
+        ("OW", 8, True),
+        ("US", 8, True),
+    ],
+)
+def test_modality_tables_of_every_form(
+    secondary: Callable[..., Dataset], as_file: AsFile, syntax: str, entries: int, vr: str, bits: int, wide: bool
+) -> None:
+    """8-bit entries lie two a word, of which the first is the low byte; or some write a word for each."""
+    little = syntax != uid.ExplicitVRBigEndian
+    data = (
+        TABLE[:entries].astype("<u2" if little else ">u2").tobytes() if wide else TABLE[:entries].astype("u1").tobytes()
+    )
+    data += b"\0" * (len(data) % 2)
+    if not wide and vr == "OW" and not little:
+        data = np.frombuffer(data, "<u2").astype(">u2").tobytes()
+    words = np.arange(48, dtype=np.uint8).reshape(1, 6, 8)
+    item = look_up_table(vr, data, entries, 0, bits, little)
+    result = read_slice(as_file(secondary(words, ModalityLUTSequence=[item], RescaleSlope=3), syntax))
+    assert isinstance(result, Slice), result
+    assert result.stored.tolist() == TABLE[np.clip(words[0], 0, entries - 1)].tolist()
+    assert (result.rescale_slope, result.rescale_intercept) == (1.0, 0.0)
+
+
+def test_modality_tables_with_signs_and_of_full_length(secondary: Callable[..., Dataset], as_file: AsFile) -> None:
+    negative = np.array([-1000, -5, 7], "<i2")
+    words = np.array([[[-5, -2, -1, 0, 9]]], np.int16)
+    item = look_up_table("SS", negative.tobytes(), 3, -2)
+    stored = stored_of(as_file(secondary(words, ModalityLUTSequence=[item])))
+    assert stored.tolist() == [[-1000, -1000, -5, 7, 7]]
+    item = look_up_table("SS", negative.tobytes(), 3, -2)
+    inverted = secondary(words, ModalityLUTSequence=[item], PhotometricInterpretation="MONOCHROME1")
+    assert stored_of(as_file(inverted)).tolist() == [[999, 999, 4, -8, -8]]
+    whole = np.arange(2**16, dtype="<u2")[::-1]  # 65,536 entries, which the descriptor calls 0
+    words = np.array([[[0, 1, 65535]]], np.uint16)
+    stored = stored_of(as_file(secondary(words, ModalityLUTSequence=[look_up_table("OW", whole.tobytes(), 0)])))
+    assert stored.tolist() == [[65535, 65534, 0]]
+    short = look_up_table("OW", whole.tobytes()[:20], 11)
+    found = read_slice(as_file(secondary(words, ModalityLUTSequence=[short])))
+    assert isinstance(found, Reject)
+    assert found.detail.startswith("ModalityLUTSequence")
+
+
+@pytest.mark.parametrize("items", [[], [Dataset()]])
+def test_an_empty_modality_table_is_none(
+    secondary: Callable[..., Dataset], as_file: AsFile, items: list[Dataset]
+) -> None:
+    dataset = secondary(RAMP_NHW, ModalityLUTSequence=items, RescaleSlope=2, RescaleIntercept=-9)
+    result = read_slice(as_file(dataset))
+    assert isinstance(result, Slice), result
+    assert (result.rescale_slope, result.rescale_intercept) == (2.0, -9.0)
+    assert np.array_equal(result.stored, RAMP_NHW[0])
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_colours_are_neither_rescaled_nor_windowed(
+    secondary: Callable[..., Dataset], as_file: AsFile, dtype: type
+) -> None:
+    full = COLOURS_HWC.astype(dtype) * (257 if dtype is np.uint16 else 1)
+    preprocess = Preprocess(size=(2, 3), window=("brain", "bone"), percentiles=None)
+    palette = with_palette(
+        secondary(np.arange(6, dtype=np.uint8).reshape(1, 2, 3), PhotometricInterpretation="PALETTE COLOR"),
+        0,
+        full.reshape(-1, 3),
+    )
+    for dataset in (of_colours(secondary, full[np.newaxis], "RGB"), palette):
+        dataset.SOPClassUID, dataset.RescaleSlope, dataset.RescaleIntercept = uid.CTImageStorage, "2", "-1024"
+        result = read_slice(as_file(dataset))
+        assert isinstance(result, Slice), result
+        assert (result.rescale_slope, result.rescale_intercept, result.is_colour) == (1.0, 0.0, True)
+        image_HWC = preprocess.apply(result).astype(int)
+        assert np.abs(image_HWC - np.array(LUMINANCE_HW)[..., np.newaxis]).max() <= (0 if dtype is np.uint8 else 1)
+        del dataset.RescaleIntercept  # which a CT slice that is no colour needs
+        assert isinstance(read_slice(as_file(dataset)), Slice)
 
 
 @pytest.mark.parametrize("syntax", [uid.ExplicitVRLittleEndian, uid.ExplicitVRBigEndian])

@@ -5,10 +5,21 @@ import zlib
 from typing import Any
 
 import numpy as np
+import pydicom
 import pytest
+from jpeg_ls import encode_array as jpeg_ls
+from openjpeg.utils import encode_array as jpeg_2000
 from PIL import Image
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
+from pydicom.encaps import encapsulate
+from pydicom.uid import (
+    CTImageStorage,
+    ExplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGLSLossless,
+    SecondaryCaptureImageStorage,
+    generate_uid,
+)
 
 from rayseg.data.labels import Labels
 from rayseg.data.masks import read_mask, truth
@@ -122,6 +133,38 @@ def test_a_dicom_mask_of_values_and_of_colours() -> None:
     colours = np.array([[[0, 0, 0], [255, 0, 0], [0, 255, 0]]], np.uint8)
     labels = Labels(("red", "green"), colors={"#ff0000": "red", "#00ff00": "green"})
     assert np.array_equal(truth([(dicom(colours), None)], (1, 3), labels), [[0, 1, 2]])
+
+
+def test_a_dicom_mask_is_read_as_its_codestream_has_it() -> None:
+    """Planes of colours, precision, and colour differences, whatever the data set says of them."""
+    colours = np.zeros((40, 37, 3), np.uint8)
+    colours[3:9, 4:12] = 255, 0, 0
+    colours[12:, 2:15] = 0, 255, 0
+    expected = (colours[..., 0] > 0) + 2 * (colours[..., 1] > 0)
+    labels = Labels(("red", "green"), colors={"#ff0000": "red", "#00ff00": "green"})
+    for syntax, frame, photometric in (
+        (JPEG2000Lossless, jpeg_2000(colours, photometric_interpretation=1, use_mct=True), "YBR_RCT"),
+        (JPEGLSLossless, jpeg_ls(colours, interleave_mode=1), "RGB"),
+    ):
+        for planar in (0, 1):
+            data = compressed(colours, syntax, frame, PhotometricInterpretation=photometric, PlanarConfiguration=planar)
+            assert np.array_equal(truth([(data, None)], (40, 37), labels), expected)
+    data = dicom(np.ascontiguousarray(np.moveaxis(colours, -1, 0)).reshape(colours.shape), PlanarConfiguration=1)
+    assert np.array_equal(truth([(data, None)], (40, 37), labels), expected)
+    deep = expected.astype(np.uint16)
+    data = compressed(deep, JPEGLSLossless, jpeg_ls(expected.astype(np.uint8)), PhotometricInterpretation="MONOCHROME1")
+    assert np.array_equal(values_of(data), expected)
+
+
+def compressed(values: np.ndarray, syntax: str, frame: bytes, **attributes: Any) -> bytes:
+    dataset = pydicom.dcmread(io.BytesIO(dicom(values, **attributes)))
+    dataset.file_meta.TransferSyntaxUID = syntax
+    dataset.PixelData = encapsulate([bytes(frame)])
+    dataset["PixelData"].VR = "OB"
+    dataset["PixelData"].is_undefined_length = True
+    buffer = io.BytesIO()
+    dataset.save_as(buffer)
+    return buffer.getvalue()
 
 
 def test_a_mask_of_several_frames_is_that_of_the_frame() -> None:

@@ -195,6 +195,27 @@ def test_missing_and_unusable_optional_attributes_are_none() -> None:
     assert (result.header.patient_id, result.header.modality, result.header.instance_number) == ("", "", None)
 
 
+def test_a_class_is_not_needed_to_read() -> None:
+    """What is no source image is told by the file meta information, too; a CT needs its intercept either way."""
+    dataset = data_set(SOPClassUID=None)
+    dataset.file_meta.MediaStorageSOPInstanceUID = "1.2.3.1"
+    stream = BytesIO()
+    dataset.save_as(stream, implicit_vr=False, little_endian=True)
+    bare = slice_of(stream.getvalue())
+    assert np.array_equal(bare.stored, RAMP_HW)
+    assert bare.header is not None
+    assert bare.header.sop_class_uid == ""
+    del dataset.RescaleIntercept
+    stream = BytesIO()
+    dataset.save_as(stream, implicit_vr=False, little_endian=True)
+    assert reject_of(stream.getvalue()) == Reject(Reason.MISSING_ATTRIBUTE, "RescaleIntercept")
+    dataset.file_meta.MediaStorageSOPClassUID = uid.SegmentationStorage
+    dataset.preamble = bytes(128)
+    stream = BytesIO()
+    dataset.save_as(stream)
+    assert reject_of(stream.getvalue()).reason == Reason.UNSUPPORTED_SOP_CLASS
+
+
 @pytest.mark.parametrize("spacing", ["0\\0.5", "-1\\1", "1", "1\\2\\3", "nan\\1", "a\\b", ""])
 def test_unusable_spacing_is_none(spacing: str) -> None:
     data = encoded(data_set(PixelSpacing=None))

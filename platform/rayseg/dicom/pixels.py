@@ -264,8 +264,9 @@ def _decoded(frame: bytes, layout: Layout, colours: bool) -> tuple[np.ndarray, L
     if refusal is not None:
         return refusal
     luma_first = stream.luma_first
-    if luma_first is None:  # it says nothing, so the data set does
-        luma_first = layout.photometric_interpretation in LUMA_FIRST
+    if luma_first is None:  # it says nothing, so the data set does; YBR_ICT and YBR_RCT are of JPEG 2000
+        of_jpeg = stream.kind in ("JPEG", "JPEG-LS") and layout.photometric_interpretation.startswith("YBR")
+        luma_first = of_jpeg or layout.photometric_interpretation in LUMA_FIRST
     words = decoders.decode(stream, luma_first, luma=not colours)
     if isinstance(words, Reject):
         return words
@@ -293,8 +294,8 @@ def _of_stream(words: np.ndarray, stream: Codestream, layout: Layout) -> tuple[n
         width = words.dtype.itemsize * 8
         unused = width - (stream.precision if stream.kind == "JPEG" else bits)
         words = np.right_shift(np.left_shift(words, unused).view(f"i{width // 8}"), unused)
-    changes = {"bits_allocated": bits, "bits_stored": bits, "high_bit": bits - 1, "signed": signed}
-    return words, dataclasses.replace(layout, **changes)
+    of_stream = dataclasses.replace(layout, bits_allocated=bits, bits_stored=bits, high_bit=bits - 1, signed=signed)
+    return words, of_stream
 
 
 def _stored_bits(words: np.ndarray, layout: Layout) -> np.ndarray:
