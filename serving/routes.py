@@ -86,7 +86,7 @@ def create(model: Segmenter, settings: Settings) -> FastAPI:
             "requestBody": {
                 "required": True,
                 "description": "a DICOM instance, a grey PNG, JPEG or TIFF image: a slice; a multi-frame instance, a "
-                "NIfTI volume, a zip, or a form whose parts named `file` are any of these: a series",
+                "NIfTI, NRRD or MetaImage volume, a zip, or a form whose parts named `file` are any of these: a series",
                 "content": {kind: {"schema": {"type": "string", "format": "binary"}} for kind in BODY_TYPES},
             }
         },

@@ -1,8 +1,8 @@
 """A request's body to the slices of one series, in order. Nothing here raises on any bytes.
 
-A body is one object (DICOM, NIfTI, PNG, JPEG or TIFF), a zip of objects, or a form (multipart/form-data) whose `file`
-parts are objects or zips. Names of files are not looked at, so none can lead anywhere; what belongs together, and in
-which order, the objects say themselves, as they do for the bulk job.
+A body is one object (DICOM, NIfTI, NRRD, MetaImage, PNG, JPEG or TIFF), a zip of objects, or a form
+(multipart/form-data) whose `file` parts are objects or zips. Names of files are not looked at, so none can lead
+anywhere; what belongs together, and in which order, the objects say themselves, as they do for the bulk job.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from itertools import groupby
 from python_multipart import multipart
 from python_multipart.exceptions import FormParserError
 
-from rayseg.dicom import image_files, nifti
+from rayseg.dicom import image_files, volumes
 from rayseg.dicom.reading import Header, Slice, read_headers, read_slices
 from rayseg.dicom.series import verdict
 from rayseg.geometry.grid import Geometry
@@ -40,7 +40,7 @@ class Limits:
     """Of what a body may become."""
 
     objects: int = 4096  # files of a form, entries of its zips
-    inflated_bytes: int = 2**30  # of all entries, or of a NIfTI volume
+    inflated_bytes: int = 2**30  # of all entries, or of a volume
     slices: int = 4096
     pixels: int = 2**29  # of all slices: a mask has a byte for each
 
@@ -61,7 +61,7 @@ class Series:
 
     def slices(self, color: bool) -> Iterator[Slice | Reject]:
         """Decodes one after the other, each when it is asked for."""
-        if self.headers is None and nifti.is_nifti(self.objects[0]):
+        if self.headers is None and volumes.is_volume(self.objects[0]):
             yield from volume.slices(self.objects[0], [frame for _, frame in self.places])
             return
         for index, places in groupby(self.places, key=lambda place: place[0]):
@@ -78,7 +78,7 @@ class Series:
 
 def is_several(body: bytes, content_type: str) -> bool:
     """Whether the body is for sure more than one image: a zip, a form or a volume."""
-    return content_type in (FORM, ZIP) or body.startswith(_ZIP_MAGIC) or nifti.is_nifti(body)
+    return content_type in (FORM, ZIP) or body.startswith(_ZIP_MAGIC) or volumes.is_volume(body)
 
 
 def read(body: bytes, content_type: str, limits: Limits) -> Series | Reject:
@@ -94,7 +94,7 @@ def arrange(objects: Sequence[bytes], limits: Limits) -> Series | Reject:
     of_series: dict[str, list[tuple[int, Header]]] = {}
     others: list[int] = []
     for index, data in enumerate(objects):
-        if nifti.is_nifti(data) or image_files.is_image(data):
+        if volumes.is_volume(data) or image_files.is_image(data):
             others.append(index)
             continue
         headers = read_headers(data, len(data))
@@ -149,14 +149,14 @@ def _other(
         return Reject(Reason.SERIES_MIXED, f"{len(others)} image files or volumes: send one at a time, or DICOM")
     (index,) = others
     data, told = objects[index], dict(left_out)
-    if not nifti.is_nifti(data):
+    if not volumes.is_volume(data):
         return Series([data], [(0, None)], None, [None], told)
-    found = nifti.read_volume(data)
+    found = volumes.read_volume(data)
     if isinstance(found, Reject):
         return found
-    columns, rows, count = found.shape
-    if rows * columns * count * found.dtype.itemsize > limits.inflated_bytes:
-        return Reject(Reason.TOO_LARGE, "NIfTI: dim")
+    if found.inflated_bytes > limits.inflated_bytes:
+        return Reject(Reason.TOO_LARGE, f"{found.kind}: the size of the volume")
+    count = found.slices
     geometries = [Geometry(**found.place(number)) for number in range(count)] if count <= limits.slices else []
     return _within(limits, Series([data], [(0, number) for number in range(count)], None, geometries, told))
 

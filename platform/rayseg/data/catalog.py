@@ -269,7 +269,7 @@ def _read_headers(cells: pa.Table, layout: Layout, pseudonyms: Pseudonyms) -> pa
     needs_mask = layout.masks is not None and layout.missing_mask == "reject"
     rows = []
     for index, etag, item, beginning in zip(indexes, etags, items, beginnings, strict=True):
-        for row in manifest.rows(item, beginning, pseudonyms):
+        for row in manifest.rows(item, beginning, pseudonyms, layout.volume):
             if row["verdict"] == "ok" and layout.groups is not None and item.group is None:
                 row = manifest.refused(row, Reject(Reason.MISSING_ATTRIBUTE, "not in the layout's CSV of groups"))
             elif row["verdict"] == "ok" and needs_mask and not item.masks:

@@ -36,8 +36,11 @@ class Layout:
     masks: str | tuple[str, ...] | None = None  # null: an archive without masks
     groups: str | None = None  # CSV below the source with the columns file,group: which patient an image is of
     missing_mask: Literal["reject", "empty"] = "reject"  # an image without a mask: refused, or without foreground
+    volume: int | None = None  # which one of image files of several volumes (4-D), from 0; null: these are refused
 
     def __post_init__(self) -> None:
+        if self.volume is not None and self.volume < 0:
+            raise ValueError(f"layout.volume: a number from 0 on expected, got {self.volume}")
         for key, patterns in (("images", self.image_patterns), ("masks", self.mask_patterns)):
             for pattern in patterns:
                 try:

@@ -9,9 +9,10 @@ from typing import Any
 from PIL import Image
 
 from rayseg import storage
-from rayseg.dicom import image_files, nifti, series
+from rayseg.dicom import image_files, series, volumes
 from rayseg.dicom.pseudonyms import Pseudonyms
 from rayseg.dicom.reading import Header, read_headers
+from rayseg.dicom.voxels import Volume
 from rayseg.geometry.grid import Geometry
 from rayseg.records import Reason, Reject
 
@@ -30,20 +31,23 @@ class Item:
     group: str | None  # the patient, where the layout names one
 
 
-def rows(item: Item, beginning: bytes | OSError, pseudonyms: Pseudonyms) -> list[dict[str, Any]]:
+def rows(
+    item: Item, beginning: bytes | OSError, pseudonyms: Pseudonyms, volume: int | None = None
+) -> list[dict[str, Any]]:
     """The manifest rows of one object, one a frame, without a series verdict; never raises.
 
     Args:
         item: the object.
         beginning: its first bytes, or all of them; the object is read whole where they do not suffice.
         pseudonyms: for the identities.
+        volume: which one of a file of several volumes is meant, see `layouts.Layout`.
     """
     base: dict[str, Any] = {"uri": item.uri, "bytes": item.bytes, "masks": item.masks}
     if item.bytes is None and isinstance(beginning, bytes):
         item = dataclasses.replace(item, bytes=len(beginning))
         base |= {"bytes": item.bytes, "etag": hashlib.sha256(beginning).hexdigest()}
     try:
-        found = _describe(item, beginning, pseudonyms)
+        found = _describe(item, beginning, pseudonyms, volume)
     except OSError as error:
         found = read_failure(error)
     except Exception as error:  # a defect of ours must cost this row only
@@ -103,7 +107,9 @@ def _slice_key(values: dict[str, Any]) -> tuple[str, int | None]:
     return values["instance_key"], values["frame"]
 
 
-def _describe(item: Item, beginning: bytes | OSError, pseudonyms: Pseudonyms) -> list[dict[str, Any]] | Reject:
+def _describe(
+    item: Item, beginning: bytes | OSError, pseudonyms: Pseudonyms, number: int | None
+) -> list[dict[str, Any]] | Reject:
     if item.bytes is not None and item.bytes > MAX_OBJECT_BYTES:
         return Reject(Reason.TOO_LARGE, "bytes of the object")
     if isinstance(beginning, OSError):
@@ -115,9 +121,11 @@ def _describe(item: Item, beginning: bytes | OSError, pseudonyms: Pseudonyms) ->
         if size is None and not complete:
             size = _image_size(storage.read(item.uri))
         return Reject(Reason.NOT_AN_IMAGE) if size is None else [_of_image(item, size, pseudonyms)]
-    if nifti.is_nifti(beginning):
-        volume = nifti.read_volume(beginning)
-        return volume if isinstance(volume, Reject) else _of_volume(item, volume, pseudonyms)
+    if volumes.is_volume(beginning):
+        volume = volumes.read_volume(beginning, number)
+        if isinstance(volume, Reject) and volume.reason == Reason.TRUNCATED and not complete:
+            volume = volumes.read_volume(storage.read(item.uri, MORE_BYTES), number)
+        return volume if isinstance(volume, Reject) else _of_volume(item, volume, pseudonyms, number)
     headers = read_headers(beginning, item.bytes)
     for length in (MORE_BYTES, item.bytes):
         provisional = isinstance(headers, Reject) and headers.reason != Reason.NOT_DICOM
@@ -151,16 +159,18 @@ def _of_image(item: Item, size: tuple[int, int], pseudonyms: Pseudonyms) -> dict
     }
 
 
-def _of_volume(item: Item, volume: nifti.Volume, pseudonyms: Pseudonyms) -> list[dict[str, Any]]:
-    """One row a slice. Without the layout's patient each volume is one."""
+def _of_volume(item: Item, volume: Volume, pseudonyms: Pseudonyms, number: int | None) -> list[dict[str, Any]]:
+    """One row a slice. Without the layout's patient each volume is one, and each file where it has several."""
+    path = f"{item.path}#{number}" if volume.count > 1 else item.path
     keys = {
         "kind": "image",
         "patient_key": pseudonyms.key("patient", item.group or item.path),
-        "series_key": pseudonyms.key("series", item.path),
+        "series_key": pseudonyms.key("series", path),
         "instance_key": pseudonyms.key("instance", item.path),
         "series_verdict": "ok",
     }
-    return [{**keys, "frame": index, **volume.place(index)} for index in range(volume.slices)]
+    first = (number or 0) * volume.slices
+    return [{**keys, "frame": first + index, **volume.place(index)} for index in range(volume.slices)]
 
 
 def _of_dicom(item: Item, header: Header, pseudonyms: Pseudonyms) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from typing import cast
 import numpy as np
 from pydicom import uid
 
-from rayseg.dicom import image_files, nifti, pixels, tables
+from rayseg.dicom import image_files, pixels, tables, volumes
 from rayseg.dicom.parsing import PIXEL_TAGS, Elements, Parsed, frame_elements, parse, silence_libraries
 from rayseg.geometry.grid import Geometry
 from rayseg.geometry.planes import is_orthonormal
@@ -71,7 +71,7 @@ class Slice:
 
     stored: (rows, columns) uint8, int16, uint16 or int32, larger is brighter (MONOCHROME1 comes inverted), unused bits
         removed. Pixels of the padding value or range hold the smallest real value. May be read-only. Of a colour image
-        (rows, columns, 3) uint8: red, green, blue.
+        (rows, columns, 3) uint8: red, green, blue. Of a volume of fractions float32, all of them finite.
     header: None for image files.
     geometry: where the slice of a volume lies; a DICOM object's header has it, other image files have none.
     """
@@ -184,7 +184,8 @@ def read_header(data: bytes, object_bytes: int | None = None) -> Header | Reject
 
 
 def read_slice(data: bytes, frame: int | None = None, color: bool = False) -> Slice | Reject:
-    """Reads one image: a DICOM object or, by its first bytes, a PNG, JPEG or TIFF file or a slice of a NIfTI volume.
+    """Reads one image: a DICOM object or, by its first bytes, a PNG, JPEG or TIFF file or a slice of a
+    NIfTI, NRRD or MetaImage volume.
 
     Args:
         data: the whole object.
@@ -196,7 +197,7 @@ def read_slice(data: bytes, frame: int | None = None, color: bool = False) -> Sl
 
 def read_slices(data: bytes, frames: Sequence[int | None], color: bool = False) -> Iterator[Slice | Reject]:
     """Reads several frames of one object, each when it is asked for; parses the object once. See `read_slice`."""
-    if nifti.is_nifti(data):
+    if volumes.is_volume(data):
         yield from (_of_volume(data, frame) for frame in frames)
         return
     found = _image_or_object(data, color)
@@ -209,20 +210,21 @@ def read_slices(data: bytes, frames: Sequence[int | None], color: bool = False) 
 
 
 def _of_volume(data: bytes, frame: int | None) -> Slice | Reject:
-    """An axial slice of a NIfTI volume."""
+    """An axial slice of a volume; frames go on from one volume of a file to the next, see `voxels.Volume`."""
     try:
-        found = nifti.image(data)
+        volume = volumes.read_header(data)
+        if isinstance(volume, Reject):
+            return volume
+        if frame is None and volume.slices * volume.count > 1:
+            return Reject(Reason.UNSUPPORTED_MULTIFRAME, f"a {volume.kind} volume of several slices")
+        if not 0 <= (frame or 0) < volume.slices * volume.count:
+            return Reject(Reason.MISSING_ATTRIBUTE, f"{volume.kind}: fewer slices")
+        number, index = divmod(frame or 0, volume.slices)
+        found = volumes.image(data, number)
         if isinstance(found, Reject):
             return found
         stored, slope, intercept = found
-        volume = nifti.read_volume(data)
-        assert isinstance(volume, nifti.Volume)
-        if frame is None and len(stored) > 1:
-            return Reject(Reason.UNSUPPORTED_MULTIFRAME, "a NIfTI volume of several slices")
-        if not 0 <= (frame or 0) < len(stored):
-            return Reject(Reason.MISSING_ATTRIBUTE, "NIfTI: dim")
-        geometry = Geometry(**volume.place(frame or 0))
-        return Slice(stored[frame or 0], slope, intercept, None, geometry)
+        return Slice(stored[index], slope, intercept, None, Geometry(**volume.place(index)))
     except Exception as error:
         return Reject(Reason.INTERNAL, type(error).__name__)
 

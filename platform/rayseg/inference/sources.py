@@ -8,7 +8,7 @@ import pydicom
 
 from rayseg import storage
 from rayseg.data.manifest import read_failure
-from rayseg.dicom import nifti
+from rayseg.dicom import nifti, volumes
 from rayseg.dicom.reading import Slice, read_slices
 from rayseg.geometry.grid import Geometry
 from rayseg.inference import volume
@@ -49,7 +49,7 @@ class Sources:
                     yield Reject(Reason.NOT_AN_IMAGE, "a DICOM instance, where the manifest has an image file")
 
     def _slices(self, data: bytes, frames: Sequence[int | None]) -> Iterator[Slice | Reject]:
-        if self.kind == "volume" and nifti.is_nifti(data):
+        if self.kind == "volume" and volumes.is_volume(data):
             return volume.slices(data, frames)
         return read_slices(data, frames, self.color)
 

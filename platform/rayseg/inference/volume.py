@@ -1,6 +1,6 @@
-"""A NIfTI volume as a series: its slices, decoded once, and the mask that goes back onto its own voxel grid.
+"""A volume as a series: its slices, decoded once, and of NIfTI the mask that goes back onto its own voxel grid.
 
-Slices come in the order and on the axes of `dicom.nifti`, whatever way the volume is stored; a mask is turned back.
+Slices come in the order and on the axes of `dicom.voxels`, whatever way the volume is stored; a mask is turned back.
 """
 
 import gzip
@@ -12,7 +12,7 @@ import numpy as np
 from nibabel import Nifti1Header, Nifti2Header
 from nibabel.orientations import apply_orientation, ornt_transform
 
-from rayseg.dicom import nifti
+from rayseg.dicom import nifti, volumes
 from rayseg.dicom.reading import Slice
 from rayseg.geometry.grid import Geometry
 from rayseg.records import Reason, Reject
@@ -24,24 +24,29 @@ _FLAG_BYTES = 4  # behind the header: zeros, there are no extensions
 
 
 def slices(data: bytes, frames: Sequence[int | None]) -> Iterator[Slice | Reject]:
-    """Axial slices of a NIfTI volume, by number from 0; None for the only one.
+    """Axial slices of a volume by their numbers, see `voxels.Volume`; None for the only one.
 
     `reading.read_slices` gives the same, but remembers one volume for all threads of a process.
     """
-    image, volume = nifti.image(data), nifti.read_volume(data)
+    volume = volumes.read_header(data)
+    image: tuple[np.ndarray, float, float] | Reject | None = None
+    decoded = -1
     for frame in frames:
-        number = frame or 0
-        if isinstance(image, Reject):
-            yield image
-        elif isinstance(volume, Reject):
+        if isinstance(volume, Reject):
             yield volume
-        elif frame is None and len(image[0]) > 1:
-            yield Reject(Reason.UNSUPPORTED_MULTIFRAME, "a NIfTI volume of several slices")
-        elif not 0 <= number < len(image[0]):
-            yield Reject(Reason.MISSING_ATTRIBUTE, "NIfTI: dim")
+        elif frame is None and volume.slices * volume.count > 1:
+            yield Reject(Reason.UNSUPPORTED_MULTIFRAME, f"a {volume.kind} volume of several slices")
+        elif not 0 <= (frame or 0) < volume.slices * volume.count:
+            yield Reject(Reason.MISSING_ATTRIBUTE, f"{volume.kind}: fewer slices")
         else:
-            stored_SHW, slope, intercept = image
-            yield Slice(stored_SHW[number], slope, intercept, None, Geometry(**volume.place(number)))
+            number, index = divmod(frame or 0, volume.slices)
+            if image is None or number != decoded:
+                image, decoded = volumes.image(data, number), number
+            if isinstance(image, Reject):
+                yield image
+            else:
+                stored_SHW, slope, intercept = image
+                yield Slice(stored_SHW[index], slope, intercept, None, Geometry(**volume.place(index)))
 
 
 def header(data: bytes) -> bytes:
@@ -68,13 +73,13 @@ def mask(of: bytes, masks: Sequence[np.ndarray], frames: Sequence[int | None], l
         frames: which slices these are, as `slices` counts them.
         labels: the classes' names.
     """
-    volume = nifti.read_volume(of)
+    volume = nifti.read_header(of)
     if isinstance(volume, Reject):
         return volume
     columns, rows, count = volume.shape
     masks_SHW = np.zeros((count, rows, columns), np.uint8)
     for frame, one in zip(frames, masks, strict=True):
-        masks_SHW[frame or 0] = one
+        masks_SHW[(frame or 0) % count] = one
     back = ornt_transform(_AS_READ, volume.orientation)
     stored = apply_orientation(masks_SHW.transpose(2, 1, 0), back)
     assert stored.shape == volume.stored
