@@ -1,21 +1,20 @@
 """What the masks of a series become on the wire: figures of volumes and lesions, DICOM SEG, NIfTI, GLB."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from pydantic import BaseModel, Field
-from scipy import ndimage
-from scipy.spatial import ConvexHull
-from scipy.spatial.distance import pdist
 
 from rayseg import config
 from rayseg.dicom import nifti
 from rayseg.geometry.grid import Geometry
-from rayseg.geometry.stack import Stack, stack
+from rayseg.geometry.stack import stack
 from rayseg.geometry.volume import volume_ml, voxels_mm3
 from rayseg.inference import exports, outputs, quality, volume
+from rayseg.inference.lesions import Lesion as Connected
+from rayseg.inference.lesions import lesions as lesions_of
 from rayseg.inference.postprocess import Postprocess
 from rayseg.inference.quality import Look
 from rayseg.records import QualityFlag, Reason, Reject
@@ -25,7 +24,6 @@ from serving.messages import Masked, ModelInfo
 from serving.upload import Series
 
 MOST_LESIONS = 100
-_EVERYWHERE = np.ones((3, 3, 3), bool)  # across faces, edges and corners, as in scores and postprocessing
 
 
 class LabelVolume(BaseModel):
@@ -144,7 +142,8 @@ def measure(found: Found, timings_ms: dict[str, float]) -> SeriesAnswer:
     def volume(pixels: np.ndarray) -> float | None:
         return _rounded(volume_ml(pixels.tolist(), geometries))
 
-    lesions = sorted(_lesions(found, masks_SHW), key=lambda one: -one.pixels)
+    classes = range(1, len(model.labels) + 1)
+    lesions = sorted((one for value in classes for one in lesions_of(masks_SHW, value)), key=lambda one: -one.pixels)
     return SeriesAnswer(
         rows=masks_SHW.shape[1],
         columns=masks_SHW.shape[2],
@@ -196,28 +195,7 @@ def _dicom_seg(found: Found) -> bytes | Reject:
     return refused["seg"] if refused else made[0].data
 
 
-@dataclass
-class _Lesion:
-    value: int
-    pixels: int
-    slices: slice
-    inside: np.ndarray  # bool (slices, rows, columns), the box around it
-
-
-def _lesions(found: Found, masks_SHW: np.ndarray) -> Iterator[_Lesion]:
-    for value in range(1, len(found.model.labels) + 1):
-        where = ndimage.find_objects((masks_SHW == value).view(np.uint8))
-        if not where:
-            continue
-        corner = where[0][0].start
-        labels_SHW, _ = ndimage.label(masks_SHW[where[0]] == value, _EVERYWHERE)
-        for number, extents in enumerate(ndimage.find_objects(labels_SHW), start=1):
-            inside_SHW = labels_SHW[extents] == number
-            slices = slice(extents[0].start + corner, extents[0].stop + corner)
-            yield _Lesion(value, int(np.count_nonzero(inside_SHW)), slices, inside_SHW)
-
-
-def _with_diameters(found: Found, masks_SHW: np.ndarray, lesions: Sequence[_Lesion]) -> list[Lesion]:
+def _with_diameters(found: Found, masks_SHW: np.ndarray, lesions: Sequence[Connected]) -> list[Lesion]:
     geometries = found.geometries
     voxels = voxels_mm3(geometries)
     place = stack(found.masks, geometries)
@@ -229,32 +207,13 @@ def _with_diameters(found: Found, masks_SHW: np.ndarray, lesions: Sequence[_Lesi
             Lesion(
                 label=found.model.labels[lesion.value - 1],
                 pixels=lesion.pixels,
-                volume_ml=None if voxels is None else _rounded(float(pixels @ voxels[lesion.slices]) / 1000),
+                volume_ml=None if voxels is None else _rounded(lesion.volume_ml(voxels)),
                 area_mm2=None if spacing is None else round(int(pixels.max()) * spacing[0] * spacing[1], 3),
                 slices=(found.numbers[lesion.slices.start], found.numbers[lesion.slices.stop - 1]),
-                max_diameter_mm=None if isinstance(place, Reject) else round(_diameter_mm(place, lesion), 2),
+                max_diameter_mm=None if isinstance(place, Reject) else round(lesion.diameter_mm(place), 2),
             )
         )
     return told
-
-
-def _diameter_mm(place: Stack, lesion: _Lesion) -> float:
-    """The greatest distance between two points of its surface.
-
-    Marching cubes would put its vertices halfway between a voxel of the lesion and one beside it that is not: these are
-    found without making triangles of them. Where rows and columns begin does not change a distance.
-    """
-    padded_SHW = np.pad(lesion.inside, 1)
-    points = []
-    for axis in range(3):
-        for step in (-1, 1):
-            edge_SHW = padded_SHW & ~np.roll(padded_SHW, -step, axis)
-            halfway = np.argwhere(edge_SHW).astype(float)
-            halfway[:, axis] += step / 2
-            points.append(halfway)
-    voxels = np.concatenate(points) + np.array([lesion.slices.start - 1, 0, 0])
-    points_mm = place.points_mm(voxels)
-    return float(pdist(points_mm[ConvexHull(points_mm).vertices]).max())
 
 
 def _rounded(volume: float | None) -> float | None:

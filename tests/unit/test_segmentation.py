@@ -257,17 +257,6 @@ def test_missing_thickness_is_the_slice_distance() -> None:
         assert float(measures.SliceThickness) == pytest.approx(expected_mm, abs=1e-4)
 
 
-def test_malformed_identity_is_left_out_not_passed_on(tmp_path: Path) -> None:
-    wrong = {"PatientBirthDate": "1950-01-02", "PatientSex": "Female", "PatientAge": "71", "StudyTime": "5 o'clock"}
-    with pydicom.config.disable_value_validation():
-        datasets = [source(n, [0, 0, n], **wrong) for n in range(2)]
-        data = encoded(datasets, model_name="a\\b " + "x" * 80)
-    assert_valid(data, tmp_path / "seg.dcm")
-    made = pydicom.dcmread(BytesIO(data))
-    assert (made.PatientBirthDate, made.PatientSex, made.StudyTime, made.PatientID) == ("", "", "", "P-17")
-    assert "PatientAge" not in made
-
-
 @pytest.mark.parametrize(
     "keyword",
     ["ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "FrameOfReferenceUID", "SOPInstanceUID"],

@@ -4,25 +4,30 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 
 import numpy as np
-from highdicom.frame import encode_frame
 from pydicom import uid
 from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate
+from pydicom.pixels.encoders import RLELosslessEncoder
 
 
 def fill_pixels(segmentation: Dataset, places: Mapping[str, int], pixels: Sequence[np.ndarray]) -> None:
     """Puts pixels in place of those of a segmentation that was made of stand-ins of one pixel each.
 
     Args:
-        segmentation: BINARY and uncompressed, or LABELMAP or FRACTIONAL and RLE compressed. Its frames say by a SOP
-            Instance UID of which slice they are, and of which segment, but for LABELMAP.
+        segmentation: uncompressed; LABELMAP and FRACTIONAL become RLE compressed. Its frames say by a SOP Instance UID
+            of which slice they are, and of which segment, but for LABELMAP.
         places: for each of these UIDs where its slice is in `pixels`.
         pixels: uint8 (rows, columns), or (rows, columns, segments) of FRACTIONAL.
     """
     segmentation.Rows, segmentation.Columns = pixels[0].shape[:2]
     frames = _frames(segmentation, places, pixels)
-    data = b"".join(_packed(frames)) if segmentation.BitsAllocated == 1 else encapsulate([*map(_compressed, frames)])
+    if segmentation.BitsAllocated == 1:
+        data = b"".join(_packed(frames))
+    else:
+        data = encapsulate([*map(_compressed, frames)])
+        segmentation.file_meta.TransferSyntaxUID = uid.RLELossless
     segmentation.PixelData = data + b"\0" * (len(data) % 2)
+    segmentation["PixelData"].VR = "OB"
 
 
 def _frames(segmentation: Dataset, places: Mapping[str, int], pixels: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
@@ -61,10 +66,16 @@ def _nothing(rows: int, columns: int) -> bytes:
 
 
 def _encoded(frame: np.ndarray) -> bytes:
-    return encode_frame(
+    # By name: pydicom would take GDCM where it is installed, whose RLE encoder ends the process at odd sizes.
+    return RLELosslessEncoder.encode(
         np.ascontiguousarray(frame),
-        uid.RLELossless,
+        encoding_plugin="pylibjpeg",
+        rows=frame.shape[0],
+        columns=frame.shape[1],
+        number_of_frames=1,
+        samples_per_pixel=1,
         bits_allocated=8,
         bits_stored=8,
+        pixel_representation=0,
         photometric_interpretation="MONOCHROME2",
     )

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
+from typing import Any
 
 import pydicom
 from highdicom import sr
@@ -10,6 +11,7 @@ from pydicom.dataset import Dataset
 from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
 
+from rayseg.dicom import patient
 from rayseg.dicom.parsing import silence_libraries
 from rayseg.dicom.segmentation import finding, hashed_uid, long_string
 from rayseg.records import QualityFlag, Reason, Reject
@@ -32,11 +34,19 @@ _FINDINGS = {
 
 
 @dataclass(frozen=True)
+class Lesion:
+    """A connected part of a class."""
+
+    volume_ml: float | None  # None where positions do not give one
+    max_diameter_mm: float
+
+
+@dataclass(frozen=True)
 class Measured:
     """What is reported of a class."""
 
     volume_ml: float | None  # None where positions do not give one
-    max_diameter_mm: float | None  # of its largest lesion; None where nothing was found
+    largest: Lesion | None  # by volume; None where nothing was found
 
 
 def encode(
@@ -48,6 +58,9 @@ def encode(
     flags: Sequence[QualityFlag] = (),
 ) -> bytes | Reject:
     """A Comprehensive 3D SR about the segments of a DICOM Segmentation that `segmentation.encode` made.
+
+    A segment has a measurement group with its volume and, where it holds any lesion, a second one with volume and
+    diameter of the largest, tracked under a name and UID of its own.
 
     Args:
         segmentation: the object; patient and study are its.
@@ -73,8 +86,15 @@ def _encoded(
     model_name: str,
     model_version: str,
     flags: Sequence[QualityFlag],
-) -> bytes:
+) -> bytes | Reject:
     identity = [str(segmentation.SOPInstanceUID), "TID 1500"]
+    subject = patient.read(segmentation)
+    if isinstance(subject, Reject):
+        return subject
+    for keyword in (*patient.PATIENT, *patient.STUDY):  # highdicom refuses malformed ones
+        segmentation.pop(keyword, None)
+    for keyword in patient.TYPE_2:
+        setattr(segmentation, keyword, "")
     source_series = str(segmentation.ReferencedSeriesSequence[0].SeriesInstanceUID)
     device = sr.ObserverContext(
         observer_type=codes.DCM.Device,
@@ -85,25 +105,25 @@ def _encoded(
             model_name=long_string(model_name),
         ),
     )
-    groups = [
-        sr.VolumetricROIMeasurementsAndQualitativeEvaluations(
-            tracking_identifier=sr.TrackingIdentifier(
-                uid=hashed_uid("tracking", [*identity, number]), identifier=long_string(label)
-            ),
-            referenced_segment=sr.ReferencedSegment(
-                sop_class_uid=str(segmentation.SOPClassUID),
-                sop_instance_uid=str(segmentation.SOPInstanceUID),
-                segment_number=number,
-                source_series=sr.SourceSeriesForSegmentation(source_series),
-            ),
-            finding_type=finding(label),
-            measurements=_measurements(values),
-            qualitative_evaluations=[
-                sr.QualitativeEvaluation(codes.DCM.QualityFinding, _FINDINGS[flag]) for flag in flags
-            ],
+    evaluations = [sr.QualitativeEvaluation(codes.DCM.QualityFinding, _FINDINGS[flag]) for flag in flags]
+    groups = []
+    for number, (label, values) in enumerate(zip(labels, measured, strict=True), start=1):
+        segment = sr.ReferencedSegment(
+            sop_class_uid=str(segmentation.SOPClassUID),
+            sop_instance_uid=str(segmentation.SOPInstanceUID),
+            segment_number=number,
+            source_series=sr.SourceSeriesForSegmentation(source_series),
         )
-        for number, (label, values) in enumerate(zip(labels, measured, strict=True), start=1)
-    ]
+        code = finding(label)
+        groups.append(_group(label, code, segment, [*identity, number], _volume(values.volume_ml), evaluations))
+        if values.largest is not None:
+            diameter_mm = round(values.largest.max_diameter_mm, 3)
+            measurements = [
+                *_volume(values.largest.volume_ml),
+                sr.Measurement(_DIAMETER, diameter_mm, codes.UCUM.Millimeter),
+            ]
+            name = f"{label}, largest lesion"
+            groups.append(_group(name, code, segment, [*identity, number, "largest"], measurements, []))
     report = sr.Comprehensive3DSR(
         evidence=[segmentation],
         content=sr.MeasurementReport(
@@ -126,16 +146,30 @@ def _encoded(
         setattr(report, name, segmentation.get(name))
     for item in report.get("ContributingEquipmentSequence", ()):
         item.ContributionDateTime = f"{report.ContentDate}{report.ContentTime}"
+    patient.write(subject, report)
     stream = BytesIO()
     report.save_as(stream, enforce_file_format=True)
     return stream.getvalue()
 
 
-def _measurements(values: Measured) -> list[sr.Measurement]:
-    found = []
-    if values.volume_ml is not None:
-        volume_mm3 = round(1000 * values.volume_ml, 3)
-        found.append(sr.Measurement(codes.SCT.Volume, volume_mm3, codes.UCUM.CubicMillimeter))
-    if values.max_diameter_mm is not None:
-        found.append(sr.Measurement(_DIAMETER, round(values.max_diameter_mm, 3), codes.UCUM.Millimeter))
-    return found
+def _group(
+    name: str,
+    code: Code,
+    segment: sr.ReferencedSegment,
+    identity: list[Any],
+    measurements: Sequence[sr.Measurement],
+    evaluations: Sequence[sr.QualitativeEvaluation],
+) -> sr.VolumetricROIMeasurementsAndQualitativeEvaluations:
+    return sr.VolumetricROIMeasurementsAndQualitativeEvaluations(
+        tracking_identifier=sr.TrackingIdentifier(uid=hashed_uid("tracking", identity), identifier=long_string(name)),
+        referenced_segment=segment,
+        finding_type=code,
+        measurements=measurements,
+        qualitative_evaluations=evaluations,
+    )
+
+
+def _volume(volume_ml: float | None) -> list[sr.Measurement]:
+    if volume_ml is None:
+        return []
+    return [sr.Measurement(codes.SCT.Volume, round(1000 * volume_ml, 3), codes.UCUM.CubicMillimeter)]

@@ -15,15 +15,25 @@ import highdicom
 import numpy as np
 import pydicom
 from highdicom.seg import SegmentDescription
-from pydicom import uid
 from pydicom.dataset import Dataset
 from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
+from pydicom.valuerep import format_number_as_ds
 
+from rayseg.dicom import patient, unplaced
 from rayseg.dicom.frames import fill_pixels
 from rayseg.dicom.parsing import silence_libraries
 from rayseg.dicom.reading import slice_uid
-from rayseg.dicom.sources import PLAIN_CLASS, Source, attributes, name_sources
+from rayseg.dicom.sources import (
+    PLAIN_CLASS,
+    Source,
+    are_placed,
+    attributes,
+    most_lossy,
+    name_sources,
+    parsed,
+    take_lossy,
+)
 from rayseg.geometry import planes
 from rayseg.geometry.grid import Geometry
 from rayseg.records import QualityFlag, Reason, Reject
@@ -31,6 +41,7 @@ from rayseg.records import QualityFlag, Reason, Reject
 Kind = Literal["BINARY", "LABELMAP", "FRACTIONAL"]
 
 _ROUNDING = 2.001 * planes.SAME_DIRECTION  # any two of the slices that a series' verdict keeps together
+_SHARED = ("StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID", "Rows", "Columns")
 _NO_DATE, _NO_TIME = "19700101", "000000"  # of a source without dates; the attributes are mandatory
 
 _ALTERED = Code("49755003", "SCT", "Morphologically Altered Structure")
@@ -62,8 +73,9 @@ def encode(
     """Encodes the masks of one series, in any order, as one DICOM Segmentation object.
 
     Every slice gets its frames, empty ones too. Frames lie on their source's own plane, so tilted stacks, gaps and
-    uneven steps are as good as others. BINARY is uncompressed, one frame a slice and label; LABELMAP is RLE
-    compressed, one frame a slice. FRACTIONAL holds probabilities, RLE compressed, one frame a slice and label.
+    uneven steps are as good as others; images that lie nowhere in a patient (CR, DX, MG) have frames without a plane.
+    BINARY is uncompressed, one frame a slice and label; LABELMAP is RLE compressed, one frame a slice. FRACTIONAL
+    holds probabilities, RLE compressed, one frame a slice and label.
 
     Args:
         sources: the slices, as bytes or data sets (their pixel data is not needed).
@@ -80,9 +92,10 @@ def encode(
         flags: what of the series is worth a look, and why: told in ImageComments (PS3.3 C.7.6.1).
 
     Returns:
-        The object's bytes; or a Reject where a source lacks a place in the patient or another needed attribute
-        (MISSING_ATTRIBUTE), is no data set (CORRUPT), differs from the others in size, series, frame of reference or
-        orientation (SERIES_MIXED), or cannot be expressed as a segmentation (WRITE_FAILED).
+        The object's bytes; or a Reject where a source lacks a part of its place in the patient or another needed
+        attribute, or one of the patient cannot be read (MISSING_ATTRIBUTE), is no data set (CORRUPT), differs from the
+        others in size, series, patient, frame of reference or orientation (SERIES_MIXED), or cannot be expressed as a
+        segmentation (WRITE_FAILED).
 
     Raises:
         ValueError: masks that do not belong to the sources, or values without label.
@@ -92,27 +105,46 @@ def encode(
     silence_libraries()
     frames = frames or [None] * len(sources)
     assert (kind == "FRACTIONAL") <= (probabilities is not None)
-    slices = []
+    slices, wholes = [], []
     for place, (source, frame, mask) in enumerate(zip(sources, frames, masks, strict=True)):
-        dataset = attributes(source, frame)
-        if isinstance(dataset, Reject):
-            return dataset
+        whole = parsed(source)
+        dataset = whole if isinstance(whole, Reject) else attributes(whole, frame)
+        if isinstance(whole, Reject) or isinstance(dataset, Reject):
+            return whole if isinstance(whole, Reject) else dataset
         if mask.dtype != np.uint8 or mask.shape != (dataset.Rows, dataset.Columns):
             raise ValueError(f"mask {mask.dtype} {mask.shape}: expected uint8 {(dataset.Rows, dataset.Columns)}")
         if mask.max() > len(labels):
             raise ValueError(f"mask holds {mask.max()}, labels name 1 to {len(labels)}")
         slices.append(Source(dataset, place, str(dataset.SOPClassUID), str(dataset.SOPInstanceUID), frame))
+        wholes.append(whole)
     datasets = [one.dataset for one in slices]
-    if len({(s.StudyInstanceUID, s.SeriesInstanceUID, s.FrameOfReferenceUID, s.Rows, s.Columns) for s in datasets}) > 1:
+    subject = patient.of_series(wholes)
+    if isinstance(subject, Reject):
+        return subject
+    if subject.character_set is None and not "".join([*labels, model_name, model_version]).isascii():
+        return Reject(Reason.MISSING_ATTRIBUTE, "SpecificCharacterSet, of names that are not in ASCII")
+    placed = are_placed(datasets)
+    if isinstance(placed, Reject):
+        return placed
+    if len({tuple(dataset.get(keyword) for keyword in _SHARED) for dataset in datasets}) > 1:
         return Reject(Reason.SERIES_MIXED, "slices of several series, frames of reference or sizes")
     slices.sort(key=lambda one: (_along_normal_mm(one.dataset), one.sop_instance_uid, one.frame or 0))
     datasets = [one.dataset for one in slices]
-    if not planes.are_parallel([dataset.ImageOrientationPatient for dataset in datasets], _ROUNDING):
+    known = unplaced.known(datasets)
+    distance_mm = None
+    if not placed:
+        unplaced.stand_in(datasets)
+    elif not planes.are_parallel([dataset.ImageOrientationPatient for dataset in datasets], _ROUNDING):
         return Reject(Reason.SERIES_MIXED, "ImageOrientationPatient differs within the series by more than rounding")
+    else:
+        down_mm, across_mm = map(float, datasets[0].PixelSpacing)
+        tolerance_mm = planes.tolerance_mm(Geometry(1, 1, (down_mm, across_mm)))
+        distance_mm = planes.distance_mm([*map(_along_normal_mm, datasets)], tolerance_mm)
     for dataset in datasets:
         dataset.ImageOrientationPatient = datasets[0].ImageOrientationPatient  # the frames share it
     if "SliceThickness" not in datasets[0]:
         datasets[0].SliceThickness = _nominal_thickness(datasets)
+    take_lossy(datasets[0], most_lossy(datasets))
     name, version = long_string(model_name), long_string(model_version)
     named = sorted(slice_uid(one.sop_instance_uid, one.frame) for one in slices)
     identity = [named, model_name, model_version, digest, kind, settings]
@@ -121,6 +153,8 @@ def encode(
         # highdicom wants all pixels at once and makes several copies of them: it gets one of each slice.
         one.dataset.Rows = one.dataset.Columns = 1
         one.dataset.SOPClassUID = PLAIN_CLASS
+        for keyword in patient.TYPE_2:
+            setattr(one.dataset, keyword, "")
         if one.frame is not None:
             one.dataset.SOPInstanceUID = hashed_uid("frame", [one.sop_instance_uid, one.frame])
     try:
@@ -144,7 +178,6 @@ def encode(
             series_description=long_string(f"{model_name} v{model_version} segmentation"),
             specific_character_set="ISO_IR 192",
             omit_empty_frames=False,
-            transfer_syntax_uid=uid.ExplicitVRLittleEndian if kind == "BINARY" else uid.RLELossless,
             max_fractional_value=255,
         )
         if flags:
@@ -154,6 +187,10 @@ def encode(
         by_name = {str(one.dataset.SOPInstanceUID): one.place for one in slices}
         fill_pixels(segmentation, by_name, pixels)
         name_sources(segmentation, slices)
+        _tell_distance(segmentation, distance_mm)
+        if not placed:
+            unplaced.take_out(segmentation, known)
+        patient.write(subject, segmentation)
         return _fixed_bytes(segmentation, identity)
     except Exception as error:  # highdicom refuses what it cannot express by many types; its text may identify
         return Reject(Reason.WRITE_FAILED, f"the segmentation cannot be made: {type(error).__name__}")
@@ -239,7 +276,20 @@ def _geometry(dataset: Dataset, groups: Dataset, shared: Dataset) -> Geometry:
     )
 
 
+def _tell_distance(segmentation: Dataset, distance_mm: float | None) -> None:
+    """SpacingBetweenSlices, along the normal (PS3.3 C.7.6.16.2.1): readers that make volumes take it for the step.
+
+    Without it they take SliceThickness. Absent where slices do not have one distance: no number would be true.
+    """
+    measures = segmentation.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0]
+    measures.pop("SpacingBetweenSlices", None)
+    if distance_mm is not None:
+        measures.SpacingBetweenSlices = format_number_as_ds(distance_mm)
+
+
 def _along_normal_mm(dataset: Dataset) -> float:
+    if "ImagePositionPatient" not in dataset:
+        return 0.0
     return float(planes.along_mm([dataset.ImagePositionPatient], dataset.ImageOrientationPatient)[0])
 
 

@@ -10,8 +10,10 @@ import pydicom
 from pydicom import uid
 from pydicom.datadict import dictionary_VM, dictionary_VR
 from pydicom.dataset import Dataset
+from pydicom.multival import MultiValue
 from pydicom.valuerep import validate_value
 
+from rayseg.dicom import patient
 from rayseg.dicom.parsing import sequence_item
 from rayseg.records import Reason, Reject
 
@@ -20,37 +22,21 @@ _NEEDED = (
     "SOPInstanceUID",
     "StudyInstanceUID",
     "SeriesInstanceUID",
-    "FrameOfReferenceUID",
     "Rows",
     "Columns",
-    "PixelSpacing",
-    "ImagePositionPatient",
-    "ImageOrientationPatient",
 )
 PLACE = ("FrameOfReferenceUID", "PixelSpacing", "ImagePositionPatient", "ImageOrientationPatient")
-# Patient and study attributes that the segmentation takes over: those of type 2, empty where the source lacks them or
-# holds a malformed value, and those of type 3, then left out (PS3.3 C.7.1.1, C.7.2.1, C.7.2.2).
-_TYPE_2 = (
-    "PatientName",
-    "PatientID",
-    "PatientBirthDate",
-    "PatientSex",
-    "StudyDate",
-    "StudyTime",
-    "StudyID",
-    "AccessionNumber",
-    "ReferringPhysicianName",
-)
-_TYPE_3 = ("StudyDescription", "PatientAge", "PatientSize", "PatientWeight", "IssuerOfPatientID")
 _SERIES = (
     "Modality",
     "SeriesDate",
     "SeriesTime",
     "SliceThickness",
     "PositionReferenceIndicator",
-    "LossyImageCompression",
-    "LossyImageCompressionMethod",
+    "StudyDate",
+    "StudyTime",
 )
+# What was lost, and by which steps (PS3.3 C.7.6.1.1.5): a segmentation says so where its sources do (C.8.20-2).
+_LOSSY = ("LossyImageCompression", "LossyImageCompressionRatio", "LossyImageCompressionMethod")
 # Where an enhanced object says it of its frames (PS3.3 C.7.6.16.2).
 _GROUPS = {
     "PixelSpacing": "PixelMeasuresSequence",
@@ -61,9 +47,12 @@ _GROUPS = {
 # All that `attributes` looks at, for reading no more of a source.
 KEYWORDS = (
     *_NEEDED,
-    *_TYPE_2,
-    *_TYPE_3,
+    *PLACE,
     *_SERIES,
+    *_LOSSY,
+    "PatientOrientation",
+    *patient.PATIENT,
+    *patient.STUDY,
     "SpecificCharacterSet",
     "NumberOfFrames",
     "SharedFunctionalGroupsSequence",
@@ -89,26 +78,35 @@ class Source:
     frame: int | None
 
 
-def attributes(source: bytes | Dataset, frame: int | None) -> Dataset | Reject:
-    """What the segmentation needs of a slice and nothing else, each value well formed."""
-    if isinstance(source, bytes):
-        try:
-            source = pydicom.dcmread(BytesIO(source), stop_before_pixels=True, force=True)
-        except Exception as error:
-            return Reject(Reason.CORRUPT, type(error).__name__)
+def parsed(source: bytes | Dataset) -> Dataset | Reject:
+    """The source as a data set, without pixels where it comes as bytes; CORRUPT where it is none."""
+    if not isinstance(source, bytes):
+        return source
+    try:
+        return pydicom.dcmread(BytesIO(source), stop_before_pixels=True, force=True)
+    except Exception as error:
+        return Reject(Reason.CORRUPT, type(error).__name__)
+
+
+def attributes(source: Dataset, frame: int | None) -> Dataset | Reject:
+    """What the segmentation needs of a slice and nothing else, each value well formed; nothing of its patient."""
     if frame is None and int(_value(source, "NumberOfFrames") or 1) > 1:
         return Reject(Reason.UNSUPPORTED_MULTIFRAME, "NumberOfFrames")
     clean = Dataset()
-    for keyword in (*_NEEDED, *_TYPE_2, *_TYPE_3, *_SERIES):
+    for keyword in (*_NEEDED, *PLACE, *_SERIES):
         value = _of_frame(source, keyword, frame) if keyword in _GROUPS else _value(source, keyword)
         if value is not None:
             setattr(clean, keyword, value)
         elif keyword in _NEEDED:
             return Reject(Reason.MISSING_ATTRIBUTE, keyword)
-        elif keyword in _TYPE_2:
-            setattr(clean, keyword, "")
-    if clean.PatientSex not in ("M", "F", "O", ""):
-        clean.PatientSex = ""
+    clean.PatientOrientation = _texts(source, "PatientOrientation")
+    flag, ratios, methods = (_texts(source, keyword) for keyword in _LOSSY)
+    if flag == ["01"] or (not flag and (ratios or methods)):
+        clean.LossyImageCompression = "01"
+        if ratios and all(_is_ratio(ratio) for ratio in ratios):
+            clean.LossyImageCompressionRatio = ratios
+        if methods:
+            clean.LossyImageCompressionMethod = methods
     return clean
 
 
@@ -126,6 +124,25 @@ def are_placed(datasets: Iterable[Container[str]]) -> bool | Reject:
     lacking = (keyword for dataset in datasets for keyword in PLACE if keyword not in dataset)
     missing = next(lacking, None)
     return True if missing is None else Reject(Reason.MISSING_ATTRIBUTE, missing)
+
+
+def most_lossy(datasets: Sequence[Dataset]) -> Dataset:
+    """The one of all slices that has lost most by its ratios: of it a segmentation tells the steps and their ratios."""
+
+    def lost(dataset: Dataset) -> tuple[bool, float, int]:
+        flag, ratios, methods = (_texts(dataset, keyword) for keyword in _LOSSY)
+        return bool(flag), math.prod(map(float, ratios)), len(methods)
+
+    return max(datasets, key=lost)
+
+
+def take_lossy(dataset: Dataset, source: Dataset) -> None:
+    """Makes the one say of lossy compression what the other says."""
+    for keyword in _LOSSY:
+        if keyword in source:
+            dataset[keyword] = source[keyword]
+        else:
+            dataset.pop(keyword, None)
 
 
 def _of_frame(dataset: Dataset, keyword: str, frame: int | None) -> Any | None:
@@ -151,6 +168,8 @@ def _value(dataset: Dataset, keyword: str) -> Any | None:
             numbers = [float(number) for number in (value if isinstance(value, Sequence) else [value])]
             usable = len(numbers) == int(dictionary_VM(keyword)) and all(map(math.isfinite, numbers))
             return value if usable and (len(numbers) > 1 or numbers[0] > 0) else None
+        if isinstance(value, MultiValue):  # none of the others has several
+            return None
         if vr in ("US", "UI"):
             return value
         text = str(value)
@@ -158,6 +177,22 @@ def _value(dataset: Dataset, keyword: str) -> Any | None:
         return text
     except Exception:
         return None
+
+
+def _texts(dataset: Dataset, keyword: str) -> list[str]:
+    """All values of an attribute that may have several; none where it is absent or malformed."""
+    try:
+        value = dataset.get(keyword)
+        texts = [str(one) for one in (value if isinstance(value, MultiValue) else [value]) if one is not None]
+        for text in texts:
+            validate_value(dictionary_VR(keyword), text, pydicom.config.RAISE)
+    except Exception:
+        return []
+    return texts if any(texts) else []
+
+
+def _is_ratio(text: str) -> bool:
+    return bool(text) and math.isfinite(float(text)) and float(text) > 0
 
 
 def name_sources(segmentation: Dataset, sources: Sequence[Source]) -> None:

@@ -13,6 +13,7 @@ from rayseg.geometry.grid import Geometry
 SAME_DIRECTION = 5e-4
 SAME_POSITION_MM = 0.01  # slices that are closer along their normal lie at one position
 _SAME_PLACE = 0.25  # of the smaller pixel spacing: less than what would put a pixel upon another one
+_ONE_DISTANCE = 0.1  # of the distance: how far off an even grid slices may lie that have one, rounding being the rest
 _ORTHONORMAL = 0.01  # of the product of the two directions, and of their lengths against 1
 
 
@@ -36,6 +37,24 @@ def along_mm(positions_mm: Sequence[Sequence[float]] | np.ndarray, orientation: 
     """How far positions (slices, 3) lie along the normal of an orientation, float64 (slices,)."""
     distances: np.ndarray = np.asarray(positions_mm, np.float64) @ normal(orientation)
     return distances
+
+
+def distance_mm(distances_mm: Sequence[float] | np.ndarray, tolerance_mm: float) -> float | None:
+    """The one distance of planes that lie so far along their normal, in any order; None where there is not one.
+
+    Planes may be missing: a gap is then a whole number of distances. The distance is that of most neighbours, and no
+    plane lies farther from its place on the even grid than the tolerance or a tenth of the distance.
+    """
+    along = np.sort(np.asarray(distances_mm, np.float64))
+    steps_mm = np.diff(along)
+    if not len(steps_mm) or steps_mm.min() < SAME_POSITION_MM:
+        return None
+    counts = np.rint(steps_mm / np.quantile(steps_mm, 0.5, method="lower"))
+    if counts.min() < 1:
+        return None
+    distance = float(steps_mm.sum() / counts.sum())
+    off_mm = np.abs(along - along[0] - np.concatenate([[0.0], np.cumsum(counts)]) * distance).max()
+    return distance if off_mm <= min(tolerance_mm, _ONE_DISTANCE * distance) else None
 
 
 def are_parallel(orientations: Sequence[Sequence[float]] | np.ndarray, tolerance: float = SAME_DIRECTION) -> bool:

@@ -1,6 +1,5 @@
 """A stack of masks in other formats: NIfTI volumes, and surfaces as STL and glTF. Equal stacks give equal bytes."""
 
-import contextlib
 import gzip
 import struct
 from collections.abc import Sequence
@@ -10,8 +9,6 @@ import nibabel as nib
 import numpy as np
 import trimesh
 from scipy import ndimage
-from scipy.spatial import ConvexHull, QhullError
-from scipy.spatial.distance import pdist
 from skimage.measure import marching_cubes
 
 from rayseg.geometry.stack import Stack
@@ -35,8 +32,9 @@ def colour(number: int) -> np.ndarray:
 def nifti(stack: Stack, labels: Sequence[str]) -> bytes | Reject:
     """The label maps as a gzipped NIfTI-1 volume, uint8 (columns, rows, slices), in the source's frame.
 
-    The affine is of the source's own grid, sheared where it is tilted; sform and qform say scanner coordinates, as far
-    as a quaternion can. UNEVEN_SLICES where slices do not lie at even distances: the format cannot say so.
+    The affine is of the source's own grid, sheared where it is tilted: sform says so, and qform where a quaternion can,
+    within the stack's tolerance; both in scanner coordinates. Without a qform ITK refuses what is sheared, and with one
+    would read it in the wrong place. UNEVEN_SLICES where slices do not lie at even distances: the format cannot say so.
     """
     affine = stack.affine_lps()
     if isinstance(affine, Reject):
@@ -44,8 +42,28 @@ def nifti(stack: Stack, labels: Sequence[str]) -> bytes | Reject:
     image = nib.Nifti1Image(stack.masks.transpose(2, 1, 0), _LPS_TO_RAS @ affine)
     image.header.set_xyzt_units("mm")
     image.set_sform(_LPS_TO_RAS @ affine, code="scanner")
+    image.header["qform_code"] = 0 if _is_sheared(image.header, stack.tolerance_mm) else 1
     image.header["descrip"] = f"rayseg, research only: {', '.join(labels)}".encode("ascii", "replace")[:79]
     return gzip.compress(image.to_bytes(), mtime=0)
+
+
+def nifti_warning(stack: Stack) -> str | None:
+    """What users of `nifti` should know of this stack; None where it is nothing."""
+    affine = stack.affine_lps()
+    if isinstance(affine, Reject):
+        return None
+    header = nib.Nifti1Image(stack.masks.transpose(2, 1, 0), _LPS_TO_RAS @ affine).header
+    if not _is_sheared(header, stack.tolerance_mm):
+        return None
+    return "nifti: tilted, as only sform_code says (qform_code is 0): ITK refuses it, and reads nifti-upright"
+
+
+def _is_sheared(header: nib.Nifti1Header, tolerance_mm: float) -> bool:
+    """Whether the grid of the sform has corners that lie elsewhere by the qform, whose axes are at right angles."""
+    last = np.array(header.get_data_shape()) - 1
+    corners = np.array([(*place, 1) for place in np.ndindex(2, 2, 2)]) * (*last, 1)
+    off_mm = corners @ (header.get_sform() - header.get_qform()).T
+    return bool(np.linalg.norm(off_mm[:, :3], axis=1).max() > tolerance_mm)
 
 
 def surfaces(stack: Stack, labels: Sequence[str]) -> dict[str, trimesh.Trimesh]:
@@ -90,17 +108,3 @@ def glb(meshes: dict[str, trimesh.Trimesh]) -> bytes:
     options: dict[str, Any] = {"file_type": "glb", "include_normals": True}
     data: bytes = scene.export(**options)
     return data
-
-
-def max_diameter_mm(mesh: trimesh.Trimesh) -> float:
-    """The greatest distance between two vertices of one body of the surface, over its bodies.
-
-    The maximum 3D diameter of the IBSI reference manual (arXiv:1612.07003, code L0JK), of the largest lesion.
-    """
-    return max(_diameter(body.vertices) for body in mesh.split(only_watertight=False))
-
-
-def _diameter(points: np.ndarray) -> float:
-    with contextlib.suppress(QhullError):  # a body that is flat, of a few triangles, has no hull
-        points = points[ConvexHull(points).vertices]
-    return float(pdist(points).max())

@@ -17,8 +17,10 @@ from rayseg.dicom import report, segmentation
 from rayseg.dicom.sources import KEYWORDS
 from rayseg.geometry.grid import Geometry
 from rayseg.geometry.stack import Places, Stack, stack
-from rayseg.geometry.volume import volume_ml
+from rayseg.geometry.upright import upright
+from rayseg.geometry.volume import volume_ml, voxels_mm3
 from rayseg.inference import exports, volume
+from rayseg.inference.lesions import lesions
 from rayseg.inference.postprocess import Postprocess
 from rayseg.inference.predictor import mask_png
 from rayseg.inference.quality import Look
@@ -27,9 +29,11 @@ from rayseg.records import QualityFlag, Reason, Reject
 from rayseg.tracking.version import ModelVersion
 
 # DICOM Segmentations (binary, label map, probabilities), a structured report about the first of these, a NIfTI volume
-# on the source's own grid, surfaces in patient millimetres, label maps of the slices as PNG, and pictures of those with
-# something found.
-Profile = Literal["seg", "seg-labelmap", "seg-fractional", "report", "nifti", "stl", "glb", "png", "overlays"]
+# on the source's own grid, and one with right angles where that is sheared, surfaces in patient millimetres, label maps
+# of the slices as PNG, and pictures of those with something found.
+Profile = Literal[
+    "seg", "seg-labelmap", "seg-fractional", "report", "nifti", "nifti-upright", "stl", "glb", "png", "overlays"
+]
 Kind = Literal["dicom", "volume", "image"]  # of a series: DICOM instances, a volume in one file, one image file
 SEGMENTATIONS: dict[str, segmentation.Kind] = {
     "seg": "BINARY",
@@ -44,6 +48,7 @@ _SUFFIXES = {
     "seg-fractional": ".fractional.dcm",
     "report": ".report.dcm",
     "nifti": ".nii.gz",
+    "nifti-upright": ".upright.nii.gz",
     "stl": ".stl",
     "glb": ".glb",
 }
@@ -56,6 +61,7 @@ class File:
     profile: str
     name: str
     data: bytes = field(repr=False)
+    warning: str | None = None  # what its users should know
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +123,7 @@ def lacking(
     places = where()
     if isinstance(places, Reject):
         return places
-    affine = places.affine_lps() if profile == "nifti" else None
+    affine = places.affine_lps() if profile.startswith("nifti") else None
     return affine if isinstance(affine, Reject) else None
 
 
@@ -194,7 +200,8 @@ class _Making:
         data = self._of_series(profile)
         if isinstance(data, Reject):
             return data
-        self.files.append(File(profile, f"{series.series_key}{_SUFFIXES[profile]}", data))
+        warning = exports.nifti_warning(self._placed) if (series.kind, profile) == ("dicom", "nifti") else None
+        self.files.append(File(profile, f"{series.series_key}{_SUFFIXES[profile]}", data, warning))
         return None
 
     def _of_slice(self, profile: str, number: int, png: bytes) -> File:
@@ -211,6 +218,8 @@ class _Making:
             if series.volume is not None:
                 return volume.mask(series.volume, series.masks, series.frames, self.labels)
             return exports.nifti(self._placed, self.labels)
+        if profile == "nifti-upright":
+            return exports.nifti(upright(self._placed), self.labels)
         if profile == "stl":
             return exports.stl(self.meshes)
         if profile == "glb":
@@ -235,13 +244,23 @@ class _Making:
         )
 
     def _report(self) -> bytes | Reject:
-        about = next(file.data for file in self.files if file.profile in SEGMENTATIONS)  # `lacking` has seen it
-        series, meshes = self.series, self.meshes
-        measured = [
-            report.Measured(
-                volume_ml([int(np.count_nonzero(mask == number)) for mask in series.masks], series.geometries),
-                exports.max_diameter_mm(meshes[name]) if name in meshes else None,
-            )
-            for number, name in enumerate(self.labels, start=1)
-        ]
+        # Of one that older readers know as a segmentation, too, where there is one: dcmtk 3.6.7 knows no label maps.
+        segmentations = [file for file in self.files if file.profile in SEGMENTATIONS]  # `lacking` has seen one
+        about = min(segmentations, key=lambda file: file.profile == "seg-labelmap").data
+        measured = [self._measured(value) for value in range(1, len(self.labels) + 1)]
         return report.encode(about, self.labels, measured, self.model.name, self.model.version, list(self.flags))
+
+    def _measured(self, value: int) -> report.Measured:
+        """Of a class: its volume, and its largest lesion by volume, by voxels where positions do not give one."""
+        masks, geometries, place = self.series.masks, self.series.geometries, self._placed
+        whole_ml = volume_ml([int(np.count_nonzero(mask == value)) for mask in masks], geometries)
+        voxels = voxels_mm3([geometries[number] for number in place.order])
+        largest = max(
+            lesions(place.masks, value),
+            key=lambda one: one.pixels if voxels is None else one.volume_ml(voxels),
+            default=None,
+        )
+        if largest is None:
+            return report.Measured(whole_ml, None)
+        lesion_ml = None if voxels is None else largest.volume_ml(voxels)
+        return report.Measured(whole_ml, report.Lesion(lesion_ml, largest.diameter_mm(place)))

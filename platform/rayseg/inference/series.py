@@ -187,6 +187,7 @@ def _make(
             return written
         outputs.append(written)
     return {
+        "detail": "; ".join(file.warning for file in made if file.warning) or None,
         "slices": len(series.masks),
         "foreground_pixels": sum(foreground),
         "volume_ml": volume,
