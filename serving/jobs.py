@@ -8,7 +8,7 @@ import secrets
 import time
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Protocol, get_args
 from urllib.parse import unquote
 
 from fastapi import APIRouter, Path, Request
@@ -64,7 +64,9 @@ class JobRequest(BaseModel):
     )
     manifest: _URI | None = Field(default=None, description="or of a manifest, as the catalog job writes it")
     destination: _URI = Field(description="URI of a folder below one that the service may write")
-    profiles: tuple[Profile, ...] = Field(default=("seg",), min_length=1, max_length=9, description="what is written")
+    profiles: tuple[Profile, ...] = Field(
+        default=("seg",), min_length=1, max_length=len(get_args(Profile)), description="what is written"
+    )
     model: str | None = Field(
         default=None,
         pattern="^[A-Za-z0-9_-]{1,64}$",

@@ -5,7 +5,7 @@ import { element } from "./findings.js";
 
 const PROFILES = {
   seg: "DICOM SEG", "seg-labelmap": "SEG, label map", "seg-fractional": "SEG, probabilities", report: "Structured report",
-  nifti: "NIfTI", stl: "STL", glb: "glTF", png: "Masks, PNG", overlays: "Pictures",
+  nifti: "NIfTI", "nifti-upright": "Upright volume", stl: "STL", glb: "glTF", png: "Masks, PNG", overlays: "Pictures",
 };
 const ENDED = ["succeeded", "failed", "cancelled", "interrupted"];
 const EVERY_MS = 2000;

@@ -1,15 +1,17 @@
-"""The second table in docs/interoperability.md: what a PACS and a viewer in a browser make of our files.
+"""More tables in docs/interoperability.md: what a PACS and viewers in a browser make of our files.
 
     RAYSEG_WRITE_TABLE=1 python -m pytest tests/e2e/test_viewers.py
 
-writes the table anew.
+writes them anew.
 """
 
 import base64
+import copy
 import io
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ import requests
 from dicomweb_client import DICOMwebClient
 
 from serving import page
+from tests import ohif
 from tests.interoperability import (
     Case,
     Reader,
@@ -62,22 +65,40 @@ pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DICOMwebClient]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     why = missing()
     if why is not None:
         pytest.skip(why)
     with orthanc(tmp_path_factory.mktemp("orthanc")) as url:
-        session = requests.Session()
-        session.auth = (os.environ[USER], os.environ[PASSWORD])
-        yield DICOMwebClient(f"{url}/dicom-web", session)
+        yield url
 
 
 @pytest.fixture(scope="module")
-def viewer() -> Iterator[Any]:
-    """A tab of a browser with nothing but NiiVue's module at hand."""
+def session() -> requests.Session:
+    made = requests.Session()
+    made.auth = (os.environ[USER], os.environ[PASSWORD])
+    return made
+
+
+@pytest.fixture(scope="module")
+def client(server: str, session: requests.Session) -> DICOMwebClient:
+    return DICOMwebClient(f"{server}/dicom-web", session)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: make setup")
     if CHROMIUM is None:
         pytest.skip("no chromium on this machine: apt-get install chromium")
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def viewer(browser: Any) -> Any:
+    """A tab with nothing but NiiVue's module at hand."""
     module = page.niivue()
 
     def answer(route: Any) -> None:
@@ -86,13 +107,10 @@ def viewer() -> Iterator[Any]:
         else:
             route.fulfill(body="<html><body></body></html>", content_type="text/html")
 
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        tab = browser.new_page()
-        tab.route("**/*", answer)
-        tab.goto("http://viewer.test/")
-        yield tab
-        browser.close()
+    tab = browser.new_page()
+    tab.route("**/*", answer)
+    tab.goto("http://viewer.test/")
+    return tab
 
 
 def of_orthanc(client: DICOMwebClient, frames: bool) -> Callable[[Case, bytes], np.ndarray]:
@@ -131,16 +149,75 @@ def of_niivue(tab: Any, name: str) -> Callable[[Case, bytes], np.ndarray]:
     return read
 
 
-def test_the_table_tells_what_they_do(client: DICOMwebClient, viewer: Any) -> None:
-    version = client._session.get(f"{client.base_url.removesuffix('/dicom-web')}/system", timeout=10).json()["Version"]
-    server, niivue = f"Orthanc {version}", f"NiiVue of ipyniivue {page._VERSION}"
-    rows = [
-        *((profile, Reader(f"{server}, whole", (), of_orthanc(client, False))) for profile in SEGMENTATIONS),
-        *((profile, Reader(f"{server}, by frames", (), of_orthanc(client, True))) for profile in SEGMENTATIONS),
-        *((profile, Reader(niivue, (), of_niivue(viewer, "x.nii.gz"))) for profile in ("nifti", "nifti-upright")),
-        ("stl", Reader(niivue, (), of_niivue(viewer, "x.stl"))),
-    ]
+def of_ohif(browser: Any, url: str, client: DICOMwebClient, delete: Callable[[], None]) -> Callable[..., np.ndarray]:
+    """The only study of the server is opened, the SEG's thumbnail clicked twice, and the question answered with yes."""
+
+    def read(known: Case, data: bytes) -> np.ndarray:
+        delete()
+        segmentation = pydicom.dcmread(io.BytesIO(data))
+        client.store_instances([*map(with_pixels, known.sources), segmentation])
+        tab = browser.new_page(viewport={"width": 1300, "height": 800})
+        try:
+            tab.goto(f"{url}/viewer?StudyInstanceUIDs={segmentation.StudyInstanceUID}")
+            tab.get_by_text("Skip all").click(timeout=90_000)
+            tab.get_by_text(f"S:{segmentation.SeriesNumber}").first.dblclick(timeout=60_000)
+            tab.get_by_role("button", name="Yes", exact=True).click(timeout=30_000)
+            tab.wait_for_function(ohif.LOADED, timeout=30_000)
+            return np.reshape(tab.evaluate(ohif.POINTS), (-1, 3))
+        except playwright_timeout():
+            raise RefusedError from None
+        finally:
+            tab.close()
+
+    return read
+
+
+def playwright_timeout() -> type[Exception]:
+    from playwright.sync_api import TimeoutError as Timeout
+
+    return Timeout
+
+
+def with_pixels(source: pydicom.Dataset) -> pydicom.Dataset:
+    made = copy.deepcopy(source)
+    made.SamplesPerPixel, made.PhotometricInterpretation, made.PixelRepresentation = 1, "MONOCHROME2", 0
+    made.BitsAllocated, made.BitsStored, made.HighBit = 16, 16, 15
+    made.RescaleIntercept, made.RescaleSlope, made.WindowCenter, made.WindowWidth = -1024, 1, 40, 80
+    made.PixelData = np.full((made.Rows, made.Columns), 1000, "<u2").tobytes()
+    made["PixelData"].VR = "OW"
+    return made
+
+
+def compare(name: str, rows: Sequence[tuple[str, Reader]]) -> None:
+    """Of one of the page's tables."""
     lines = [line(*row) for row in rows]
     if os.environ.get("RAYSEG_WRITE_TABLE"):
-        write("servers and browsers", lines)
-    assert lines == written("servers and browsers")
+        write(name, lines)
+    assert lines == written(name)
+
+
+def test_orthanc(server: str, session: requests.Session, client: DICOMwebClient) -> None:
+    name = f"Orthanc {session.get(f'{server}/system', timeout=10).json()['Version']}"
+    ways = {f"{name}, whole": False, f"{name}, by frames": True}
+    rows = [(one, Reader(way, (), of_orthanc(client, frames))) for way, frames in ways.items() for one in SEGMENTATIONS]
+    compare("Orthanc", rows)
+
+
+def test_niivue(viewer: Any) -> None:
+    name = f"NiiVue of ipyniivue {page._VERSION}"
+    files = {"nifti": "x.nii.gz", "nifti-upright": "x.nii.gz", "stl": "x.stl"}
+    compare("NiiVue", [(profile, Reader(name, (), of_niivue(viewer, file))) for profile, file in files.items()])
+
+
+def test_ohif(server: str, session: requests.Session, client: DICOMwebClient, browser: Any, tmp_path: Path) -> None:
+    folder = ohif.fetched(tmp_path)
+    if folder is None:
+        pytest.skip("OHIF cannot be fetched: no npm, or no registry")
+
+    def delete() -> None:
+        for study in session.get(f"{server}/studies", timeout=60).json():
+            session.delete(f"{server}/studies/{study}", timeout=60).raise_for_status()
+
+    with ohif.ohif(folder, server, session) as url:
+        reader = Reader(f"OHIF {ohif.VERSION}", (), of_ohif(browser, url, client, delete))
+        compare("OHIF", [(profile, reader) for profile in ("seg", "seg-labelmap")])

@@ -20,7 +20,7 @@ from tests import bundles
 from tests.unit import archive_runs
 from tests.unit.unread_archives import cataloged, planned, rows_of, segmented, task, written
 
-ALL = ("seg", "seg-labelmap", "seg-fractional", "report", "nifti", "stl", "glb", "png", "overlays")
+ALL = ("seg", "seg-labelmap", "seg-fractional", "report", "nifti", "nifti-upright", "stl", "glb", "png", "overlays")
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,8 @@ def decided(folder: Path, files: dict[str, bytes], profiles: Sequence[str] = ALL
 
 
 PLACE = ("FrameOfReferenceUID", "ImagePositionPatient", "ImageOrientationPatient")
-OF_PLACE = ("report", "nifti", "stl", "glb")
+OF_PLACE = ("report", "nifti", "nifti-upright", "stl", "glb")
+UNEVEN = dict.fromkeys(("nifti", "nifti-upright"), "uneven_slices")
 DICOM = ("seg", "seg-labelmap", "seg-fractional", "report")
 
 
@@ -68,7 +69,7 @@ DICOM = ("seg", "seg-labelmap", "seg-fractional", "report")
     ("slices", "expected"),
     [
         ([ct(n) for n in range(4)], {}),
-        ([ct(n) for n in (0, 1, 3)], {"nifti": "uneven_slices"}),
+        ([ct(n) for n in (0, 1, 3)], UNEVEN),
         ([ct(n, without=["FrameOfReferenceUID"]) for n in range(4)], dict.fromkeys(DICOM, "missing_attribute")),
         # A radiograph: of it a segmentation, and no more, can be.
         ([ct(0, without=PLACE)], dict.fromkeys(OF_PLACE, "missing_attribute")),
@@ -77,7 +78,7 @@ DICOM = ("seg", "seg-labelmap", "seg-fractional", "report")
         ([ct(0, without=["SliceThickness"])], dict.fromkeys(OF_PLACE, "missing_attribute")),
         (
             [ct(n, without=["PixelSpacing"]) for n in range(3)],
-            dict.fromkeys((*DICOM, "nifti", "stl", "glb"), "missing_attribute"),
+            dict.fromkeys((*DICOM, *OF_PLACE), "missing_attribute"),
         ),
         # Tilted: a matrix says where they lie.
         ([ct(n, ImagePositionPatient=[0, 1.2 * n, 5 * n]) for n in range(4)], {}),
@@ -109,10 +110,12 @@ def test_a_series_is_rejected_unread_where_nothing_can_be_made(
 def test_what_can_be_made_of_a_series_with_a_gap_is(tmp_path: Path, predictor: Predictor) -> None:
     uri = cataloged(tmp_path, series(ct(0), ct(1), ct(3)))
     (row,) = segmented(uri, task(tmp_path, ALL), predictor)
-    assert (row["verdict"], row["slices"], not_made(row)) == ("segmented", 3, {"nifti": "uneven_slices"})
+    assert (row["verdict"], row["slices"], not_made(row)) == ("segmented", 3, UNEVEN)
     files = written(row)
     counts = dict.fromkeys(ALL, 1) | {"png": 3, "overlays": 3}
-    assert {profile: len(data) for profile, data in files.items()} == {n: c for n, c in counts.items() if n != "nifti"}
+    assert {profile: len(data) for profile, data in files.items()} == {
+        n: c for n, c in counts.items() if n not in UNEVEN
+    }
     masks = segmentation.decode(files["seg"][0])
     assert len(masks) == 3
     for number, png in zip((0, 1, 3), files["png"], strict=True):
@@ -144,6 +147,20 @@ def test_the_real_uneven_head_has_all_but_its_nifti(tmp_path: Path, predictor: P
     (row,) = segmented(cataloged(tmp_path, files), task(tmp_path, ("seg", "report", "stl", "png")), predictor)
     assert (row["verdict"], set(not_made(row))) == ("segmented", {"seg", "report"})
     assert written(row)["stl"] == made["stl"]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_radiographs_have_a_segmentation_and_pictures(tmp_path: Path, predictor: Predictor, count: int) -> None:
+    uri = cataloged(tmp_path, series(*(ct(number, without=PLACE) for number in range(count))))
+    (row,) = segmented(uri, task(tmp_path, ("seg", "nifti", "png")), predictor)
+    assert (row["verdict"], row["slices"], not_made(row)) == ("segmented", count, {"nifti": "missing_attribute"})
+    made = written(row)
+    dataset = pydicom.dcmread(io.BytesIO(made["seg"][0]))
+    frames = dataset.pixel_array.reshape(-1, dataset.Rows, dataset.Columns)
+    assert len(frames) == count
+    assert {frame.tobytes() for frame in frames} == {
+        np.asarray(Image.open(io.BytesIO(png))).tobytes() for png in made["png"]
+    }
 
 
 def refuse(*arguments: object, **options: object) -> Reject:
@@ -219,7 +236,7 @@ def nifti(shape: tuple[int, ...] = (40, 32, 5)) -> bytes:
 
 
 def test_volumes_and_image_files_have_the_profiles_that_can_say_them(tmp_path: Path) -> None:
-    of_image = dict.fromkeys(DICOM, "not_dicom") | dict.fromkeys(("nifti", "stl", "glb"), "missing_attribute")
+    of_image = dict.fromkeys(DICOM, "not_dicom") | dict.fromkeys(OF_PLACE[1:], "missing_attribute")
     assert decided(tmp_path / "a", {"a.png": png(1)}) == of_image
     assert decided(tmp_path / "b", {"b.nii": nifti()}) == dict.fromkeys(DICOM, "not_dicom")
     assert decided(tmp_path / "c", {"a.png": png(1)}, ("seg",)) == "not_dicom"

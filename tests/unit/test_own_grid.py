@@ -121,6 +121,37 @@ def test_the_shape_is_the_images(tmp_path: Path, predictor: Predictor, shape: tu
     assert np.array_equal(mask.affine, image.affine)
 
 
+@pytest.mark.parametrize("number", [0, 2])
+def test_of_a_file_of_several_volumes_the_mask_is_of_the_one_chosen(
+    tmp_path: Path, predictor: Predictor, number: int
+) -> None:
+    values = np.full((SIDE, SIDE, SLICES, 3), 5, np.int16)
+    for volume in range(3):
+        values[10 * volume : 10 * volume + 8, 40:45, 2:4, volume] = 100
+    image = nib.Nifti1Image(values, np.diag([0.9, 1.1, 2.0, 1]))
+    uri = cataloged(tmp_path, {"a.nii": image.to_bytes()}, number)
+    (row,) = segmented(uri, task(tmp_path, ("nifti", "png")), predictor)
+    mask = nib.Nifti1Image.from_bytes(gzip.decompress(written(row)["nifti"][0]))
+    assert mask.shape == values.shape[:3]
+    assert np.array_equal(mask.affine, nib.Nifti1Image.from_bytes(image.to_bytes()).affine)
+    assert np.array_equal(mask.get_fdata(), values[..., number] > 47)
+
+
+@pytest.mark.parametrize("suffix", ["nrrd", "mha"])
+def test_volumes_of_other_formats_have_a_mask_in_their_place(tmp_path: Path, predictor: Predictor, suffix: str) -> None:
+    image = upright()
+    nib.save(image, tmp_path / "a.nii")
+    plain = SimpleITK.ReadImage(str(tmp_path / "a.nii"))
+    for key in plain.GetMetaDataKeys():  # what NIfTI says else
+        plain.EraseMetaData(key)
+    SimpleITK.WriteImage(plain, str(tmp_path / f"a.{suffix}"))
+    made, _ = mask_of(tmp_path, (tmp_path / f"a.{suffix}").read_bytes(), predictor, f"a.{suffix}")
+    mask = nib.Nifti1Image.from_bytes(gzip.decompress(made))
+    middle = mask.affine @ [*ndimage.center_of_mass(mask.get_fdata()), 1]
+    np.testing.assert_allclose(middle, image.affine @ [44.5, 9.5, 4, 1], atol=1e-3)
+    assert mask.get_fdata().sum() == 240
+
+
 @pytest.mark.parametrize("form", [nib.Nifti1Image, nib.Nifti2Image])
 def test_texts_extensions_and_scale_are_not_taken_over(tmp_path: Path, predictor: Predictor, form: type) -> None:
     image = stored("RAS", form)

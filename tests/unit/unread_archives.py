@@ -19,15 +19,18 @@ from rayseg.tracking.version import ModelVersion
 MODEL = ModelVersion("tiny", "1", "models:/tiny/1", "r", "d" * 64)
 
 
-def cataloged(folder: Path, files: Mapping[str, bytes]) -> str:
-    """Writes the files below `folder`, in this order, with their manifest, whose URI is given back."""
+def cataloged(folder: Path, files: Mapping[str, bytes], volume: int | None = None) -> str:
+    """Writes the files below `folder`, in this order, with their manifest, whose URI is given back.
+
+    `volume` chooses one of a file of several.
+    """
     rows = []
     for name, data in files.items():
         path = folder / "archive" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
         item = manifest.Item(str(path), name, len(data), [], None)
-        rows += [row | {"etag": name} for row in manifest.rows(item, data, Pseudonyms(b"key"))]
+        rows += [row | {"etag": name} for row in manifest.rows(item, data, Pseudonyms(b"key"), volume)]
     uri = str(folder / "manifest.parquet")
     storage.write_table(uri, pa.Table.from_pylist(manifest.in_series(rows), schema=MANIFEST))
     return uri

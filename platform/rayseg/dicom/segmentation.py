@@ -137,7 +137,8 @@ def encode(
     elif not planes.are_parallel([dataset.ImageOrientationPatient for dataset in datasets], _ROUNDING):
         return Reject(Reason.SERIES_MIXED, "ImageOrientationPatient differs within the series by more than rounding")
     else:
-        tolerance_mm = planes.tolerance_mm(Geometry(1, 1, tuple(map(float, datasets[0].PixelSpacing))))
+        down_mm, across_mm = map(float, datasets[0].PixelSpacing)
+        tolerance_mm = planes.tolerance_mm(Geometry(1, 1, (down_mm, across_mm)))
         distance_mm = planes.distance_mm([*map(_along_normal_mm, datasets)], tolerance_mm)
     for dataset in datasets:
         dataset.ImageOrientationPatient = datasets[0].ImageOrientationPatient  # the frames share it

@@ -168,10 +168,10 @@ def _value(dataset: Dataset, keyword: str) -> Any | None:
             numbers = [float(number) for number in (value if isinstance(value, Sequence) else [value])]
             usable = len(numbers) == int(dictionary_VM(keyword)) and all(map(math.isfinite, numbers))
             return value if usable and (len(numbers) > 1 or numbers[0] > 0) else None
+        if isinstance(value, MultiValue):  # none of the others has several
+            return None
         if vr in ("US", "UI"):
             return value
-        if isinstance(value, MultiValue):  # none of these has several
-            return None
         text = str(value)
         validate_value(vr, text, pydicom.config.RAISE)
         return text

@@ -7,7 +7,6 @@ import gzip
 import zlib
 from collections.abc import Iterator, Sequence
 from io import BytesIO
-from itertools import repeat
 
 import numpy as np
 from nibabel import Nifti1Header, Nifti2Header
@@ -25,31 +24,29 @@ _FLAG_BYTES = 4  # behind the header: zeros, there are no extensions
 
 
 def slices(data: bytes, frames: Sequence[int | None]) -> Iterator[Slice | Reject]:
-    """Axial slices of a volume, by number from 0 (see `voxels.Volume`); None for the only one.
+    """Axial slices of a volume by their numbers, see `voxels.Volume`; None for the only one.
 
     `reading.read_slices` gives the same, but remembers one volume for all threads of a process.
     """
     volume = volumes.read_header(data)
-    if isinstance(volume, Reject):
-        yield from repeat(volume, len(frames))
-        return
-    images: dict[int, tuple[np.ndarray, float, float] | Reject] = {}
+    image: tuple[np.ndarray, float, float] | Reject | None = None
+    decoded = -1
     for frame in frames:
-        number, index = divmod(frame or 0, volume.slices)
-        if frame is None and volume.slices * volume.count > 1:
+        if isinstance(volume, Reject):
+            yield volume
+        elif frame is None and volume.slices * volume.count > 1:
             yield Reject(Reason.UNSUPPORTED_MULTIFRAME, f"a {volume.kind} volume of several slices")
-            continue
-        if not 0 <= number < volume.count:
+        elif not 0 <= (frame or 0) < volume.slices * volume.count:
             yield Reject(Reason.MISSING_ATTRIBUTE, f"{volume.kind}: fewer slices")
-            continue
-        if number not in images:
-            images = {number: volumes.image(data, number)}
-        image = images[number]
-        if isinstance(image, Reject):
-            yield image
         else:
-            stored_SHW, slope, intercept = image
-            yield Slice(stored_SHW[index], slope, intercept, None, Geometry(**volume.place(index)))
+            number, index = divmod(frame or 0, volume.slices)
+            if image is None or number != decoded:
+                image, decoded = volumes.image(data, number), number
+            if isinstance(image, Reject):
+                yield image
+            else:
+                stored_SHW, slope, intercept = image
+                yield Slice(stored_SHW[index], slope, intercept, None, Geometry(**volume.place(index)))
 
 
 def header(data: bytes) -> bytes:
@@ -86,8 +83,7 @@ def mask(of: bytes, masks: Sequence[np.ndarray], frames: Sequence[int | None], l
     back = ornt_transform(_AS_READ, volume.orientation)
     stored = apply_orientation(masks_SHW.transpose(2, 1, 0), back)
     assert stored.shape == volume.stored
-    form = Nifti2Header if of[4:8] == _NIFTI_2 else Nifti1Header
-    made = form(of[: form.sizeof_hdr], check=False)  # without extensions, which `from_fileobj` would want
+    made = (Nifti2Header if of[4:8] == _NIFTI_2 else Nifti1Header).from_fileobj(BytesIO(of), check=False)
     whole = made.get_data_shape()
     for name, (kind, _) in made.structarr.dtype.fields.items():
         if kind.kind == "S" and name != "magic":
