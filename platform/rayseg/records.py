@@ -15,7 +15,7 @@ class Reason(StrEnum):
     NOT_FOUND = "not_found"  # the object vanished between listing and reading
     READ_FAILED = "read_failed"  # the store kept failing after all retries
     EMPTY_OBJECT = "empty_object"  # zero bytes
-    NOT_DICOM = "not_dicom"  # no DICOM file meta information or data set found
+    NOT_DICOM = "not_dicom"  # no DICOM data set, or an image file or volume where DICOM is needed
     TRUNCATED = "truncated"  # fewer bytes than the header or the pixel data's length announces
     CORRUPT = "corrupt"  # a data set that pydicom cannot parse
     NO_PIXELS = "no_pixels"  # a DICOM object without pixel data (RTSTRUCT, SR, presentation state, ...)
@@ -34,7 +34,7 @@ class Reason(StrEnum):
     SERIES_MIXED = "series_mixed"  # a series with several sizes or orientations
     SERIES_DUPLICATES = "series_duplicates"  # a copy, or several different slices at one position
     UNEVEN_SLICES = "uneven_slices"  # slices at uneven distances, which the format of the output cannot say (NIfTI)
-    NEEDS_NEIGHBOURS = "needs_neighbours"  # a slice alone, for a model that looks at those beside it too (HTTP, MLflow)
+    NEEDS_NEIGHBOURS = "needs_neighbours"  # a slice or image file alone, for a model that looks at those beside it too
     WRITE_FAILED = "write_failed"  # the result could not be made or stored
     INTERNAL = "internal"  # anything unforeseen: the detail names the exception's type only
 

@@ -453,16 +453,46 @@ def test_every_profile_is_written_and_tells_the_same(archive: SegmentConfig) -> 
     assert Image.open(by_profile["overlays"][0]).mode == "RGB"
 
 
-def test_a_profile_that_cannot_say_it_rejects_the_series_by_name(spoilable: SegmentConfig, models: Models) -> None:
+def test_a_profile_that_cannot_say_it_costs_itself_only(spoilable: SegmentConfig, models: Models) -> None:
     folder = Path(spoilable.manifest).parent
     first = sorted((folder / "archive" / "images").iterdir())[0]
     next(path for path in sorted(first.iterdir())[1:]).unlink()  # a gap
-    result = segment(replace(cataloged(models, folder), profiles=("seg", "nifti")))
-    assert (result.segmented, result.rejected, result.reasons) == (PATIENTS - 1, 1, {"uneven_slices": SLICES - 1})
-    again = segment(replace(cataloged(models, folder), profiles=("seg", "nifti")))
-    assert (again.segmented, again.skipped) == (0, PATIENTS), "it would be rejected again"
-    tried = segment(replace(cataloged(models, folder), profiles=("seg", "nifti"), retry="rejected"))
-    assert (tried.skipped, tried.rejected) == (PATIENTS - 1, 1)
+    config = replace(cataloged(models, folder), profiles=("seg", "nifti"))
+    assert segment(replace(config, dry_run=True)).not_made == {"nifti": 1}
+    result = segment(config)
+    assert (result.segmented, result.rejected, result.reasons, result.not_made) == (PATIENTS, 0, {}, {"nifti": 1})
+    (row,) = [one for one in ledger.read(config.output).to_pylist() if one["not_made"]]
+    assert [one["profile"] for one in row["outputs"]] == ["seg"]
+    assert [(one["profile"], one["reason"]) for one in row["not_made"]] == [("nifti", "uneven_slices")]
+    assert "uneven_slices" in Path(result.report).read_text()
+    again = segment(config)
+    assert (again.segmented, again.skipped) == (0, PATIENTS), "it could not be made again"
+    alone = segment(replace(config, profiles=("nifti",)))
+    assert (alone.segmented, alone.rejected, alone.reasons) == (PATIENTS - 1, 1, {"uneven_slices": SLICES - 1})
+
+
+def test_volumes_and_image_files_are_segmented_beside_dicom(models: Models, studies: Path, tmp_path: Path) -> None:
+    shutil.copytree(studies / "images", tmp_path / "archive")
+    (tmp_path / "archive" / "pictures").mkdir()
+    values = np.random.default_rng(1).integers(0, 256, (40, 36, 3), np.uint8)
+    for number in range(2):
+        Image.fromarray(values[..., number]).save(tmp_path / "archive" / "pictures" / f"{number}.png")
+    volume = nib.Nifti1Image(values.astype(np.int16), np.diag([1.0, 1.0, 2.0, 1.0]))
+    nib.save(volume, tmp_path / "archive" / "a.nii.gz")
+    config = replace(cataloged(models, tmp_path), profiles=("seg", "nifti", "png"))
+    result = segment(config)
+    assert (result.series, result.segmented, result.rejected) == (PATIENTS + 3, PATIENTS + 3, 0)
+    assert result.not_made == {"nifti": 2, "seg": 3}
+    rows = {row["series_key"]: row for row in ledger.read(config.output).to_pylist()}
+    loose = ds.dataset(config.manifest).to_table(filter=(ds.field("kind") == "image")).to_pylist()
+    for one in loose:
+        row = rows[one["instance_key"] if one["frame"] is None else one["series_key"]]
+        assert len(ledger.uris(row, "png")) == (1 if one["frame"] is None else 3)
+        assert len(ledger.uris(row, "nifti")) == (one["frame"] is not None)
+    (uri,) = [uri for row in rows.values() for uri in ledger.uris(row, "nifti") if row["slices"] == 3]
+    assert np.array_equal(nib.load(uri).affine, volume.affine)
+    assert nib.load(uri).shape == volume.shape
+    assert segment(config).skipped == PATIENTS + 3
 
 
 def test_a_dry_run_tells_what_there_is_to_do_and_does_nothing(archive: SegmentConfig) -> None:

@@ -2,7 +2,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.dataset as ds
+import pyarrow.parquet as pq
 
 from rayseg.inference import ledger
 from rayseg.records import LEDGER, REJECTS
@@ -39,6 +41,17 @@ def test_rows_come_back_from_several_parts_and_pyarrow_alone_can_read_them(tmp_p
     rejects = ds.dataset(tmp_path / "rejects").to_table()
     assert rejects.schema.equals(REJECTS)
     assert rejects["uri"].to_pylist() == ["x", "y"]
+
+
+def test_parts_of_an_earlier_version_are_read_beside_those_of_this(tmp_path: Path) -> None:
+    output, lacking = str(tmp_path), [{"profile": "nifti", "reason": "uneven_slices", "detail": "2 mm"}]
+    ledger.append(output, [row("a", not_made=lacking)], [])
+    (part,) = (tmp_path / "ledger").iterdir()
+    earlier = pa.Table.from_pylist([row("b")], schema=LEDGER).drop_columns(["not_made"])
+    pq.write_table(earlier, part.with_name("part-earlier.parquet"))
+    found = ledger.read(output)
+    assert found.schema.equals(LEDGER)
+    assert found["not_made"].to_pylist() == [lacking, None]
 
 
 def test_doing_the_same_again_replaces_the_same_part(tmp_path: Path) -> None:

@@ -76,6 +76,22 @@ def test_columns_that_a_ledger_may_have_are_told() -> None:
     assert re.findall(r'<i style="width: ([0-9.]+)%', html) == ["25.0", "50.0", "0.0", "25.0"]
 
 
+def test_profiles_that_could_not_be_made_are_told_by_reason() -> None:
+    uneven = {"profile": "nifti", "reason": "uneven_slices", "detail": "slices lie up to 2.00 mm off even distances"}
+    refused = {"profile": "seg", "reason": "write_failed", "detail": "a type"}
+    rows = [
+        row("a", not_made=[uneven]),
+        row("b", not_made=[uneven | {"detail": "others"}, refused]),
+        row("c", not_made=[]),
+        row("d", not_made=None),  # of an earlier version
+        row("e", verdict="rejected", reason="corrupt", slices=0, not_made=[uneven]),
+    ]
+    text = text_of(render(Run(4, 1, 0, 1.0), ASKED, rows, Refusals()))
+    assert "Profiles that could not be made Of 2 segmented series" in text
+    assert "nifti uneven_slices 2 slices lie up to 2.00 mm off even distances seg write_failed 1 a type" in text
+    assert "could not be made" not in text_of(render(Run(1, 0, 0, 1.0), ASKED, rows[2:4], Refusals()))
+
+
 def test_a_run_without_any_series_and_text_that_looks_like_markup() -> None:
     html = render(Run(0, 0, 0, 0.01), {"model_uri": "<script>"}, [], Refusals())
     assert "0 series segmented in 10 ms" in text_of(html)

@@ -83,6 +83,7 @@ def _series(number: int) -> list[dict[str, Any]]:
             "study_key": key,
             "series_key": key,
             "instance_key": _hash("instance", number, slice),
+            "frame_of_reference_key": patient,
             "modality": "CT",
             "rows": 512,
             "columns": 512,

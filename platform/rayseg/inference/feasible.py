@@ -4,6 +4,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+
+from rayseg.dicom.sources import PLACE, are_placed
 from rayseg.geometry.grid import Geometry
 from rayseg.geometry.stack import Places, places
 from rayseg.inference.outputs import PICTURES, SEGMENTATIONS, Kind, lacking
@@ -17,11 +21,22 @@ _GEOMETRY = (
     "image_position_mm",
     "image_orientation",
 )
+_PLACE = dict(
+    zip(PLACE, ("frame_of_reference_key", "pixel_spacing_mm", "image_position_mm", "image_orientation"), strict=True)
+)
+PRESENT = (*_PLACE.values(),)  # columns of a manifest of which it matters whether there is a value
 
 
 def columns(profiles: Iterable[str]) -> tuple[str, ...]:
-    """The columns of a manifest that `divide` looks at: those of the geometry only where it matters."""
+    """The columns of a manifest whose values `refused` looks at: those of the geometry only where these matter."""
     return () if set(profiles) <= {*SEGMENTATIONS, *PICTURES} else _GEOMETRY
+
+
+def present(table: pa.Table) -> list[int]:
+    """Of each row of a manifest, which of `PRESENT` have a value: a bit each."""
+    bits = [np.asarray(table[name].is_valid()).astype(int) << place for place, name in enumerate(PRESENT)]
+    numbers: list[int] = np.sum(bits, axis=0).tolist()
+    return numbers
 
 
 def kind_of(row: Mapping[str, Any]) -> Kind:
@@ -31,15 +46,13 @@ def kind_of(row: Mapping[str, Any]) -> Kind:
     return "image" if row["frame"] is None else "volume"
 
 
-def divide(
-    profiles: Sequence[str], kind: Kind, rows: Sequence[Mapping[str, Any]]
-) -> tuple[list[str], dict[str, Reject]]:
-    """The profiles that can be made of a series, and why the others cannot.
+def refused(profiles: Sequence[str], kind: Kind, rows: Sequence[Mapping[str, Any]]) -> dict[str, Reject]:
+    """The profiles that cannot be made of a series, and why.
 
     Args:
         profiles: that are asked for, in order.
         kind: of the series.
-        rows: of its slices, with `columns`.
+        rows: of its slices, with `columns`, and `present` of each.
     """
 
     @cache
@@ -49,7 +62,15 @@ def divide(
     ended: dict[str, Reject | None] = {}
     for profile in profiles:
         ended[profile] = lacking(profile, kind, where, ended)
-    return [name for name, reject in ended.items() if not reject], {name: one for name, one in ended.items() if one}
+        if profile in SEGMENTATIONS and ended[profile] is None:
+            ended[profile] = _unplaced({row["present"] for row in rows})
+    return {profile: reject for profile, reject in ended.items() if reject}
+
+
+def _unplaced(present: Iterable[int]) -> Reject | None:
+    """Why a segmentation of DICOM slices would lie nowhere; None where it lies as they do."""
+    placed = are_placed([keyword for place, keyword in enumerate(_PLACE) if bits >> place & 1] for bits in present)
+    return placed if isinstance(placed, Reject) else None
 
 
 def _geometry(row: Mapping[str, Any]) -> Geometry:

@@ -25,22 +25,10 @@ SCHEMA = pa.schema(
         ("frames", pa.list_(pa.int32())),  # at the same places; null: the object is one image
         ("input_digest", pa.string()),
         ("kind", pa.string()),  # of `outputs.Kind`
-        ("profiles", pa.list_(pa.string())),  # that can be made of it
-        ("not_made", NOT_MADE),  # the others that were asked for
+        ("not_made", NOT_MADE),  # the profiles that cannot be made of it
     ]
 )
-_MANIFEST_COLUMNS = (
-    "uri",
-    "frame",
-    "etag",
-    "verdict",
-    "reason",
-    "detail",
-    "kind",
-    "patient_key",
-    "series_key",
-    "instance_key",
-)
+_MANIFEST_COLUMNS = ("uri", "frame", "etag", "verdict", "reason", "detail", "kind", "patient_key", "series_key")
 KNOWN = ("input_digest", "verdict", "reason", "not_made")  # what `is_done` looks at of a ledger row
 # A second try may end otherwise, whatever `retry` says.
 _TRY_AGAIN = {Reason.READ_FAILED, Reason.NOT_FOUND, Reason.WRITE_FAILED, Reason.INTERNAL}
@@ -97,7 +85,7 @@ def make(
     met: set[str] = set()
     columns = (*_MANIFEST_COLUMNS, *feasible.columns(task.profiles))
     # What is of no series stands for itself.
-    for group, rows in groupby(_rows(manifest, columns), lambda row: _key(row) or (row["uri"], row["frame"])):
+    for group, rows in groupby(_rows(manifest, columns), lambda row: row["series_key"] or (row["uri"], row["frame"])):
         key = group if isinstance(group, str) else None
         planned, refused = _of_series(task, key, rows, is_done)
         if key is not None:
@@ -111,7 +99,7 @@ def make(
         if planned is not None:
             made.series.append(planned["series_key"])
             made.accepted += len(planned["uris"])
-            if "profiles" not in planned:
+            if "not_made" not in planned:
                 made.done.add(planned["series_key"])
             else:
                 made.todo.append(packed(pa.Table.from_pylist([planned], schema=SCHEMA)))
@@ -131,19 +119,19 @@ def make(
 
 
 def _rows(manifest: str, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The rows with `columns` and `present`; an image file's series is the file."""
     try:
-        for some in storage.read_row_groups(manifest, columns):
-            values = [some[name].to_pylist() for name in columns]
-            yield from (dict(zip(columns, row, strict=True)) for row in zip(*values, strict=True))
+        for some in storage.read_row_groups(manifest, [*{*columns, *feasible.PRESENT, "instance_key"}]):
+            told = some.select(columns)
+            alone = pc.and_(pc.fill_null(pc.equal(some["kind"], "image"), False), pc.is_null(some["frame"]))
+            if pc.any(alone).as_py():
+                keys = pc.if_else(alone, pc.coalesce(some["instance_key"], some["series_key"]), some["series_key"])
+                told = told.set_column(columns.index("series_key"), "series_key", keys)
+            values = [*(column.to_pylist() for column in told.columns), feasible.present(some)]
+            names = (*columns, "present")
+            yield from (dict(zip(names, row, strict=True)) for row in zip(*values, strict=True))
     except FileNotFoundError:
         raise ValueError(f"segment.manifest: there is no manifest at {manifest}; run the catalog job") from None
-
-
-def _key(row: Mapping[str, Any]) -> str | None:
-    """Of the series that a row is of."""
-    alone = row["kind"] == "image" and row["frame"] is None
-    key: str | None = (row["instance_key"] if alone else None) or row["series_key"]
-    return key
 
 
 def _of_series(
@@ -151,7 +139,7 @@ def _of_series(
 ) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
     """The series as a row of `SCHEMA`, and the rejects.
 
-    None where nothing of it can be used; without profiles where it is done.
+    None where nothing of it can be used; without `not_made` where it is done.
     """
     usable: list[Mapping[str, Any]] = []
     rejects = []
@@ -174,9 +162,9 @@ def _of_series(
     }
     if is_done(planned):
         return planned, rejects
-    profiles, refused = feasible.divide(task.profiles, kind, usable)
-    if profiles:
-        return planned | {"profiles": profiles, "not_made": not_made_rows(refused)}, rejects
+    refused = feasible.refused(task.profiles, kind, usable)
+    if len(refused) < len(task.profiles):
+        return planned | {"not_made": not_made_rows(refused)}, rejects
     profile, first = next(iter(refused.items()))
     reject = Reject(first.reason, f"{profile}: {first.detail}")
     ours = [reject_row(row["uri"], row["frame"], STAGE, reject, row["patient_key"], key) for row in usable]

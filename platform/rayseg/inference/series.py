@@ -52,7 +52,6 @@ def segment_series(
     frames: Sequence[int | None],
     input_digest: str = "",
     kind: Kind = "dicom",
-    profiles: Sequence[str] | None = None,
     not_made: Sequence[dict[str, str]] = (),
 ) -> dict[str, Any]:
     """Segments the slices of a series, given in order, and writes its files `FOLDER/<series_key>...`; never raises.
@@ -64,24 +63,26 @@ def segment_series(
     Args:
         predictor, task: what all series have in common.
         series_key, patient_key, uris, frames, input_digest, kind: the series.
-        profiles: to make, of the task's; None for all of these.
-        not_made: rows of `records.NOT_MADE`, of the others: they go into the row with those that fail.
+        not_made: rows of `records.NOT_MADE`, of the task's profiles that are not to be tried; in the row are these and
+            those that fail.
 
     Returns:
         A row of the schema `records.LEDGER`, with `rejects` beside: rows of the schema `records.REJECTS`.
     """
     watch = Watch()
     wanted = list(zip(uris, frames, strict=True))
-    asked = task.profiles if profiles is None else profiles
+    known = {one["profile"] for one in not_made}
+    profiles = [profile for profile in task.profiles if profile not in known]
     refused: dict[Place, Reject] = {}
     try:
-        made = _make(predictor, task, series_key, kind, asked, wanted, refused, watch)
+        made = _make(predictor, task, series_key, kind, profiles, wanted, refused, watch)
     except Exception as error:  # a defect of ours must cost this series only
         made = Reject(Reason.INTERNAL, type(error).__name__)
     if isinstance(made, Reject):
         refused = {place: refused.get(place, made) for place in wanted}
     else:
-        made["not_made"] = in_order(task, [*not_made, *made["not_made"]])
+        told = {one["profile"]: one for one in (*not_made, *made["not_made"])}
+        made["not_made"] = [told[profile] for profile in task.profiles if profile in told]
     row = ledger_row(task, series_key, patient_key, made if isinstance(made, Reject) else None)
     row |= {
         "input_digest": input_digest,
@@ -93,11 +94,6 @@ def segment_series(
         "seconds": time.monotonic() - watch.began,
     }
     return row if isinstance(made, Reject) else row | made
-
-
-def in_order(task: Task, not_made: Sequence[dict[str, str]]) -> list[dict[str, str]]:
-    """Rows of `records.NOT_MADE` in the order in which the profiles were asked for."""
-    return sorted(not_made, key=lambda one: task.profiles.index(one["profile"]))
 
 
 def not_made_rows(refused: Mapping[str, Reject]) -> list[dict[str, str]]:

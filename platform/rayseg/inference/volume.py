@@ -59,7 +59,8 @@ def mask(of: bytes, masks: Sequence[np.ndarray], frames: Sequence[int | None], l
     """The label maps as a gzipped NIfTI volume, uint8, on the very grid of the volume that they are of.
 
     Shape, axes, affine (sform, qform and their codes) and units are the source's, so that voxel [i, j, k] of the mask
-    is that of the image. Of a file of several volumes the mask is one. Equal masks give equal bytes.
+    is that of the image; texts and extensions are not taken over, they may identify. Of a file of several volumes the
+    mask is one. Equal masks give equal bytes.
 
     Args:
         of: the source's `header`.
@@ -79,6 +80,9 @@ def mask(of: bytes, masks: Sequence[np.ndarray], frames: Sequence[int | None], l
     assert stored.shape == volume.stored
     made = (Nifti2Header if of[4:8] == _NIFTI_2 else Nifti1Header).from_fileobj(BytesIO(of), check=False)
     whole = made.get_data_shape()
+    for name, (kind, _) in made.structarr.dtype.fields.items():
+        if kind.kind == "S" and name != "magic":
+            made[name] = b""
     made.set_data_dtype(np.uint8)
     if np.prod(whole) != stored.size:
         made.set_data_shape(volume.stored)
