@@ -1,5 +1,6 @@
 """A profile that cannot be made costs itself only: known from headers, before the network runs, or where it fails."""
 
+import gzip
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -280,3 +281,17 @@ def test_another_kind_of_file_than_the_manifest_says_is_refused(tmp_path: Path, 
     (tmp_path / "archive" / "b.dcm").write_bytes(png(1))
     rows = segmented(uri, task(tmp_path, ("png",)), predictor)
     assert [row["reason"] for row in rows] == ["not_an_image", "not_dicom"]
+
+
+def test_the_ledger_warns_of_a_volume_that_itk_refuses(tmp_path: Path, predictor: Predictor) -> None:
+    """Each slice 2 mm beside the one before; the right-angled one is as many pixels wider."""
+    tilted = series(*(ct(n, ImagePositionPatient=[0, 2 * n, 5 * n]) for n in range(4)))
+    (row,) = segmented(cataloged(tmp_path / "a", tilted), task(tmp_path / "a", ("nifti", "nifti-upright")), predictor)
+    assert row["verdict"] == "segmented"
+    assert "nifti-upright" in row["detail"]
+    sheared, straight = (nib.Nifti1Image.from_bytes(gzip.decompress(data[0])) for data in written(row).values())
+    assert (sheared.header["qform_code"], straight.header["qform_code"]) == (0, 1)
+    assert straight.shape[1] > sheared.shape[1]
+    even = series(*(ct(n) for n in range(4)))
+    (row,) = segmented(cataloged(tmp_path / "b", even), task(tmp_path / "b", ("nifti", "nifti-upright")), predictor)
+    assert row["detail"] is None

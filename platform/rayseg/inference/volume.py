@@ -83,7 +83,8 @@ def mask(of: bytes, masks: Sequence[np.ndarray], frames: Sequence[int | None], l
     back = ornt_transform(_AS_READ, volume.orientation)
     stored = apply_orientation(masks_SHW.transpose(2, 1, 0), back)
     assert stored.shape == volume.stored
-    made = (Nifti2Header if of[4:8] == _NIFTI_2 else Nifti1Header).from_fileobj(BytesIO(of), check=False)
+    form = Nifti2Header if of[4:8] == _NIFTI_2 else Nifti1Header
+    made = form(of[: form.sizeof_hdr], check=False)  # without extensions, which `from_fileobj` would want
     whole = made.get_data_shape()
     for name, (kind, _) in made.structarr.dtype.fields.items():
         if kind.kind == "S" and name != "magic":
