@@ -17,7 +17,7 @@ from rayseg.records import Reason, Reject
 
 _BEGINNING = re.compile(rb"\s*(ObjectType|NDims|Comment|ObjectSubType|TransformType|Name|ID)\s*=")
 _MOST_BYTES = 2**16
-_LINE = re.compile(rb"[ \t]*([A-Za-z_]\w*)[ \t]*=[ \t]*([^\r\n]*?)[ \t]*\r?\n")
+_LINE = re.compile(rb"[ \t]*([A-Za-z_][\w\[\]]*)[ \t]*=[ \t]*([^\r\n]*?)[ \t]*\r?\n")
 _DTYPES = {
     "MET_CHAR": "i1",
     "MET_UCHAR": "u1",
