@@ -446,9 +446,10 @@ def test_every_profile_is_written_and_tells_the_same(archive: SegmentConfig) -> 
     assert np.count_nonzero(np.asarray(volume.dataobj)) == row["foreground_pixels"]
     assert row["foreground_pixels"] * voxel_ml == pytest.approx(row["volume_ml"], rel=1e-3)
     measured = highdicom.sr.Comprehensive3DSR.from_dataset(pydicom.dcmread(by_profile["report"][0]))
-    [group] = measured.content.get_volumetric_roi_measurement_groups()
+    group, largest = measured.content.get_volumetric_roi_measurement_groups()
     assert group.referenced_segment.referenced_sop_instance_uid == pydicom.dcmread(by_profile["seg"][0]).SOPInstanceUID
     assert group.get_measurements()[0].value == pytest.approx(1000 * row["volume_ml"], rel=1e-6)
+    assert 0 < largest.get_measurements()[0].value <= group.get_measurements()[0].value
     assert trimesh.load(by_profile["stl"][0]).volume == pytest.approx(1000 * row["volume_ml"], rel=0.5)
     assert Image.open(by_profile["overlays"][0]).mode == "RGB"
 

@@ -394,7 +394,7 @@ def test_dicom_files_tell_the_flags_and_are_valid(known: Range, tmp_path: Path) 
         if file["profile"] != "report":
             assert dataset.ImageComments == f"Check: {_in_brackets(first['flags_detail'])}"
             assert dataset.ContentDescription == "Made by a research model, not for diagnosis; see Image Comments"
-    (group,) = srread(first["outputs"][-1]["uri"]).content.get_volumetric_roi_measurement_groups()
+    group, _ = srread(first["outputs"][-1]["uri"]).content.get_volumetric_roi_measurement_groups()
     told = group.get_qualitative_evaluations()
     assert {one.name.meaning for one in told} == {"Quality Finding"}
     assert [(one.value.value, one.value.scheme_designator) for one in told] == [
