@@ -11,7 +11,7 @@ from rayseg.evaluation.paired import COMPARED, Difference, difference, differenc
 from rayseg.evaluation.scores import Counts
 from tests.unit.evaluated_models import found_of, table
 
-OPTIONS = {"level": 0.95, "resamples": 2000}
+OPTIONS = {"level": 0.95}
 
 
 def classes(*by_class: list[Counts], **more: list[object]) -> list[Columns]:
