@@ -181,8 +181,8 @@ def _train(
     returned: dict[str, Any] = result.return_value
     if returned["no_gpu"]:
         raise ValueError(
-            f"train.gpus_per_worker: {config.gpus_per_worker:g} is asked for, and TensorFlow sees no GPU in a worker to "
-            "which Ray gave one: install the GPU build on the GPU nodes (the extra gpu in place of cpu), see that "
+            f"train.gpus_per_worker: {config.gpus_per_worker:g} is asked for, and in a worker to which Ray gave one "
+            "TensorFlow sees no GPU: install the GPU build on the GPU nodes (the extra gpu in place of cpu), see that "
             "nvidia-smi lists the GPU there, or train on CPUs with gpus_per_worker=0"
         )
     if returned["diverged"] is not None:
