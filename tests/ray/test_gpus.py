@@ -11,18 +11,17 @@ import pytest
 from rayseg import storage
 from rayseg.tracking import runs
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 ROOT = Path(__file__).parents[2]
 
 # `ray.init` first: `fit` then joins this cluster. All else as a job does it.
 PROGRAM = """
-import json, logging, sys, time
+import json, sys
 import ray
 from rayseg.config import build
 from rayseg.training.settings import TrainConfig
 from rayseg.training.trainer import fit
 ray.init(address="local", num_cpus=3, num_gpus=2, include_dashboard=False, object_store_memory=200_000_000)
-began = time.monotonic()
 try:
     told = {"finished": fit(build(TrainConfig, json.loads(sys.argv[1]))).run_id}
 except Exception as error:
@@ -46,14 +45,13 @@ def trained(prepared: str, folder: Path, **changes: object) -> tuple[dict[str, s
     }
     environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'platform'}:{ROOT}"}
     command = [sys.executable, "-c", PROGRAM, json.dumps(config)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-5000:]
     return json.loads(done.stdout.splitlines()[-1]), done.stderr + done.stdout
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_gpu_that_tensorflow_does_not_see_is_refused_at_once(discs: str, tmp_path: Path, workers: int) -> None:
-    told, _ = trained(discs, tmp_path, gpus_per_worker=1, num_workers=workers)
+def test_a_gpu_that_tensorflow_does_not_see_is_refused_at_once(discs: str, tmp_path: Path) -> None:
+    told, _ = trained(discs, tmp_path, gpus_per_worker=1, num_workers=2)
     assert told.get("kind") == "ValueError", told
     assert told["error"].startswith("train.gpus_per_worker: 1 is asked for")
     assert "the extra gpu" in told["error"]
@@ -64,6 +62,7 @@ def test_a_gpu_that_tensorflow_does_not_see_is_refused_at_once(discs: str, tmp_p
     assert run.info.status == "FAILED"
 
 
+@pytest.mark.slow
 def test_a_run_says_first_what_it_computes_on(discs: str, tmp_path: Path) -> None:
     told, log = trained(discs, tmp_path, num_workers=1, mixed_precision="mixed_bfloat16")
     assert told.get("finished"), told
