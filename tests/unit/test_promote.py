@@ -126,6 +126,7 @@ def test_patients_that_it_learned_from_do_not_test_it(tracking: str) -> None:
     evidence = check(run(tracking, stranger), "no leak")["evidence"]
     assert isinstance(evidence, dict)
     assert (evidence["leaked_patients"], evidence["unknown_patients"]) == (0, 29)
+    assert "; 29 of them no split.csv knows" in str(check(run(tracking, stranger, alias="other"), "no leak")["detail"])
 
 
 def test_whom_it_learned_from_must_be_known(tracking: str) -> None:
@@ -159,7 +160,7 @@ def test_few_patients_show_nothing_whatever_they_say(tracking: str) -> None:
     counted = found_of(HITS[:11].tolist())
     first, second = (register(tracking, "few", table({"lesion": counted})) for _ in range(2))
     assert run(tracking, first).promoted
-    assert "promote.min_patients: 11 patients have dice_pooled" in run(tracking, second).reason
+    assert "promote.min_patients: 11 patients have a value of dice_pooled" in run(tracking, second).reason
     assert "at least 12 are asked for" in run(tracking, second).reason
     assert run(tracking, second, min_patients=11).promoted
     # Twenty more with nothing in them are no patients of this metric.
@@ -170,7 +171,7 @@ def test_few_patients_show_nothing_whatever_they_say(tracking: str) -> None:
     one = table({"lesion": [found_of([80])[0], *[Counts(tn=1000)] * 5]})
     first, second = register(tracking, "single", one), register(tracking, "single", one)
     assert run(tracking, first).promoted
-    assert "1 patients have dice_pooled" in run(tracking, second, min_patients=2).reason
+    assert "1 patients have a value of dice_pooled" in run(tracking, second, min_patients=2).reason
 
 
 @pytest.mark.parametrize(

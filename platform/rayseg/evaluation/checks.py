@@ -93,7 +93,10 @@ def no_leak(tracking_uri: str, version: ModelVersion, patients: Collection[str])
         shown = ", ".join(f"{patient[:10]} ({trained[patient]})" for patient in leaked[:_SHOWN])
         detail = f"{len(leaked)} of {len(test)} test patients were trained or validated on: {shown}"
         return Check("no leak", False, detail, evidence)
-    return Check("no leak", True, f"none of {len(test)} test patients was trained or validated on", evidence)
+    detail = f"none of {len(test)} test patients was trained or validated on"
+    if evidence["unknown_patients"]:
+        detail += f"; {evidence['unknown_patients']} of them no split.csv knows: of other data, or of another key"
+    return Check("no leak", True, detail, evidence)
 
 
 @dataclass(frozen=True)
@@ -154,7 +157,7 @@ def not_worse(demand: Demand, challenger: Evaluated, champion: Evaluated) -> Che
     patients = 0 if found is None else found.patients
     evidence |= {"patients": patients, "min_patients": demand.min_patients}
     if patients < demand.min_patients:
-        detail = f"promote.min_patients: {patients} patients have {demand.metric}, which are too few of them: at least "
+        detail = f"promote.min_patients: {patients} patients have a value of {demand.metric}, and at least "
         detail += f"{demand.min_patients} are asked for; evaluate both models on a set with more, or lower it"
         return Check(name, False, "; ".join(filter(None, (detail, more_missed))), evidence)
     if found is None or found.low is None or found.high is None:

@@ -2,10 +2,10 @@
 
 numpy, scipy and pyarrow only. The interval of a difference is the jackknife of `statistics`, which leaves the same
 patient out of both models' values, so that what makes a patient hard for both cancels out. Comparing and promoting have
-the same. Of metrics per case the patients' own
-values are compared too: by Wilcoxon's signed-rank test (Wilcoxon 1945, doi:10.2307/3001968; two-sided, equal values
-left out) and by counting on how many patients either model is the better one. Both look at the patients for whom both
-models have a value. P-values are of single comparisons: nothing is corrected for looking at several metrics or models.
+the same. Of metrics per case the patients' own values are compared too: by Wilcoxon's signed-rank test (Wilcoxon 1945,
+doi:10.2307/3001968; two-sided, equal values left out) and by counting on how many patients either model is the better
+one. Both look at the patients for whom both models have a value. P-values are of single comparisons: nothing is
+corrected for looking at several metrics or models.
 """
 
 from collections.abc import Sequence
