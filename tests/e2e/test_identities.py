@@ -276,8 +276,9 @@ def seed_for_all_splits(labelled: list[Path], key: str) -> str:
     """One that leaves no split empty."""
     from rayseg.data.split import Split
 
-    patients = {str(pydicom.dcmread(path, stop_before_pixels=True).PatientID) for path in labelled}
-    keys = [Pseudonyms(key.encode()).key("patient", patient) for patient in patients]
+    headers = [pydicom.dcmread(path, stop_before_pixels=True) for path in labelled]
+    pseudonyms = Pseudonyms(key.encode())
+    keys = sorted({pseudonyms.patient(one.PatientID, one.get("IssuerOfPatientID", "")) for one in headers})
     for seed in map(str, range(1000)):
         parts = [Split(0.3, 0.3, seed).assign(patient) for patient in keys]
         if parts.count("train") >= 3 and {"val", "test"} <= set(parts):

@@ -125,7 +125,7 @@ def slices(tmp_path: Path) -> list[tuple[bytes, np.ndarray]]:
 
 
 def patient_of(data: bytes) -> str:
-    return from_environment().key("patient", pydicom.dcmread(io.BytesIO(data), stop_before_pixels=True).PatientID)
+    return from_environment().patient(pydicom.dcmread(io.BytesIO(data), stop_before_pixels=True).PatientID)
 
 
 @pytest.mark.parametrize("multiclass", [True, False])

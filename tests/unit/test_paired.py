@@ -1,17 +1,24 @@
 """Two models on the same patients: worked out by hand, and against a plain bootstrap in a loop."""
 
 import math
-import random
 
 import numpy as np
 import pytest
 
 from rayseg.evaluation.metrics import Columns, columns_of
-from rayseg.evaluation.paired import COMPARED, Difference, difference, differences, of_patients
+from rayseg.evaluation.paired import (
+    COMPARED,
+    Difference,
+    difference,
+    differences,
+    measured_by_both,
+    missed,
+    of_patients,
+)
 from rayseg.evaluation.scores import Counts
 from tests.unit.evaluated_models import found_of, table
 
-OPTIONS = {"level": 0.95, "resamples": 2000}
+OPTIONS = {"level": 0.95}
 
 
 def classes(*by_class: list[Counts], **more: list[object]) -> list[Columns]:
@@ -47,7 +54,8 @@ def test_distances_are_better_when_lower_and_only_compared_where_both_have_one()
     assert (found.challenger, found.baseline) == (pytest.approx(4), pytest.approx(18.5 / 4))
     # Only the least of three differences has the other sign: 2 of the 2^3 ways are as far out, on either side.
     assert found.p_value == pytest.approx(4 / 8)
-    assert between("hd95_mm_per_case", classes(counted, hd95_mm=[1.0] * 4), theirs).better == "challenger"
+    several = classes(counted * 3, hd95_mm=[2.0, 4.0, 8.5, 4.0] * 3)
+    assert between("hd95_mm_per_case", classes(counted * 3, hd95_mm=[1.0] * 12), several).better == "challenger"
 
 
 def test_equal_models_differ_in_nothing() -> None:
@@ -64,31 +72,49 @@ def test_what_differs_by_rounding_is_a_tie() -> None:
     assert (found.wins, found.ties, found.losses, found.p_value) == (0, 2, 0, None)
 
 
-def test_the_interval_is_of_the_same_patients_drawn_for_both() -> None:
-    """Against a bootstrap in a loop of Python's own random numbers, on cases of unequal size."""
+def test_what_is_hard_for_both_cancels_out() -> None:
+    """Sizes and scores of patients vary far more than the models do between each other."""
     sizes = np.random.default_rng(0)
     ours = [Counts(tp=int(tp), fp=int(fp), fn=30, tn=500) for tp, fp in sizes.integers(10, 200, (25, 2))]
     theirs = [
-        Counts(tp=max(one.tp - int(less), 1), fp=one.fp, fn=40, tn=500)
+        Counts(tp=max(one.tp - int(less), 1), fp=one.fp, fn=30 + min(int(less), one.tp - 1), tn=500)
         for one, less in zip(ours, sizes.integers(0, 40, 25), strict=True)
     ]
     found = between("dice_pooled", classes(ours), classes(theirs), level=0.9)
+    assert found.low is not None
+    assert found.high is not None
+    assert 0 < found.low < found.difference < found.high < found.low + 0.05
+    wider = between("dice_pooled", classes(ours), classes(theirs), level=0.99)
+    assert wider.low < found.low < found.high < wider.high  # type: ignore[operator]
+    assert (found.p_value, found.wins, found.patients) == (None, None, 25), "a pooled value is nobody's own"
 
-    def pooled(cases: list[Counts]) -> float:
-        tp, wrong = sum(one.tp for one in cases), sum(one.fp + one.fn for one in cases)
-        return 2 * tp / (2 * tp + wrong)
 
-    draw = random.Random(1)
-    drawn = []
-    for _ in range(4000):
-        chosen = [draw.randrange(25) for _ in range(25)]
-        drawn.append(pooled([ours[at] for at in chosen]) - pooled([theirs[at] for at in chosen]))
-    drawn.sort()
-    assert found.difference == pytest.approx(pooled(ours) - pooled(theirs))
-    assert (found.low, found.high) == pytest.approx((drawn[200], drawn[3799]), abs=0.002)
-    # Unpaired draws would vary with how hard the patients are, which is the same for both.
-    assert found.high - found.low < 0.05  # type: ignore[operator]
-    assert (found.p_value, found.wins) == (None, None), "a pooled value is nobody's own"
+def test_patients_with_nothing_in_them_do_not_count() -> None:
+    """They have no Dice: a mean of three is one of three, however many healthy ones stand beside."""
+    healthy = [Counts(tn=1000)] * 20
+    ours, theirs = ([*found_of(hits), *healthy] for hits in ([51, 62, 73], [50, 60, 70]))
+    for name in ("dice_per_case", "dice_pooled"):
+        alone = between(name, classes(ours[:3]), classes(theirs[:3]))
+        found = between(name, classes(ours), classes(theirs))
+        assert (found.patients, found.low, found.high) == (3, alone.low, alone.high)
+    assert between("accuracy_per_case", classes(ours), classes(theirs)).patients == 23
+
+
+def test_of_metrics_that_leave_misses_out_both_models_are_asked_about_the_same_patients() -> None:
+    counted, missed_one = found_of([50] * 4), [*found_of([50] * 3), Counts(fn=100, tn=9)]
+    ours, theirs = (classes(counted, hd95_mm=values) for values in ([1.0, 2.0, 9.0, None], [2.0, None, 8.0, 4.0]))
+    first, second = measured_by_both("hd95_mm_per_case", ours, theirs)
+    assert [[value if value == value else None for value in of[0]["hd95_mm"]] for of in (first, second)] == [
+        [1.0, None, 9.0, None],
+        [2.0, None, 8.0, None],
+    ]
+    assert (missed("hd95_mm_per_case", ours, theirs), missed("hd95_mm_per_case", theirs, ours)) == (1, 1)
+    assert (missed("precision_pooled", classes(missed_one), classes(counted)), missed("brier", ours, theirs)) == (1, 0)
+    # Where nothing is to be found, what a model finds there stays in: precision 0, which the other one does not have.
+    alarm, none = classes([Counts(fp=9, tn=9)]), classes([Counts(tn=18)])
+    first, _ = measured_by_both("precision_per_case", alarm, none)
+    assert first[0]["precision"].tolist() == [0.0]
+    assert missed("precision_per_case", none, alarm) == 0
 
 
 def test_several_classes_are_told_as_their_mean() -> None:

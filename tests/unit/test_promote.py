@@ -126,6 +126,7 @@ def test_patients_that_it_learned_from_do_not_test_it(tracking: str) -> None:
     evidence = check(run(tracking, stranger), "no leak")["evidence"]
     assert isinstance(evidence, dict)
     assert (evidence["leaked_patients"], evidence["unknown_patients"]) == (0, 29)
+    assert "; 29 of them no split.csv knows" in str(check(run(tracking, stranger, alias="other"), "no leak")["detail"])
 
 
 def test_whom_it_learned_from_must_be_known(tracking: str) -> None:
@@ -155,11 +156,97 @@ def test_nobody_is_promoted_unseen(tracking: str) -> None:
     assert "test/dice_pooled is undefined" in run(tracking, nothing).reason
 
 
-def test_few_patients_give_no_interval_and_no_promotion(tracking: str) -> None:
-    one = table({"lesion": found_of([80])})
-    first, second = register(tracking, "few", one), register(tracking, "few", one)
+def test_few_patients_show_nothing_whatever_they_say(tracking: str) -> None:
+    counted = found_of(HITS[:11].tolist())
+    first, second = (register(tracking, "few", table({"lesion": counted})) for _ in range(2))
     assert run(tracking, first).promoted
-    assert "too few of them" in run(tracking, second).reason
+    assert "promote.min_patients: 11 patients have a value of dice_pooled" in run(tracking, second).reason
+    assert "at least 12 are asked for" in run(tracking, second).reason
+    assert run(tracking, second, min_patients=11).promoted
+    # Twenty more with nothing in them are no patients of this metric.
+    healthy = table({"lesion": [*counted, *[Counts(tn=1000)] * 20]})
+    first, second = (register(tracking, "few ill", healthy) for _ in range(2))
+    assert run(tracking, first).promoted
+    assert not run(tracking, second, metric="test/dice_per_case").promoted
+    one = table({"lesion": [found_of([80])[0], *[Counts(tn=1000)] * 5]})
+    first, second = register(tracking, "single", one), register(tracking, "single", one)
+    assert run(tracking, first).promoted
+    assert "1 patients have a value of dice_pooled" in run(tracking, second, min_patients=2).reason
+
+
+@pytest.mark.parametrize(
+    ("metric", "margin"),
+    [("hd95_mm_per_case", 2.0), ("assd_mm_per_case", 2.0), ("precision_per_case", 0.02), ("precision_pooled", 0.02),
+     ("lesions_false_per_case", 0.5), ("lesion_precision", 0.02)],
+)  # fmt: skip
+def test_who_finds_nothing_in_hard_patients_does_not_pass_by_what_leaves_them_out(
+    tracking: str, metric: str, margin: float
+) -> None:
+    far = np.linspace(2, 20, PATIENTS)
+    hard = np.arange(PATIENTS) >= PATIENTS // 2
+    precise = np.where(hard, 60, 90)
+    lesions = {"lesions_true": [1] * PATIENTS, "lesions_false": hard.astype(int).tolist()}
+    all_found = table(
+        {"lesion": found_of(precise.tolist())},
+        hd95_mm=far.tolist(), assd_mm=far.tolist(), lesions_found=[1] * PATIENTS,
+        lesions_predicted=(1 + hard).tolist(), **lesions,
+    )  # fmt: skip
+    easy = [None if one else float(value) for one, value in zip(hard, far, strict=True)]
+    nothing = [Counts(fn=100, tn=1000) if one else case for one, case in zip(hard, found_of(precise), strict=True)]
+    half_found = table(
+        {"lesion": nothing},
+        hd95_mm=easy, assd_mm=easy, lesions_found=(~hard).astype(int).tolist(),
+        lesions_predicted=(~hard).astype(int).tolist(), **(lesions | {"lesions_false": [0] * PATIENTS}),
+    )  # fmt: skip
+    name = f"misses {metric}"
+    first, second = register(tracking, name, all_found), register(tracking, name, half_found)
+    asked: dict[str, object] = {"metric": f"test/{metric}", "margin": margin}
+    assert run(tracking, first, **asked).promoted
+    for better in (False, True):
+        result = run(tracking, second, better=better, **asked)
+        assert not result.promoted
+        assert f"it finds nothing in 15 cases that have something to find, {first} in 0" in result.reason
+    assert run(tracking, first, **asked).promoted, "nobody is refused for being the champion"
+    same = register(tracking, name, all_found)
+    assert run(tracking, same, **asked).promoted, "who misses no more may be compared"
+
+
+def test_many_small_steps_down_end_at_the_first_champion(tracking: str) -> None:
+    """Each is worse than the one before by less than the margin: the first of them, and no more, is let through."""
+    noise = np.tile([-1, 1], PATIENTS // 2)
+    hits = HITS.astype(int) * 10  # thousandths
+    steps = [hits + step * -15 + noise * (step % 2) for step in range(4)]
+
+    def model(of: np.ndarray) -> str:
+        cases = [Counts(tp=int(hit), fp=1000 - int(hit), fn=1000 - int(hit), tn=9000) for hit in of]
+        return register(tracking, "decay", table({"lesion": cases}))
+
+    uris = [model(of) for of in steps]
+    assert [run(tracking, uri).promoted for uri in uris[:2]] == [True, True]
+    third = run(tracking, uris[2])
+    assert not third.promoted
+    assert check(third, "non-inferiority")["passed"], "than the second it is no worse"
+    against = check(third, "reference")
+    assert (against["passed"], against["evidence"]["reference"]) == (False, uris[0])  # type: ignore[index]
+    assert f"of {uris[0]}: difference -0.0300" in third.reason
+    assert not run(tracking, uris[2], reference=uris[0]).promoted
+    assert run(tracking, uris[2], reference=uris[1]).promoted, "whoever names another one may"
+    assert not run(tracking, uris[3]).promoted
+    assert run(tracking, uris[0]).promoted, "the first is compared with the champion alone"
+    with pytest.raises(ValueError, match=r"promote\.reference: .*models:/decay/99"):
+        run(tracking, uris[3], reference="models:/decay/99")
+
+
+def test_a_first_champion_that_is_gone_or_was_scored_elsewhere_is_told(tracking: str) -> None:
+    _, second = standing_and(tracking, "gone", shifted(2))
+    assert run(tracking, second).promoted
+    third = register(tracking, "gone", shifted(4))
+    other = register(tracking, "other set", shifted(4), rows="set b")
+    assert "evaluated on other rows" in run(tracking, third, reference=other).reason
+    runs.client(tracking).delete_model_version("gone", "1")
+    told = run(tracking, third).reason
+    assert "it is the first that was champion: name another version by promote.reference" in told
+    assert run(tracking, third, reference=second).promoted
 
 
 def test_limits_of_time_and_memory(tracking: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,7 +321,7 @@ def test_other_aliases_are_left_alone(tracking: str) -> None:
 @pytest.mark.parametrize(
     ("options", "key"),
     [
-        ({"margin": -0.1}, "margin"), ({"level": 1.0}, "level"), ({"resamples": 5}, "resamples"),
+        ({"margin": -0.1}, "margin"), ({"level": 1.0}, "level"), ({"min_patients": 1}, "min_patients"),
         ({"max_latency_s": 0.0}, "max_latency_s"), ({"metric": "dice_pooled"}, "metric"),
         ({"metric": "test/ece"}, "metric"), ({"metric": "test/volume_bias_ml"}, "metric"),
     ],

@@ -48,3 +48,16 @@ def test_missing_key_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyP
         from_environment()
     with pytest.raises(ValueError, match="empty"):
         Pseudonyms(b"")
+
+
+def test_a_patient_is_an_id_without_its_spaces_and_case_of_one_issuer() -> None:
+    key = Pseudonyms(b"one").patient
+    assert (
+        key("ab12") == key("AB12 ") == key("  Ab12\0") == key("AB12", "  ") == Pseudonyms(b"one").key("patient", "AB12")
+    )
+    assert key("straße", "spital") == key("STRASSE ", " SPITAL ")
+    several = [
+        key("AB12"), key("AB12", "A"), key("AB12", "B"), key("AB1", "2"), key("AB 12"), key("AB120"),
+        key("AB12", "AB12"),
+    ]  # fmt: skip
+    assert len(set(several)) == len(several)

@@ -210,7 +210,9 @@ def test_rejects_are_listed_without_their_uris(rows: list[dict[str, Any]], track
     assert "val/dice_pooled" not in metrics  # nothing to find and nothing found: undefined, so not logged
 
 
-def test_the_tag_names_the_rows_and_labels_whatever_their_order(rows: list[dict[str, Any]], tracking: str) -> None:
+def test_the_tag_names_the_rows_labels_and_masks_whatever_their_order(
+    rows: list[dict[str, Any]], tracking: str, tmp_path: Path
+) -> None:
     def tag(of: list[dict[str, Any]], labels: Labels) -> str:
         return recorded("test", labels, of).digest()
 
@@ -218,6 +220,17 @@ def test_the_tag_names_the_rows_and_labels_whatever_their_order(rows: list[dict[
     assert tag(rows[::-1], Labels()) == first
     assert tag(rows[1:], Labels()) != first
     assert tag(rows, Labels(threshold=3)) != first
+    # A mask of as many pixels elsewhere is another truth, and one without any, too; the prediction is none.
+    poor = next(index for index, one in enumerate(rows) if one["patient_key"] == "poor")
+    for truth in (block(4)[::-1].copy(), block(0)):
+        folder = tmp_path / str(truth.sum())
+        folder.mkdir()
+        moved = row(folder, "poor", 1, block(1), truth) | {"row_id": rows[poor]["row_id"]}
+        changed = tag([*rows[:poor], moved, *rows[poor + 1 :]], Labels())
+        assert changed != first
+        assert changed.split("-")[0] == first.split("-")[0], "the rows are the same"
+    other = row(tmp_path / "0", "poor", 1, block(5), block(1)) | {"row_id": rows[poor]["row_id"]}
+    assert tag([*rows[:poor], other, *rows[poor + 1 :]], Labels()) == first
     version = version_of(tracking)
     published(tracking, recorded("test", Labels(), rows), version)
     tags = runs.client(tracking).get_run(version.run_id).data.tags

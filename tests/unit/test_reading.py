@@ -18,7 +18,9 @@ from pydicom import uid
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 
+from rayseg.data.manifest import Item, rows
 from rayseg.dicom import parsing, reading
+from rayseg.dicom.pseudonyms import Pseudonyms
 from rayseg.dicom.reading import Header, Slice, read_header, read_slice
 from rayseg.records import Reason, Reject
 
@@ -177,6 +179,31 @@ def test_header_and_geometry() -> None:
         instance_number=7,
         geometry=reading.Geometry(36, 48, (0.5, 0.25), 3.0, (1.0, 2.0, 3.0), (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)),
     )
+
+
+def test_a_patient_is_told_by_id_and_issuer() -> None:
+    """Encoded by pydicom; `rows` keeps neither."""
+
+    def patient_key(group: str | None = None, **attributes: Any) -> str:
+        data = encoded(data_set(**attributes))
+        (made,) = rows(Item("u", "u", len(data), [], group), data, Pseudonyms(b"key"))
+        assert not {value for value in attributes.values() if value} & set(map(str, made.values()))
+        return str(made["patient_key"])
+
+    one = patient_key(PatientID="ab12")
+    assert one == patient_key(PatientID="AB12 ") == patient_key(PatientID=" aB12", IssuerOfPatientID="  ")
+    of_north = patient_key(PatientID="ab12", IssuerOfPatientID="North")
+    assert of_north == patient_key(PatientID="AB12", IssuerOfPatientID="NORTH ")
+    latin = {"SpecificCharacterSet": "ISO_IR 100", "IssuerOfPatientID": "Süd"}
+    of_south = patient_key(PatientID="ab12", **latin)
+    assert of_south == patient_key(PatientID="ab12", **(latin | {"SpecificCharacterSet": "ISO_IR 192"}))
+    nobody = [
+        patient_key(PatientID=empty, StudyInstanceUID=study) for empty in (None, "  ") for study in ("1.2", "1.3")
+    ]
+    assert nobody[:2] == nobody[2:], "without an ID the study is the patient"
+    assert len({one, of_north, of_south, *nobody}) == 5
+    grouped = {patient_key("Group", PatientID=name, IssuerOfPatientID=name) for name in ("x", "y")}
+    assert grouped == {Pseudonyms(b"key").key("patient", "Group")}, "the layout's word counts alone, as it stands"
 
 
 def test_missing_and_unusable_optional_attributes_are_none() -> None:

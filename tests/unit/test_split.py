@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rayseg.data.split import Split, check_leak, read_standing, to_csv
+from rayseg.dicom.pseudonyms import Pseudonyms
 
 PATIENTS = [f"{number:020x}" for number in range(4000)]
 
@@ -131,6 +132,22 @@ def test_strata_have_their_shares_and_a_standing_patient_stays(
 def test_a_standing_split_of_other_parts_is_refused() -> None:
     with pytest.raises(ValueError, match=r"split.standing: it has the parts fold-1, this split test, val, train"):
         Split().deal({"p": True}, {"p": "fold-1"})
+
+
+def test_a_standing_split_that_keeps_nobody_is_refused_and_few_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    ids = [f"P{number}" for number in range(40)]
+    old, new = ({number: Pseudonyms(key).patient(number) for number in ids} for key in (b"old key", b"new key"))
+    standing = Split().deal(dict.fromkeys(old.values(), False))
+    with pytest.raises(ValueError, match=r"split\.standing: none of its 40 patients are among the 40 here.*KEY_FILE"):
+        Split().deal(dict.fromkeys(new.values(), False), standing)
+    few = dict.fromkeys([*list(old.values())[:19], *new.values()], False)
+    kept = Split(stratify=True).deal(few, standing)
+    assert "19 of its 40 patients are among the 59 here" in caplog.text
+    assert all(kept[key] == standing[key] for key in few if key in standing)
+    caplog.clear()
+    Split().deal(dict.fromkeys([*list(old.values())[:20], *new.values()], False), standing)
+    Split().deal(dict.fromkeys(new.values(), False), {})
+    assert not caplog.text, "many new patients are what a standing split is for"
 
 
 def test_the_table_of_patients_is_read_back() -> None:

@@ -205,12 +205,10 @@ def _of_volume(item: Item, volume: Volume, pseudonyms: Pseudonyms, number: int |
 
 def _of_dicom(item: Item, header: Header, pseudonyms: Pseudonyms) -> dict[str, Any]:
     geometry = header.geometry
-    # Without a PatientID the study is the narrowest thing that surely is of one patient.
-    patient = item.group or header.patient_id or header.study_instance_uid
     return {
         "kind": "dicom",
         "frame": header.frame,
-        "patient_key": pseudonyms.key("patient", patient),
+        "patient_key": _patient_key(item, header, pseudonyms),
         "study_key": pseudonyms.key("study", header.study_instance_uid),
         "series_key": pseudonyms.key("series", header.series_instance_uid),
         "instance_key": pseudonyms.key("instance", header.sop_instance_uid),
@@ -228,6 +226,13 @@ def _of_dicom(item: Item, header: Header, pseudonyms: Pseudonyms) -> dict[str, A
         "image_position_mm": geometry.image_position_mm,
         "image_orientation": geometry.image_orientation,
     }
+
+
+def _patient_key(item: Item, header: Header, pseudonyms: Pseudonyms) -> str:
+    if item.group or not header.patient_id:
+        # Without a PatientID the study is the narrowest thing that surely is of one patient.
+        return pseudonyms.key("patient", item.group or header.study_instance_uid)
+    return pseudonyms.patient(header.patient_id, header.issuer_of_patient_id)
 
 
 def _header(values: dict[str, Any]) -> Header:

@@ -9,6 +9,7 @@ the split.csv of an earlier set, keeps everyone who is in it in their place, and
 
 import hashlib
 import io
+import logging
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +23,9 @@ from rayseg.data.duplicates import near_duplicates
 SPLITS = ("train", "val", "test")
 LEAK_COLUMNS = ("row_id", "patient_key", "study_key", "split", "fingerprint")  # what `check_leak` looks at
 _SHOWN = 5
+_FEW = 0.5  # of the patients of a standing split: where fewer are in the data, it may be of other data
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -77,13 +81,14 @@ class Split:
             standing: by patient key, the parts of an earlier set: who is in it stays.
 
         Raises:
-            ValueError: `standing` names a part that this split does not have.
+            ValueError: `standing` names a part that this split does not have, or none of these patients.
         """
         parts, kept = self.parts(), dict(standing or {})
         strange = sorted(set(kept.values()) - set(parts))
         if strange:
             raise ValueError(f"split.standing: it has the parts {', '.join(strange)}, this split {', '.join(parts)}")
         dealt = {key: kept[key] for key in patients if key in kept}
+        _check_standing(len(dealt), len(kept), len(patients))
         if not self.stratify:
             return dealt | {key: self.assign(key) for key in patients if key not in dealt}
         for stratum in (True, False):
@@ -103,6 +108,23 @@ class Split:
         for part, share in self.parts().items():
             shares[self.split_of(part)] += 1 if share else 0
         return tuple(name for name in SPLITS if shares[name] > 0)
+
+
+def _check_standing(stay: int, standing: int, patients: int) -> None:
+    """Refuses a standing split that keeps nobody, and warns of one that keeps few."""
+    if not standing:
+        return
+    told = (
+        f"split.standing: {stay or 'none'} of its {standing} patients are among the {patients} here; pseudonyms depend "
+        "on the key that the catalog ran with (RAYSEG_PSEUDONYM_KEY_FILE)"
+    )
+    if not stay:
+        raise ValueError(
+            f"{told}: catalog again with the key of that split.csv, or name another one; else who was trained on "
+            "could come to test"
+        )
+    if stay < _FEW * standing:
+        logger.warning("%s: is it the split of these data?", told)
 
 
 def _position(seed: str, patient_key: str) -> float:

@@ -41,6 +41,7 @@ _KEYWORDS = {
     0x00080070: "Manufacturer",
     0x00081090: "ManufacturerModelName",
     0x00100020: "PatientID",
+    0x00100021: "IssuerOfPatientID",
     0x00180015: "BodyPartExamined",
     0x00180050: "SliceThickness",
     0x0020000D: "StudyInstanceUID",

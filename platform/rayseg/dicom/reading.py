@@ -59,6 +59,7 @@ class Header:
     localizer: bool = False  # a scout view: no part of a stack
     scanner: str = ""  # Manufacturer and ManufacturerModelName, empty where the object has neither
     body_part: str = ""  # BodyPartExamined, likewise
+    issuer_of_patient_id: str = field(default="", repr=False)  # empty where the object has none
     # What may tell it from other volumes of its series, see `traits.read`; `read_headers` alone looks for it.
     traits: str = field(default="", compare=False)
 
@@ -157,6 +158,7 @@ class _Object:
             localizer="LOCALIZER" in "\\".join(kinds).split("\\"),
             scanner=" ".join(f"{elements.text('Manufacturer')} {elements.text('ManufacturerModelName')}".split()),
             body_part=_code_string(elements.text("BodyPartExamined")),
+            issuer_of_patient_id=elements.text("IssuerOfPatientID"),
             traits=traits.read(elements.raw(traits.TAGS)) if with_traits else "",
         )
         return header, slope, intercept

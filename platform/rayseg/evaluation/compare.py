@@ -32,15 +32,12 @@ class CompareConfig:
     split: Literal["train", "val", "test"] = "test"
     metric: str = "dice_per_case"  # of single patients: what the picture and the report's head are about
     level: float = 0.95  # of the intervals
-    resamples: int = 2000  # draws of patients for them
 
     def __post_init__(self) -> None:
         if len(self.models) < 2 or len(set(self.models)) < len(self.models):
             raise ValueError("compare.models: at least two models expected, each once, the baseline first")
         if not 0.5 <= self.level < 1:
             raise ValueError(f"compare.level: a level from 0.5 to below 1 expected, got {self.level}")
-        if self.resamples < 100:
-            raise ValueError(f"compare.resamples: at least 100 expected, got {self.resamples}")
         if self.metric not in paired.PER_CASE:
             raise ValueError(f"compare.metric: one of {', '.join(paired.PER_CASE)} expected, got {self.metric}")
 
@@ -79,12 +76,11 @@ def compare(config: CompareConfig) -> CompareResult:
         raise ValueError("compare.models: two of them are the same model")
     evaluated.check_same_set([baseline, *others])
     labels = baseline.labels
-    options: dict[str, Any] = {"level": config.level, "resamples": config.resamples}
     challengers = []
     for other in others:
-        together = paired.differences(other.classes(), baseline.classes(), **options)
+        together = paired.differences(other.classes(), baseline.classes(), level=config.level)
         single = {
-            label: paired.differences(other.classes([label]), baseline.classes([label]), **options)
+            label: paired.differences(other.classes([label]), baseline.classes([label]), level=config.level)
             for label in (labels if len(labels) > 1 else ())
         }
         challengers.append(Challenger(other.name, together, single, _scatter(config, baseline, other)))

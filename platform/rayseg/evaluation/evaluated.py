@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pyarrow as pa
 
 from rayseg.evaluation import cases
@@ -19,7 +20,8 @@ class Evaluated:
     """A model's cases of one split.
 
     name: `models:/NAME/VERSION`, or the name of its run and the beginning of that one's id.
-    digest: of the rows and labels that were scored: equal digests, equal sets.
+    digest: of the rows, labels and masks that were scored, see `record.Record.digest`; of rows and labels alone,
+        without a dash, where an earlier version has evaluated it.
     tolerance: of its normalised surface distances, as its tag tells it; None where none does.
     table: of the schema `cases.CASES`.
     """
@@ -71,10 +73,22 @@ def read(tracking_uri: str, model: str, split: str) -> Evaluated:
 
 
 def check_same_set(models: Sequence[Evaluated]) -> None:
-    """Raises ValueError where two models were not evaluated on the same rows, with the same labels and tolerance."""
+    """Raises ValueError where two models were not evaluated on the same rows and masks, with one tolerance."""
     first, *others = models
     for other in others:
-        same = other.digest == first.digest and other.patients == first.patients and other.labels == first.labels
+        (rows, _, masks), (first_rows, _, first_masks) = other.digest.partition("-"), first.digest.partition("-")
+        if rows == first_rows and bool(masks) != bool(first_masks):
+            early = first.name if masks else other.name
+            raise ValueError(
+                f"{early} was evaluated before it was noted which masks were the truth, which may have changed: "
+                f"evaluate it on {first.split} again"
+            )
+        same = rows == first_rows and other.patients == first.patients and other.labels == first.labels
+        if same and (masks != first_masks or not _equally_much(first, other)):
+            raise ValueError(
+                f"{other.name} and {first.name} were evaluated on the same rows of {first.split} with other masks: "
+                "the truth was changed in between; evaluate both again"
+            )
         if not same:
             raise ValueError(
                 f"{other.name} and {first.name} were evaluated on other rows of {first.split}: evaluate both on one "
@@ -85,3 +99,11 @@ def check_same_set(models: Sequence[Evaluated]) -> None:
                 f"{other.name} and {first.name} were evaluated with other tolerances of surfaces "
                 f"({other.tolerance} and {first.tolerance}): evaluate both with one evaluate.tolerance"
             )
+
+
+def _equally_much(one: Evaluated, other: Evaluated) -> bool:
+    """Whether each case has as many pixels to find in both: digests of earlier versions do not tell masks apart."""
+    return all(
+        np.array_equal(a["tp"] + a["fn"], b["tp"] + b["fn"])
+        for a, b in zip(one.classes(), other.classes(), strict=True)
+    )

@@ -61,18 +61,36 @@ class Draw:
 Metric = Callable[[Draw], np.ndarray]
 
 
-def _pooled(part: Mapping[str, int], whole: Mapping[str, int]) -> Metric:
+@dataclass(frozen=True)
+class Ratio:
+    """A metric that is a sum over the patients divided by another one: a pooled ratio, or a mean of those who have one.
+
+    terms: of columns, what each patient adds to either sum: two arrays of float64 (patients,).
+    """
+
+    terms: Callable[[Columns], tuple[np.ndarray, np.ndarray]]
+
+    def __call__(self, draw: Draw) -> np.ndarray:
+        """The metric of a draw."""
+        part, whole = self.terms(draw.columns)
+        return _ratio(draw.weights @ part, draw.weights @ whole)
+
+
+def _pooled(part: Mapping[str, int], whole: Mapping[str, int]) -> Ratio:
     """The ratio of two weighted sums of columns."""
 
-    def metric(draw: Draw) -> np.ndarray:
-        above, below = (sum(times * draw.total(name) for name, times in sums.items()) for sums in (part, whole))
-        return _ratio(np.asarray(above), np.asarray(below))
+    def sums(columns: Columns) -> tuple[np.ndarray, np.ndarray]:
+        above, below = (
+            np.asarray(sum(times * np.nan_to_num(columns[name]) for name, times in of.items()), np.float64)
+            for of in (part, whole)
+        )
+        return above, below
 
-    return metric
+    return Ratio(sums)
 
 
-def _per_case(name: str) -> Metric:
-    return lambda draw: draw.mean(name)
+def _per_case(name: str) -> Ratio:
+    return Ratio(lambda columns: (np.nan_to_num(columns[name]), np.isfinite(columns[name]).astype(np.float64)))
 
 
 def _average_precision(draw: Draw) -> np.ndarray:
@@ -140,7 +158,7 @@ METRICS: dict[str, Metric] = {
     "lesions_false_per_case": _per_case("lesions_false"),
     **_agreement("ml"),
     **_agreement("px"),
-    "brier": lambda draw: _ratio(draw.total("squares"), sum(draw.total(name) for name in _PIXELS)),
+    "brier": _pooled({"squares": 1}, _PIXELS),
     "ece": _ece,
 }
 # Numbers, without intervals; of several classes their sums.

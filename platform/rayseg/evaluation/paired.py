@@ -1,10 +1,11 @@
 """Two models on the same patients: differences of metrics with intervals, a signed-rank test, who wins how often.
 
-numpy, scipy and pyarrow only. The interval of a difference is the bootstrap of `statistics` with both models' values of
-the same drawn patients, so that what makes a patient hard for both cancels out. Of metrics per case the patients' own
-values are compared too: by Wilcoxon's signed-rank test (Wilcoxon 1945, doi:10.2307/3001968; two-sided, equal values
-left out) and by counting on how many patients either model is the better one. Both look at the patients for whom both
-models have a value. P-values are of single comparisons: nothing is corrected for looking at several metrics or models.
+numpy, scipy and pyarrow only. The interval of a difference is the jackknife of `statistics`, which leaves the same
+patient out of both models' values, so that what makes a patient hard for both cancels out. Comparing and promoting have
+the same. Of metrics per case the patients' own values are compared too: by Wilcoxon's signed-rank test (Wilcoxon 1945,
+doi:10.2307/3001968; two-sided, equal values left out) and by counting on how many patients either model is the better
+one. Both look at the patients for whom both models have a value. P-values are of single comparisons: nothing is
+corrected for looking at several metrics or models.
 """
 
 from collections.abc import Sequence
@@ -13,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from rayseg.evaluation.metrics import METRICS, Columns, value_of
-from rayseg.evaluation.statistics import interval
+from rayseg.evaluation.metrics import METRICS, Columns, Ratio, value_of
+from rayseg.evaluation.statistics import jackknife
 
 _EQUAL = 1e-6  # values of a patient that differ by less are a tie
 _NEEDS_PROBABILITIES = {"average_precision", "ece"}  # of all pixels, which a table of cases does not hold
@@ -25,6 +26,11 @@ _DISTANCES = {f"{name}_{unit}_per_case" for name in ("hd95", "assd") for unit in
 LOWER_IS_BETTER = frozenset({"brier", "lesions_false_per_case", *_FALSE, *_DISTANCES})
 COMPARED = tuple(name for name in METRICS if name not in _NEEDS_PROBABILITIES | _NO_SIDE)
 PER_CASE = tuple(name for name in COMPARED if name.endswith(("_per_case", "_per_empty_case")))
+# A case in which a model finds nothing has no value of these, or a good one: who finds less can look as good or better.
+LEAVES_MISSES_OUT = frozenset(
+    {"precision_pooled", "precision_per_case", "lesion_precision", "lesions_false_per_case", *_FALSE, *_DISTANCES}
+    | {"accuracy_pooled", "accuracy_per_case", "brier"}  # of all pixels, most of which are background
+)
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,7 @@ class Difference:
     p_value: of the signed-rank test; None for pooled metrics and where fewer than one patient differs.
     wins, ties, losses: of the challenger, over the patients for whom both have a value; None for pooled metrics.
     one_sided: patients for whom only one of the two has a value, as where a model finds nothing and has no distance.
+    patients: who have a value of either model, alone or as a part of a pooled one; the interval is over these.
     """
 
     challenger: float
@@ -50,37 +57,33 @@ class Difference:
     ties: int | None = None
     losses: int | None = None
     one_sided: int | None = None
+    patients: int = 0
 
 
-def differences(
-    challenger: Sequence[Columns], baseline: Sequence[Columns], *, level: float, resamples: int
-) -> dict[str, Difference]:
+def differences(challenger: Sequence[Columns], baseline: Sequence[Columns], *, level: float) -> dict[str, Difference]:
     """All of `COMPARED` that both models have.
 
     Args:
         challenger: of each class, `metrics.columns_of` its cases.
         baseline: the same of the other model: the same patients in the same order, the same classes.
         level: of confidence.
-        resamples: draws of patients.
     """
-    found = {name: difference(name, challenger, baseline, level=level, resamples=resamples) for name in COMPARED}
+    found = {name: difference(name, challenger, baseline, level=level) for name in COMPARED}
     return {name: one for name, one in found.items() if one is not None}
 
 
 def difference(
-    name: str, challenger: Sequence[Columns], baseline: Sequence[Columns], *, level: float, resamples: int
+    name: str, challenger: Sequence[Columns], baseline: Sequence[Columns], *, level: float
 ) -> Difference | None:
     """One metric of `COMPARED`; None where a model has no value of it. Arguments as of `differences`."""
     metric = METRICS[name]
     ours, theirs = float(value_of(metric, challenger)), float(value_of(metric, baseline))
     if not np.isfinite([ours, theirs]).all():
         return None
-    patients = len(challenger[0]["tp"])
-
-    def drawn(indices: np.ndarray) -> np.ndarray:
-        return value_of(metric, challenger, indices) - value_of(metric, baseline, indices)
-
-    ends = interval(drawn, patients, level=level, resamples=resamples)
+    assert isinstance(metric, Ratio), "each of COMPARED is one"
+    (our_left_out, our_shares), (their_left_out, their_shares) = (_parts(metric, of) for of in (challenger, baseline))
+    shares = (our_shares + their_shares) / 2
+    ends = jackknife(ours - theirs, our_left_out - their_left_out, shares, level=level)
     low, high = (None, None) if ends is None else ends
     sign = -1 if name in LOWER_IS_BETTER else 1
     better = None
@@ -96,7 +99,68 @@ def difference(
         one_sided = int(np.count_nonzero(np.isfinite(first) != np.isfinite(second)))
         if wins + losses:
             p_value = float(stats.wilcoxon(gains, zero_method="wilcox").pvalue)
-    return Difference(ours, theirs, ours - theirs, low, high, better, p_value, wins, ties, losses, one_sided)
+    patients = int(np.count_nonzero(shares))
+    return Difference(ours, theirs, ours - theirs, low, high, better, p_value, wins, ties, losses, one_sided, patients)
+
+
+def _parts(metric: Ratio, classes: Sequence[Columns]) -> tuple[np.ndarray, np.ndarray]:
+    """The metric without each patient, and what part of it each makes: float64 (patients,)."""
+    left_out, shares = [], []
+    for columns in classes:
+        part, whole = metric.terms(columns)
+        if whole.sum() > 0:
+            rest = whole.sum() - whole
+            with np.errstate(invalid="ignore", divide="ignore"):
+                left_out.append(np.where(rest > 0, (part.sum() - part) / rest, np.nan))
+            shares.append(whole / whole.sum())
+    values = np.stack(left_out)
+    defined = np.isfinite(values)
+    with np.errstate(invalid="ignore"):
+        return np.nansum(values, axis=0) / defined.sum(axis=0), np.mean(shares, axis=0)
+
+
+def measured_by_both(
+    name: str, challenger: Sequence[Columns], baseline: Sequence[Columns]
+) -> tuple[list[Columns], list[Columns]]:
+    """The same, without what only one of the models has of a case in which there is something to find.
+
+    Of a metric that leaves misses out, see LEAVES_MISSES_OUT: two models that miss different patients are else compared
+    on different ones.
+    """
+    column = _column(name)
+    pairs = [
+        ((ours, theirs), np.isfinite(ours[column]) == np.isfinite(theirs[column]) if column in ours else None)
+        for ours, theirs in zip(challenger, baseline, strict=True)
+    ]
+    kept = [
+        [of if same is None else {**of, column: np.where(same | ~_something(of), of[column], np.nan)} for of in pair]
+        for pair, same in pairs
+    ]
+    return [pair[0] for pair in kept], [pair[1] for pair in kept]
+
+
+def missed(name: str, classes: Sequence[Columns], other: Sequence[Columns]) -> int:
+    """How many cases, over all classes, with something to find a metric leaves out of the first model's value.
+
+    Those are where it finds nothing, or has no value though the other model has one.
+    """
+    column, number = _column(name), 0
+    for of, beside in zip(classes, other, strict=True):
+        nothing = of["tp"] + of["fp"] == 0
+        if column in of:
+            nothing = nothing | (~np.isfinite(of[column]) & np.isfinite(beside[column]))
+        number += int(np.count_nonzero(_something(of) & nothing))
+    return number
+
+
+def _something(of: Columns) -> np.ndarray:
+    """Whether there is anything to find, bool (patients,)."""
+    return of["tp"] + of["fn"] > 0
+
+
+def _column(name: str) -> str:
+    """That has a metric per case of each patient."""
+    return name.removesuffix("_per_case").removesuffix("_per_empty_case")
 
 
 def of_patients(name: str, classes: Sequence[Columns]) -> np.ndarray:
@@ -107,7 +171,7 @@ def of_patients(name: str, classes: Sequence[Columns]) -> np.ndarray:
     """
     if name not in PER_CASE:
         raise ValueError(f"{name} is no metric of single patients; those are {', '.join(PER_CASE)}")
-    column = name.removesuffix("_per_case").removesuffix("_per_empty_case")
+    column = _column(name)
     values = np.stack([of_class[column] for of_class in classes])
     defined = np.isfinite(values)
     with np.errstate(invalid="ignore"):

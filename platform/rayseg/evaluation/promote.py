@@ -27,7 +27,10 @@ class PromoteConfig:
     margin: float = 0.02  # how much worse than the champion it may be, in the metric's unit, to count as no worse
     better: bool = False  # asks for better, not for no worse
     level: float = 0.95  # of the interval of the difference
-    resamples: int = 2000  # draws of patients for it
+    min_patients: int = checks.MIN_PATIENTS  # who have the metric: of fewer nothing is shown
+    # A version that the challenger may be worse than by no more than the margin, too, whoever is the champion; by
+    # default the first one that bore the alias.
+    reference: str | None = None
     max_latency_s: float | None = None  # of one slice, the bundle's example, in a clean process
     max_memory_mb: float | None = None  # of that process
     rollback: bool = False  # gives the alias back to the version that bore it before; nothing else is looked at
@@ -37,8 +40,8 @@ class PromoteConfig:
             raise ValueError(f"promote.margin: 0 or more expected, got {self.margin}")
         if not 0.5 <= self.level < 1:
             raise ValueError(f"promote.level: a level from 0.5 to below 1 expected, got {self.level}")
-        if self.resamples < 100:
-            raise ValueError(f"promote.resamples: at least 100 expected, got {self.resamples}")
+        if self.min_patients < 2:
+            raise ValueError(f"promote.min_patients: at least 2 expected, got {self.min_patients}")
         for key in ("max_latency_s", "max_memory_mb"):
             if getattr(self, key) is not None and not getattr(self, key) > 0:
                 raise ValueError(f"promote.{key}: a positive number or null expected, got {getattr(self, key)}")
@@ -51,7 +54,7 @@ class PromoteConfig:
     def demand(self) -> Demand:
         """What is asked of the metric."""
         metric = self.metric.partition("/")[2]
-        return Demand(metric, self.margin, self.better, self.level, self.resamples)
+        return Demand(metric, self.margin, self.better, self.level, min_patients=self.min_patients)
 
 
 @dataclass(frozen=True)
@@ -86,11 +89,11 @@ def promote(config: PromoteConfig) -> PromoteResult:
     """Gives the challenger the alias where every check passes; tells what was decided and why, either way.
 
     Checked are: that it runs in a clean process and gives the recorded masks, within the limits of time and memory;
-    that it was evaluated, on patients whom it was not trained on; and, where another model bears the alias, that it is
-    no worse than that one on the same cases, or better.
+    that it was evaluated, on patients whom it was not trained on; where another model bears the alias, that it is no
+    worse than that one on the same cases, or better; and that it is no worse than the reference.
 
     Raises:
-        ValueError: there is no such model, or nothing to roll back to.
+        ValueError: there is no such model or reference, or nothing to roll back to.
     """
     candidate = registry.resolve(config.tracking_uri, config.model_uri)
     champion = registry.champion(config.tracking_uri, candidate.name, config.alias)
@@ -100,7 +103,7 @@ def promote(config: PromoteConfig) -> PromoteResult:
         return _result(config, candidate, champion, True, f"is the {config.alias} already", [], None)
     made = _checks(config, candidate, champion)
     failed = [one.detail for one in made if not one.passed]
-    compared = [one.detail for one in made if one.name in ("superiority", "non-inferiority")]
+    compared = [one.detail for one in made if one.name in ("superiority", "non-inferiority", "reference")]
     reason = "; ".join(failed or compared or [f"the first {config.alias}, {_own(made)}"])
     evidence = _tell(config, candidate, champion, made, not failed, reason)
     if not failed:
@@ -125,7 +128,28 @@ def _checks(config: PromoteConfig, candidate: ModelVersion, champion: ModelVersi
     made += [Check("evaluated", own is not None, told, given), checks.no_leak(uri, candidate, patients)]
     if len(tested) > 1:
         made.append(checks.not_worse(demand, *tested))
-    return made
+    return [*made, *_against_reference(config, tested[0], candidate, champion)]
+
+
+def _against_reference(
+    config: PromoteConfig, tested: Evaluated, candidate: ModelVersion, champion: ModelVersion | None
+) -> list[Check]:
+    """The check against the reference; none where that is the candidate or, which is compared anyway, the champion."""
+    uri, split = config.tracking_uri, config.metric.partition("/")[0]
+    first = aliases.first(aliases.history(uri, candidate.name, config.alias))
+    wanted = config.reference or (first and f"models:/{candidate.name}/{first}")
+    if wanted is None:
+        return []
+    try:
+        reference = registry.resolve(uri, wanted)
+        if reference.uri in {candidate.uri, champion and champion.uri}:
+            return []
+        return [checks.reference_kept(config.demand, tested, evaluated.read(uri, reference.uri, split))]
+    except ValueError as error:
+        if config.reference:
+            raise ValueError(f"promote.reference: {error}") from error
+        told = f"{error}; it is the first that was {config.alias}: name another version by promote.reference"
+        return [Check("reference", False, told, {"reference": wanted})]
 
 
 def _roll_back(config: PromoteConfig, name: str, champion: ModelVersion | None) -> PromoteResult:

@@ -125,7 +125,7 @@ def add_to_card(
 
 
 def set_tag(split: str) -> str:
-    """Name of the run's tag with the digest of the rows and labels that its scores are of: equal tags, equal sets."""
+    """Name of the run's tag with the digest of the rows, labels and masks that its scores are of, see `Record`."""
     return f"rayseg.{split}_set"
 
 

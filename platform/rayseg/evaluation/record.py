@@ -34,12 +34,14 @@ class Record:
         self.labels = labels
         self.rejects: list[dict[str, Any]] = []
         self._row_ids: list[str] = []
+        self._truths: list[str] = []  # of the same slices
         self.of_patient: dict[str, dict[str, Any]] = {}  # some of SCORED, and arrays of each class
 
     def add(self, row: dict[str, Any]) -> None:
         """Adds a row of `scorer.SCORED`."""
         self.rejects += row["rejects"]
         self._row_ids += row["row_ids"]
+        self._truths += row["truths"]
         if row["cases"]:
             assert row["patient_key"] not in self.of_patient, "a patient is scored as one"
             sums: dict[str, list[np.ndarray]] = {
@@ -92,5 +94,9 @@ class Record:
         ]
 
     def digest(self) -> str:
-        """Of the rows that were scored and their labels: equal digests, equal sets."""
-        return config.digest({"rows": sorted(self._row_ids), "labels": config.plain(self.labels)})
+        """Of the rows that were scored and their labels, a dash, and of their true classes.
+
+        Equal digests, equal sets; where only the second part differs, masks have changed.
+        """
+        rows = config.digest({"rows": sorted(self._row_ids), "labels": config.plain(self.labels)})
+        return f"{rows}-{config.digest(sorted(zip(self._row_ids, self._truths, strict=True)))}"

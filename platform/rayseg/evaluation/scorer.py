@@ -1,5 +1,6 @@
 """One patient at a time: its slices read again, segmented and compared with the truth. Knows no Ray."""
 
+import hashlib
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -44,6 +45,7 @@ SCORED = pa.schema(
         ("positive", pa.list_(pa.binary())),
         ("reliability", pa.list_(pa.binary())),
         ("row_ids", pa.list_(pa.string())),  # of the slices that were scored
+        ("truths", pa.list_(pa.string())),  # of each of these, `digest_of` its true classes
         ("rejects", pa.list_(_REJECT)),
         # The slices with most to find and with most wrong pixels; null where nothing is to find and nothing was found.
         ("largest", _SHOWN),
@@ -120,6 +122,7 @@ class _Patient:
         self._cases = [Case(tolerance) for _ in labels.names]
         self._images = 0
         self._row_ids: list[str] = []
+        self._truths: list[str] = []
         self._rejects: list[dict[str, Any]] = []
         self._shown: dict[str, tuple[tuple[int, int, str], dict[str, Any]]] = {}  # by the names in SCORED
         self._modalities: Counter[str] = Counter()
@@ -156,6 +159,7 @@ class _Patient:
             "positive": [one.positive.tobytes() for one in sums],
             "reliability": [one.reliability.tobytes() for one in sums],
             "row_ids": self._row_ids,
+            "truths": self._truths,
             "rejects": self._rejects,
             **{name: self._shown.get(name, (None, None))[1] for name in ("largest", "wrongest")},
         }
@@ -171,6 +175,7 @@ class _Patient:
                 self._rejects.append({"row_id": row["row_id"], "patient_key": row["patient_key"], **told})
                 continue
             self._row_ids.append(row["row_id"])
+            self._truths.append(digest_of(found.truth))
             several = len(found.probabilities) > 1
             for index, case in enumerate(self._cases, start=1):
                 probability = found.probabilities[index if several else 0]
@@ -206,6 +211,11 @@ class _Patient:
         for index, case in enumerate(self._cases, start=1):
             case.add_series(made, index)
         self._distances_mm += [distance for image in made if (distance := slice_distance_mm(image.grid)) is not None]
+
+
+def digest_of(classes: np.ndarray) -> str:
+    """32 hexadecimal digits of true classes, uint8 (rows, columns): others where a pixel or the size is another."""
+    return hashlib.blake2b(classes.tobytes(), digest_size=16, person=repr(classes.shape).encode()[:16]).hexdigest()
 
 
 def read_truth(row: Mapping[str, Any], slice: Slice, labels: Labels) -> np.ndarray | Reject:

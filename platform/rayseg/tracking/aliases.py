@@ -46,6 +46,11 @@ def history(tracking_uri: str, name: str, alias: str) -> list[Move]:
     return [Move(**json.loads(value)) for key, value in sorted(tags.items()) if pattern.fullmatch(key)]
 
 
+def first(moves: list[Move]) -> str | None:
+    """The version that bore the alias first, as far as is told; None where it was never moved."""
+    return (moves[0].previous or moves[0].version) if moves else None
+
+
 def earlier(moves: list[Move], now: str | None) -> str | None:
     """The version to roll back to: the one before `now`, which bears the alias; None where there was none.
 

@@ -12,6 +12,7 @@ from typing import Any
 import keras
 import ray.train
 import tensorflow as tf
+from ray.train.collective import barrier
 
 from rayseg import config as configuration
 from rayseg import logs, meters, storage
@@ -27,6 +28,7 @@ from rayseg.training.watchdog import Watchdog
 logger = logging.getLogger(__name__)
 
 ATTEMPTS_FILE = "attempts.json"
+NO_GPU_FILE = "no-gpu.json"  # a rank without the GPU that it was to have says so, and all ranks stop
 
 
 def train_worker(job: dict[str, Any]) -> dict[str, Any]:
@@ -37,7 +39,8 @@ def train_worker(job: dict[str, Any]) -> dict[str, Any]:
             `quiet`, whether to leave out the lines on each epoch; `told`, of the driver, for the log.
 
     Returns:
-        `attempts`, how often workers began on this run; `diverged`, the epoch whose loss is not finite, or None.
+        `attempts`, how often workers began on this run; `diverged`, the epoch whose loss is not finite, or None;
+        `no_gpu`, whether nothing was trained, as a rank sees no GPU though `gpus_per_worker` asks for one.
     """
     config = configuration.build(TrainConfig, job["config"])
     logs.adopt(job["told"])
@@ -45,6 +48,10 @@ def train_worker(job: dict[str, Any]) -> dict[str, Any]:
     rank, ranks = context.get_world_rank(), context.get_world_size()
     _set_up(config, rank, logging.WARNING if job["quiet"] else logging.INFO)
     attempts = _count_attempt(job["folder"]) if rank == 0 else 0
+    devices = tf.config.list_physical_devices("GPU")
+    if config.gpus_per_worker and _any_lacks_gpu(job["folder"], rank, lacks=not devices):
+        return {"attempts": attempts, "diverged": None, "no_gpu": True}
+    logger.info("rank %d of %d computes in %s on %s", rank, ranks, config.mixed_precision, _told(config, devices))
     with (
         Watchdog(config.hang_timeout_s) as watchdog,
         tempfile.TemporaryDirectory(prefix="rayseg-outputs-") as outputs,
@@ -58,7 +65,7 @@ def train_worker(job: dict[str, Any]) -> dict[str, Any]:
         else:
             logger.info("rank %d goes on after epoch %d", rank, state.epoch)
         diverged = _Run(config, learner, state, job, Path(outputs)).to_the_end(watchdog)
-    return {"attempts": attempts, "diverged": diverged}
+    return {"attempts": attempts, "diverged": diverged, "no_gpu": False}
 
 
 class _Run:
@@ -143,6 +150,23 @@ def _set_up(config: TrainConfig, rank: int, level: int) -> None:
     tf.config.threading.set_intra_op_parallelism_threads(threads)
     tf.config.threading.set_inter_op_parallelism_threads(threads)
     keras.utils.set_random_seed(config.seed)
+
+
+def _any_lacks_gpu(folder: str, rank: int, lacks: bool) -> bool:
+    """Whether any rank has no GPU; the same on all ranks, so that none waits for another one."""
+    uri = storage.join(folder, NO_GPU_FILE)
+    if lacks:
+        storage.write_json(uri, {"rank": rank})
+    barrier()
+    return storage.exists(uri)
+
+
+def _told(config: TrainConfig, devices: list[Any]) -> str:
+    """What it computes on, in words."""
+    if not devices:
+        return f"the CPU, {max(1, int(config.cpus_per_worker))} threads"
+    names = (tf.config.experimental.get_device_details(one).get("device_name", "a GPU") for one in devices)
+    return ", ".join(map(str, names))
 
 
 def _count_attempt(folder: str) -> int:

@@ -30,7 +30,7 @@ from rayseg.models.network import portable
 from rayseg.tracking import bundle, registry, runs
 from rayseg.training import cases, journal, record, start
 from rayseg.training.callbacks import BEST_FILE
-from rayseg.training.loop import ATTEMPTS_FILE, train_worker
+from rayseg.training.loop import ATTEMPTS_FILE, NO_GPU_FILE, train_worker
 from rayseg.training.settings import TrainConfig, TrainResult, Trial
 from rayseg.training.state import State
 
@@ -55,7 +55,7 @@ def fit(config: TrainConfig, trial: Trial | None = None, callbacks: Sequence[Use
     Raises:
         ValueError: no prepared set, a patient in two splits, no rows to train or validate on, sizes that do not fit
             the network, weights to start from that do not, a run to reproduce that is not there or had other data,
-            workers that the cluster could never hold, or a loss that is not finite.
+            workers that the cluster could never hold, GPUs that TensorFlow does not see, or a loss that is not finite.
         RuntimeError: workers failed more often than `max_failures`, or MLflow does not answer; the same job started
             again goes on.
     """
@@ -145,6 +145,7 @@ def _train(
     config: TrainConfig, folder: str, run_id: str, trial: Trial | None, callbacks: Sequence[UserCallback]
 ) -> int:
     """Runs the workers, who leave their checkpoints in the folder; returns how often they began."""
+    storage.delete(storage.join(folder, NO_GPU_FILE))  # of an earlier start
     files, path = storage.filesystem(config.storage, retry.ATTEMPTS)
     trainer = TensorflowTrainer(
         train_worker,
@@ -178,6 +179,12 @@ def _train(
             "again goes on from the last checkpoint"
         ) from error
     returned: dict[str, Any] = result.return_value
+    if returned["no_gpu"]:
+        raise ValueError(
+            f"train.gpus_per_worker: {config.gpus_per_worker:g} is asked for, and in a worker to which Ray gave one "
+            "TensorFlow sees no GPU: install the GPU build on the GPU nodes (the extra gpu in place of cpu), see that "
+            "nvidia-smi lists the GPU there, or train on CPUs with gpus_per_worker=0"
+        )
     if returned["diverged"] is not None:
         raise ValueError(
             f"train.learning_rate: the loss is not finite in epoch {returned['diverged']}; a lower rate than "
