@@ -55,6 +55,7 @@ ALLOWED = [
         Allowed("prepared/split=*/*.parquet", URIS, column, (PLACES,))
         for column in ("uri", "masks.uri", "neighbours.uri", "metadata rayseg.shard")
     ),
+    Allowed("manifest.masks-without-image.parquet", URIS, "uri", (PLACES,)),
     Allowed("prepared/rejects.parquet", URIS, "uri", (PLACES,)),
     Allowed("*/rejects/*.parquet", URIS, "uri", (PLACES,)),
 ]
@@ -496,7 +497,8 @@ def test_nothing_written_holds_an_identity(watched: Watched) -> None:
 def test_what_must_carry_them_does(watched: Watched) -> None:
     """So the search looks at files in which canaries can be found."""
     found = {leak.path.split("/")[0] for leak in Search(watched.canaries).folder(watched.out)}
-    assert found == {"segmentations", "manifest.parquet", "prepared", "bulk"}
+    tables = {"manifest.parquet", "manifest.masks-without-image.parquet"}
+    assert found == {"segmentations", "prepared", "bulk", *tables}
 
 
 def lines(path: Path) -> Iterator[dict[str, Any]]:
