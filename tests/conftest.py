@@ -15,6 +15,7 @@ os.environ.update(
     MLFLOW_DISABLE_TELEMETRY="true",
     DO_NOT_TRACK="true",
     TF_CPP_MIN_LOG_LEVEL="3",
+    TF_ENABLE_ONEDNN_OPTS="1",  # as `rayseg` has it: tests may import TensorFlow first
     RAYSEG_PSEUDONYM_KEY="a key for tests only",
     RAYSEG_DICOMWEB_USER="tests",  # of the Orthanc that tests start: processes of the Ray cluster know it, too
     RAYSEG_DICOMWEB_PASSWORD="a password for tests only",

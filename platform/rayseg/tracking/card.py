@@ -167,7 +167,7 @@ def add_evaluation(tracking_uri: str, version: ModelVersion, evaluation: Evaluat
 def render(card: Card) -> str:
     """The card as Markdown of at most MAX_DESCRIPTION characters: as much of `whole` as a registry's column holds.
 
-    Tables of subgroups go first, then those of classes, then settings; the card says so.
+    Tables of subgroups go first, then validation by class, settings, and scores by class; the card says so.
     """
     text = whole(card)
     for shorter in _shortened(card):
@@ -182,10 +182,11 @@ def _shortened(card: Card) -> Iterator[Card]:
     card = replace(card, evaluations=tuple(replace(one, groups=[]) for one in card.evaluations))
     yield card
     of_all_classes = {name: value for name, value in card.validation.items() if name.count("/") == 1}
-    evaluations = tuple(replace(one, classes={}) for one in card.evaluations)
-    card = replace(card, validation=of_all_classes, evaluations=evaluations)
+    card = replace(card, validation=of_all_classes)
     yield card
-    yield replace(card, preprocess={}, label_settings={}, model={})
+    card = replace(card, preprocess={}, label_settings={}, model={})
+    yield card
+    yield replace(card, evaluations=tuple(replace(one, classes={}) for one in card.evaluations))
 
 
 def whole(card: Card) -> str:
