@@ -200,7 +200,8 @@ class _Making:
         data = self._of_series(profile)
         if isinstance(data, Reject):
             return data
-        warning = exports.nifti_warning(self._placed) if (series.kind, profile) == ("dicom", "nifti") else None
+        ours = profile == "nifti" and series.volume is None  # its grid, and not a NIfTI source's own header
+        warning = exports.nifti_warning(self._placed) if ours else None
         self.files.append(File(profile, f"{series.series_key}{_SUFFIXES[profile]}", data, warning))
         return None
 
