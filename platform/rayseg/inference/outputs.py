@@ -111,7 +111,7 @@ def lacking(
         return None
     if profile in DICOM:
         if kind != "dicom":
-            return Reject(Reason.NOT_DICOM, "a DICOM file refers to DICOM instances, and this is an image file")
+            return Reject(Reason.NOT_DICOM, "a DICOM file refers to DICOM instances, and this is none")
         if profile in SEGMENTATIONS:
             return None
         about = [reject for name, reject in before.items() if name in SEGMENTATIONS]
