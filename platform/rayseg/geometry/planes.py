@@ -113,3 +113,8 @@ def tolerance_mm(geometry: Geometry) -> float:
     """How far apart the corners may lie where two grids are one, rounding in the attributes being the rest."""
     assert geometry.pixel_spacing_mm is not None
     return _SAME_PLACE * min(geometry.pixel_spacing_mm)
+
+
+def same_position_mm(spacing_mm: Sequence[float]) -> float:
+    """Slices of such pixels that are closer along their normal lie at one position: less in microscopy."""
+    return min(SAME_POSITION_MM, _SAME_PLACE * min(spacing_mm))
