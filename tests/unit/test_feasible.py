@@ -313,3 +313,14 @@ def test_the_ledger_warns_of_a_sheared_nrrd_too(tmp_path: Path, predictor: Predi
         np.testing.assert_allclose(
             nib.Nifti1Image.from_bytes(gzip.decompress(written(row)["nifti"][0])).affine, sheared
         )
+
+
+def test_dense_sections_of_a_tomograph_are_a_stack(tmp_path: Path, predictor: Predictor) -> None:
+    """As of the retina: 512 sections over 3 mm, 6 micrometres apart, with pixels of 4 x 6."""
+    places = [{"ImagePositionPatient": [0, 0, 0.006 * n], "PixelSpacing": ["0.004", "0.006"]} for n in range(4)]
+    files = series(*(ct(n, SliceThickness="0.006", **values) for n, values in enumerate(places)))
+    (row,) = segmented(cataloged(tmp_path, files), task(tmp_path, ("seg", "report", "nifti", "stl")), predictor)
+    assert (row["verdict"], row["slices"], row["not_made"]) == ("segmented", 4, [])
+    assert row["volume_ml"] == pytest.approx(row["foreground_pixels"] * 4 * 6 * 6 * 1e-12)
+    measures = pydicom.dcmread(io.BytesIO(written(row)["seg"][0])).SharedFunctionalGroupsSequence[0]
+    assert float(measures.PixelMeasuresSequence[0].SpacingBetweenSlices) == pytest.approx(0.006)

@@ -32,6 +32,7 @@ from rayseg.records import MANIFEST, Reason
 from serving.upload import Limits, arrange
 from tests.unit.conftest import item
 from tests.unit.mr_images import GE, PHILIPS, SIEMENS, UIH, headers, image
+from tests.unit.unread_archives import task
 
 HEIGHTS_MM = [-12.0, -7.0, -2.0, 3.0, 8.0]
 AXES = {"axial": ([1, 0, 0, 0, 1, 0], 2), "sagittal": ([0, 1, 0, 0, 0, -1], 0), "coronal": ([1, 0, 0, 0, 0, -1], 1)}
@@ -416,7 +417,8 @@ def test_an_archive_run_has_a_series_for_each_stack(tmp_path: Path) -> None:
     uri = str(tmp_path / "manifest.parquet")
     storage.write_table(uri, pa.Table.from_pylist(judged, schema=MANIFEST))
     kept: list[dict[str, Any]] = []
-    planned = plan.make(uri, None, lambda row: False, lambda unusable, rejects: kept.extend([*unusable, *rejects]))
+    of = task(tmp_path, ("seg",))
+    planned = plan.make(uri, of, lambda row: False, lambda unusable, rejects: kept.extend([*unusable, *rejects]))
     assert planned.series == list(dict.fromkeys(row["series_key"] for row in judged))
     slices = [len(plan.unpacked_series(cell)["uris"]) for cell in planned.todo]
     assert slices == [5, 5, 5]
