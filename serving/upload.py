@@ -26,15 +26,14 @@ from rayseg.geometry.grid import Geometry
 from rayseg.inference import volume
 from rayseg.records import Reason, Reject
 
-# It warns of each wrong byte, and what a client sends is no log's business.
-logging.getLogger("python_multipart").setLevel(logging.ERROR)
+# It tells of each wrong byte and bad form, and what a client sends is no log's business.
+logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
 
 FORM, ZIP = "multipart/form-data", "application/zip"
 _FIELD = b"file"
 _ZIP_MAGIC, _ZIP_ENTRY = b"PK\x03\x04", b"PK\x01\x02"
 _STEP = 1 << 20
 _SHOWN_STACKS = 5  # of a series of several
-logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # it would tell of each bad form, byte by byte
 
 
 @dataclass(frozen=True)

@@ -67,9 +67,13 @@ def build(config_class: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
         # Where several types are allowed, what is wrong is told best by the one that fits furthest.
         first = max(error.errors(include_url=False), key=lambda found: len(found["loc"]))
         # The names of such types, `Window` or `tuple[...]`, stand between the keys.
-        key = ".".join(str(part) for part in first["loc"] if re.fullmatch(r"[a-z0-9_]+", str(part))) or "(top level)"
-        given = "" if first["type"] == "missing" else f", got {first['input']!r}"
-        raise ValueError(f"config key {key}: {first['msg'].removeprefix('Value error, ')}{given}") from None
+        key = ".".join(str(part) for part in first["loc"] if re.fullmatch(r"[a-z0-9_]+", str(part)))
+        text = first["msg"].removeprefix("Value error, ")
+        of_group = first["type"] == "value_error" and isinstance(first["input"], dict)  # says itself what is wrong
+        if of_group and not key:
+            raise ValueError(text) from None
+        given = "" if of_group or first["type"] == "missing" else f", got {first['input']!r}"
+        raise ValueError(f"config key {key or '(top level)'}: {text}{given}") from None
     except TypeError as error:
         raise ValueError(f"config: a value is not plain YAML data: {error}") from None
 

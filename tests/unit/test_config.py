@@ -77,6 +77,13 @@ def test_a_wrong_recipe_is_one_line_that_names_the_key(tmp_path, text, overrides
     assert "\n" not in str(error.value)
 
 
+def test_what_a_group_finds_wrong_is_told_without_the_whole_group():
+    with pytest.raises(ValueError, match=r"^width must be at least 1$"):
+        config.build(Window, {"center": 1.0, "width": 0.0})
+    with pytest.raises(ValueError, match=r"^config key window: width must be at least 1$"):
+        config.build(Stage, {"output": "o", "window": {"center": 1.0, "width": 0.0}})
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"nowhere\.yaml: no such file"):
         config.load(Stage, "train", tmp_path / "nowhere.yaml")

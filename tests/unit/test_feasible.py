@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import nibabel as nib
+import nrrd
 import numpy as np
 import pydicom
 import pytest
@@ -295,3 +296,31 @@ def test_the_ledger_warns_of_a_volume_that_itk_refuses(tmp_path: Path, predictor
     even = series(*(ct(n) for n in range(4)))
     (row,) = segmented(cataloged(tmp_path / "b", even), task(tmp_path / "b", ("nifti", "nifti-upright")), predictor)
     assert row["detail"] is None
+
+
+def test_the_ledger_warns_of_a_sheared_nrrd_too(tmp_path: Path, predictor: Predictor) -> None:
+    """Its mask is a file of ours; that of a NIfTI has the header of the image, which its readers know already."""
+    header = {"space": "LPS", "space directions": [[1, 0, 0], [0, 1, 0], [0, 1.5, 3]], "space origin": [1, 2, 3]}
+    nrrd.write(str(tmp_path / "a.nrrd"), np.full((32, 24, 5), 100, np.int16), header)
+    sheared = np.array([[-1, 0, 0, -1], [0, -1, -1.5, -2], [0, 0, 3, 3], [0, 0, 0, 1]])
+    image = nib.Nifti1Image(np.full((32, 24, 5), 100, np.int16), sheared)
+    files = {"a.nrrd": (tmp_path / "a.nrrd").read_bytes(), "b.nii": image.to_bytes()}
+    ours, theirs = segmented(cataloged(tmp_path, files), task(tmp_path, ("nifti", "nifti-upright")), predictor)
+    assert [len(row["outputs"]) for row in (ours, theirs)] == [2, 2]
+    assert "nifti-upright" in (ours["detail"] or "")
+    assert theirs["detail"] is None
+    for row in (ours, theirs):
+        np.testing.assert_allclose(
+            nib.Nifti1Image.from_bytes(gzip.decompress(written(row)["nifti"][0])).affine, sheared
+        )
+
+
+def test_dense_sections_of_a_tomograph_are_a_stack(tmp_path: Path, predictor: Predictor) -> None:
+    """As of the retina: 512 sections over 3 mm, 6 micrometres apart, with pixels of 4 x 6."""
+    places = [{"ImagePositionPatient": [0, 0, 0.006 * n], "PixelSpacing": ["0.004", "0.006"]} for n in range(4)]
+    files = series(*(ct(n, SliceThickness="0.006", **values) for n, values in enumerate(places)))
+    (row,) = segmented(cataloged(tmp_path, files), task(tmp_path, ("seg", "report", "nifti", "stl")), predictor)
+    assert (row["verdict"], row["slices"], row["not_made"]) == ("segmented", 4, [])
+    assert row["volume_ml"] == pytest.approx(row["foreground_pixels"] * 4 * 6 * 6 * 1e-12)
+    measures = pydicom.dcmread(io.BytesIO(written(row)["seg"][0])).SharedFunctionalGroupsSequence[0]
+    assert float(measures.PixelMeasuresSequence[0].SpacingBetweenSlices) == pytest.approx(0.006)

@@ -59,3 +59,17 @@ def test_an_error_names_its_job_once(capsys: pytest.CaptureFixture[str], text: s
     with pytest.raises(SystemExit):
         job.run("train", Config, refuse, ["--set", "output=ab"])
     assert capsys.readouterr().err.strip() == line
+
+
+@dataclass(frozen=True)
+class Refusing:
+    output: str
+
+    def __post_init__(self) -> None:
+        raise ValueError("train.output: no place for results")
+
+
+def test_a_wrong_section_is_named_once_and_not_quoted(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        job.run("train", Refusing, double, ["--set", "output=ab"])
+    assert capsys.readouterr().err.splitlines()[-1] == "train.output: no place for results"

@@ -152,6 +152,20 @@ def test_volumes_of_other_formats_have_a_mask_in_their_place(tmp_path: Path, pre
     assert mask.get_fdata().sum() == 240
 
 
+@pytest.mark.parametrize("unit", ["mm", "micron"])
+def test_slices_of_a_microscope_are_not_at_one_position(tmp_path: Path, predictor: Predictor, unit: str) -> None:
+    """Voxels of 4 x 5 x 6 micrometres; the surface is in millimetres."""
+    values = np.full((SIDE, SIDE, SLICES), 5, np.int16)
+    values[20:30, 40:45, 2:5] = 100
+    scale = 1 if unit == "micron" else 1e-3
+    image = nib.Nifti1Image(values, np.diag([-4 * scale, -5 * scale, 6 * scale, 1]))
+    image.header.set_xyzt_units(unit)
+    _, row = mask_of(tmp_path, image.to_bytes(), predictor)
+    assert row["volume_ml"] == pytest.approx(150 * 4 * 5 * 6 * 1e-12, rel=1e-5)
+    surface = trimesh.load(io.BytesIO(written(row)["stl"][0]), file_type="stl")
+    np.testing.assert_allclose(surface.bounds * 1000, [[78, 197.5, 9], [118, 222.5, 27]], atol=0.01)
+
+
 @pytest.mark.parametrize("form", [nib.Nifti1Image, nib.Nifti2Image])
 def test_texts_extensions_and_scale_are_not_taken_over(tmp_path: Path, predictor: Predictor, form: type) -> None:
     image = stored("RAS", form)

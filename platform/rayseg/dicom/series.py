@@ -72,8 +72,9 @@ def verdict(headers: Sequence[Header]) -> SeriesVerdict:
     along_mm = planes.along_mm(positions_mm, orientation)
     ascending = np.argsort(along_mm, kind="stable")
     steps_mm = np.diff(along_mm[ascending])
-    if (steps_mm < planes.SAME_POSITION_MM).any():
-        detail = _of_duplicates(steps_mm < planes.SAME_POSITION_MM)
+    same = steps_mm < planes.same_position_mm(headers[kept[0]].geometry.pixel_spacing_mm)
+    if same.any():
+        detail = _of_duplicates(same)
         return SeriesVerdict("rejected", Reason.SERIES_DUPLICATES, detail, [], None)
     outcome: Literal["ok", "salvaged"] = "salvaged" if notes else "ok"
     notes += _findings(positions_mm[ascending], steps_mm)

@@ -99,13 +99,14 @@ class _Slices:
         """None where each group, if any, and all together are one stack already."""
         places, stacks, several, start = [], 0, 0, 0
         for group in groups:
-            orientation = headers[group[0]].geometry.image_orientation
+            first = headers[group[0]].geometry
+            orientation, apart_mm = first.image_orientation, planes.same_position_mm(first.pixel_spacing_mm)
             assert orientation is not None
             positions_mm = np.array([headers[index].geometry.image_position_mm for index in group], np.float64)
             along_mm = planes.along_mm(positions_mm, orientation)
             order = np.argsort(along_mm, kind="stable")
             place = np.empty(len(group), np.int64)
-            place[order] = np.cumsum(np.diff(along_mm[order], prepend=-np.inf) >= planes.SAME_POSITION_MM) - 1
+            place[order] = np.cumsum(np.diff(along_mm[order], prepend=-np.inf) >= apart_mm) - 1
             places.append(place + start)
             start += int(place.max()) + 1
             stacks += int(np.bincount(place).max())

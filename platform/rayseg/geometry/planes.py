@@ -63,7 +63,7 @@ def distance_mm(distances_mm: Sequence[float] | np.ndarray, tolerance_mm: float)
     """
     along = np.sort(np.asarray(distances_mm, np.float64))
     steps_mm = np.diff(along)
-    if not len(steps_mm) or steps_mm.min() < SAME_POSITION_MM:
+    if not len(steps_mm) or steps_mm.min() < min(SAME_POSITION_MM, tolerance_mm):
         return None
     counts = np.rint(steps_mm / np.quantile(steps_mm, 0.5, method="lower"))
     if counts.min() < 1:
@@ -113,3 +113,8 @@ def tolerance_mm(geometry: Geometry) -> float:
     """How far apart the corners may lie where two grids are one, rounding in the attributes being the rest."""
     assert geometry.pixel_spacing_mm is not None
     return _SAME_PLACE * min(geometry.pixel_spacing_mm)
+
+
+def same_position_mm(spacing_mm: Sequence[float] | None) -> float:
+    """Slices of such pixels that are closer along their normal lie at one position: less in microscopy."""
+    return SAME_POSITION_MM if spacing_mm is None else min(SAME_POSITION_MM, _SAME_PLACE * min(spacing_mm))

@@ -102,7 +102,7 @@ def places(geometries: Sequence[Geometry]) -> Places | Reject:
     order, along_mm = planes.in_order(positions_mm, orientation)
     positions_mm = positions_mm[order]
     if len(known) > 1:
-        if np.diff(along_mm).min() < planes.SAME_POSITION_MM:
+        if np.diff(along_mm).min() < planes.same_position_mm(spacing_mm):
             return Reject(Reason.SERIES_DUPLICATES, "several slices at one position")
         beyond_mm = positions_mm[-1] - positions_mm[-2]
     elif geometries[0].slice_thickness_mm:

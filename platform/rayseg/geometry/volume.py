@@ -30,16 +30,16 @@ def volume_ml(foreground_pixels: Sequence[int], geometries: Sequence[Geometry]) 
 
 def voxels_mm3(geometries: Sequence[Geometry]) -> np.ndarray | None:
     """The volume that a pixel of each slice stands for, float64 (slices,), as `volume_ml` has it; None likewise."""
-    widths_mm = None if any(one.pixel_spacing_mm is None for one in geometries) else _widths_mm(geometries)
+    spacings_mm = [one.pixel_spacing_mm for one in geometries if one.pixel_spacing_mm is not None]
+    widths_mm = _widths_mm(geometries, min(spacings_mm)) if len(spacings_mm) == len(geometries) else None
     if widths_mm is None:
         return None
-    spacings_mm = [one.pixel_spacing_mm for one in geometries if one.pixel_spacing_mm is not None]
     areas_mm2: np.ndarray = np.prod(np.array(spacings_mm, float), axis=1)
     return areas_mm2 * widths_mm
 
 
-def _widths_mm(geometries: Sequence[Geometry]) -> np.ndarray | None:
-    """How much of the normal each slice stands for."""
+def _widths_mm(geometries: Sequence[Geometry], spacing_mm: tuple[float, float]) -> np.ndarray | None:
+    """How much of the normal each slice, of pixels of that size, stands for."""
     if len(geometries) == 1:
         thickness_mm = geometries[0].slice_thickness_mm
         return np.array([thickness_mm]) if thickness_mm else None
@@ -54,7 +54,7 @@ def _widths_mm(geometries: Sequence[Geometry]) -> np.ndarray | None:
         return None
     order, along_mm = planes.in_order([position for position, _ in places], places[0][1])
     distances_mm = np.diff(along_mm)
-    if distances_mm.min() < planes.SAME_POSITION_MM:
+    if distances_mm.min() < planes.same_position_mm(spacing_mm):
         return None
     below_mm = np.concatenate([distances_mm[:1], distances_mm])
     above_mm = np.concatenate([distances_mm, distances_mm[-1:]])

@@ -111,7 +111,7 @@ def lacking(
         return None
     if profile in DICOM:
         if kind != "dicom":
-            return Reject(Reason.NOT_DICOM, "a DICOM file refers to DICOM instances, and this is an image file")
+            return Reject(Reason.NOT_DICOM, "a DICOM file refers to DICOM instances, and this is none")
         if profile in SEGMENTATIONS:
             return None
         about = [reject for name, reject in before.items() if name in SEGMENTATIONS]
@@ -200,7 +200,8 @@ class _Making:
         data = self._of_series(profile)
         if isinstance(data, Reject):
             return data
-        warning = exports.nifti_warning(self._placed) if (series.kind, profile) == ("dicom", "nifti") else None
+        ours = profile == "nifti" and series.volume is None  # its grid, and not a NIfTI source's own header
+        warning = exports.nifti_warning(self._placed) if ours else None
         self.files.append(File(profile, f"{series.series_key}{_SUFFIXES[profile]}", data, warning))
         return None
 
