@@ -25,6 +25,8 @@ from rayseg.data.labels import Labels
 from rayseg.data.masks import read_mask, truth
 from rayseg.data.preprocess import Preprocess
 from rayseg.records import Reason, Reject
+from tests.unit import test_contours, test_mask_places, test_segments
+from tests.unit.structures import structure_set
 
 VALUES = np.array([[0, 1, 2], [127, 128, 255]], np.uint8)
 
@@ -216,3 +218,39 @@ def test_a_declared_size_over_the_limit_is_refused_before_decoding(side: int) ->
     many = read_mask(dicom(VALUES, Rows=9_000, Columns=9_000))
     assert isinstance(many, Reject)
     assert many.reason == Reason.TOO_LARGE
+
+
+@pytest.mark.parametrize("kind", ["BINARY", "FRACTIONAL", "LABELMAP"])
+def test_a_threshold_of_greys_says_nothing_of_segments(kind: str) -> None:
+    planes = test_segments.PLANES
+    data = test_segments.other_maker(kind, planes if kind != "LABELMAP" else test_segments.EXPECTED.astype(np.uint8))
+    either = {"Bleed": "lesion", "Stroke": "lesion"}
+    for labels in (Labels(threshold=127), Labels(threshold=127, sources=either)):
+        for number in (1, 2):
+            classes = test_segments.classes_of(data, number, labels)
+            assert np.array_equal(classes, planes[number].any(axis=-1))
+
+
+def test_a_threshold_of_greys_says_nothing_of_contours() -> None:
+    square = test_contours.drawn([(1.5, 2.5), (1.5, 6.5), (4.5, 6.5), (4.5, 2.5)], 1)
+    data = structure_set(test_contours.SOURCES, {"Liver": [square]})
+    inside = np.zeros(test_contours.SHAPE)
+    inside[2:5, 3:7] = 1
+    classes = truth([(data, None)], test_contours.SHAPE, Labels(threshold=127), test_contours.HEADERS[1])
+    assert np.array_equal(classes, inside)
+
+
+def test_numbers_of_volumes_and_segments_are_no_colours() -> None:
+    labels = Labels(colors={"#ffffff": "lesion"})
+    volume = test_mask_places.stored(
+        (0, 1, 2), (False,) * 3, test_mask_places.MASK.transpose(2, 1, 0), test_mask_places.affine_lps()
+    )
+    shape = test_mask_places.MASK.shape[1:]
+    segments = test_segments.other_maker("BINARY", test_segments.PLANES)
+    for found in (
+        truth([(volume, None)], shape, labels, test_mask_places.HEADERS[1]),
+        truth([(segments, None)], test_segments.EXPECTED.shape[1:], labels, test_segments.header(1)),
+    ):
+        assert isinstance(found, Reject)
+        assert found.reason == Reason.MASK_VALUES
+        assert "labels.colors" in found.detail
