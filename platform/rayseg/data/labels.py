@@ -97,9 +97,7 @@ class Labels:
         """
         if self.colors is not None:
             if not has_shades:
-                return Reject(
-                    Reason.MASK_VALUES, "labels.colors: the mask has numbers, which are no colours"
-                )
+                return Reject(Reason.MASK_VALUES, "labels.colors: the mask has numbers, which are no colours")
             colors = eight_bits(mask) if mask.ndim == 3 else np.repeat(mask[..., np.newaxis], 3, axis=2)
             named = {tuple(bytes.fromhex(color[1:])): self._index(name) for color, name in self.colors.items()}
             return _nearest(colors, {(0, 0, 0): 0} | named, _NOISE, "colour")
