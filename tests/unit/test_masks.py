@@ -254,3 +254,22 @@ def test_numbers_of_volumes_and_segments_are_no_colours() -> None:
         assert isinstance(found, Reject)
         assert found.reason == Reason.MASK_VALUES
         assert "labels.colors" in found.detail
+
+
+def test_a_dicom_image_with_a_palette_counts_by_the_colours_it_shows_or_by_its_indices() -> None:
+    indices = np.array([[0, 1, 2], [2, 1, 0]], np.uint8)
+    tables: dict[str, Any] = {}
+    for channel, entries in {"Red": [0, 255, 0], "Green": [0, 0, 0], "Blue": [0, 0, 255]}.items():
+        tables[f"{channel}PaletteColorLookupTableDescriptor"] = [3, 0, 8]
+        tables[f"{channel}PaletteColorLookupTableData"] = bytes([*entries, 0])
+    data = dicom(indices, PhotometricInterpretation="PALETTE COLOR", **tables)
+    for labels in (Labels(("a", "b")), Labels(("a", "b"), colors={"#ff0000": "a", "#0000ff": "b"})):
+        assert np.array_equal(truth([(data, None)], indices.shape, labels), indices)
+    assert np.array_equal(truth([(data, None)], indices.shape, Labels(threshold=127)), indices > 0)
+
+
+def test_a_dicom_image_of_one_bit_is_black_and_white_or_0_and_1() -> None:
+    bits = np.array([[0, 1, 1], [1, 1, 0]], np.uint8)
+    data = dicom(bits, BitsStored=1, HighBit=0)
+    for labels in (Labels(threshold=127), Labels(colors={"#ffffff": "lesion"}), Labels(values={1: "lesion"})):
+        assert np.array_equal(truth([(data, None)], bits.shape, labels), bits)

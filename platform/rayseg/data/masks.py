@@ -122,7 +122,7 @@ def read_mask(
         sop_class = str(parsed.dataset.get("SOPClassUID", ""))
         if sop_class == contours.SOP_CLASS or sop_class in segments.SOP_CLASSES:
             return _of_segmentation(parsed.data, sop_class, by_value, header, missing_mask)
-        return _of_dicom(parsed, source, frame)
+        return _of_dicom(parsed, source, by_value, frame)
     except Exception as error:  # pydicom's decoders raise a dozen types on bad bytes
         return Reject(Reason.DECODE_FAILED, f"mask: {type(error).__name__}")
 
@@ -141,9 +141,9 @@ def _of_image(data: bytes, source: str | None, by_value: bool) -> list[Layer] | 
     return [Layer(values, source, lossy)]
 
 
-def _of_dicom(parsed: Parsed, source: str | None, frame: int | None) -> list[Layer] | Reject:
+def _of_dicom(parsed: Parsed, source: str | None, by_value: bool, frame: int | None) -> list[Layer] | Reject:
     """Stored values: neither rescaled nor inverted nor padded, which all are about showing an image."""
-    values = read_stored(parsed, frame)
+    values = read_stored(parsed, frame, shown=not by_value)
     if isinstance(values, Reject):
         reason = Reason.MASK_MISMATCH if values.reason == Reason.UNSUPPORTED_MULTIFRAME else values.reason
         return Reject(reason, f"mask: {values.detail}" if values.detail else "mask")

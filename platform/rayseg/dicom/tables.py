@@ -1,4 +1,4 @@
-"""Look-up tables from stored values to grey ones: palettes, as the luminance of their colours, and modality LUTs."""
+"""Look-up tables from stored values: palettes to colours or their luminance, and modality LUTs to grey values."""
 
 import struct
 
@@ -16,7 +16,13 @@ _MAX_BITS = 16  # of stored values: a table of 65,536 entries
 
 
 def palette(dataset: Dataset, elements: Elements, bits_stored: int, signed: bool) -> np.ndarray | Reject:
-    """The luminance of each stored value's colour (PS3.3 C.7.6.3.1.5, segmented tables C.7.9.2): uint8 or uint16."""
+    """The luminance of each stored value's colour, uint8 or uint16; see `colours`."""
+    table = colours(dataset, elements, bits_stored, signed)
+    return table if isinstance(table, Reject) else luminance(table)
+
+
+def colours(dataset: Dataset, elements: Elements, bits_stored: int, signed: bool) -> np.ndarray | Reject:
+    """Each stored value's colour (PS3.3 C.7.6.3.1.5, segmented tables C.7.9.2): uint8 or uint16 (values, 3)."""
     for colour in _COLOURS:
         name = f"{colour}PaletteColorLookupTable"
         if not elements.has(f"{name}Descriptor"):
@@ -35,7 +41,7 @@ def palette(dataset: Dataset, elements: Elements, bits_stored: int, signed: bool
         if table is None:
             return Reject(Reason.UNSUPPORTED_PIXELS, f"{name}Data has fewer entries than {name}Descriptor says")
         tables.append(table)
-    return luminance(np.stack(tables, axis=-1))
+    return np.stack(tables, axis=-1)
 
 
 def _of_segments(dataset: Dataset, values: np.ndarray, signed: bool) -> np.ndarray | Reject:
@@ -47,10 +53,9 @@ def _of_segments(dataset: Dataset, values: np.ndarray, signed: bool) -> np.ndarr
     if bits == 8 and entries > 2**8:  # pydicom counts the entries in a byte
         return Reject(Reason.UNSUPPORTED_PIXELS, "RedPaletteColorLookupTableDescriptor: entries of 8 bits in segments")
     try:
-        colours = apply_color_lut(np.clip(values, first, first + entries - 1), dataset)[..., :3]
+        return apply_color_lut(np.clip(values, first, first + entries - 1), dataset)[..., :3]
     except Exception as error:
         return Reject(Reason.UNSUPPORTED_PIXELS, f"SegmentedRedPaletteColorLookupTableData: {type(error).__name__}")
-    return luminance(colours)
 
 
 def modality(dataset: Dataset, bits_stored: int, signed: bool) -> np.ndarray | Reject | None:
