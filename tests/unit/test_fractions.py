@@ -11,7 +11,7 @@ import pytest
 from rayseg.data.labels import Labels
 from rayseg.data.masks import truth
 from rayseg.data.preprocess import Preprocess, Window
-from rayseg.dicom import volumes as volume_files
+from rayseg.dicom import nifti
 from rayseg.dicom.reading import Slice, read_slice
 from rayseg.evaluation.panes import png
 from rayseg.records import Reason, Reject
@@ -152,7 +152,7 @@ def test_wide_integers_keep_their_values(dtype: str, low: int, high: int, order:
     random = np.random.default_rng(3)
     values = random.integers(low, high, SHAPE, dtype=dtype, endpoint=True)
     values[0, 0, 0], values[1, 0, 0] = low, high
-    stored, slope, intercept = volume_files.image(file(values.astype(np.dtype(dtype).newbyteorder(order))))  # type: ignore[misc]
+    stored, slope, intercept = nifti.image(file(values.astype(np.dtype(dtype).newbyteorder(order))))  # type: ignore[misc]
     assert stored.dtype == np.int32
     assert slope == 1.0
     exact = [int(value) + int(intercept) for value in stored[0].ravel()]
@@ -176,7 +176,7 @@ def test_labels_of_every_type_are_integers_after_slope_and_intercept(
     stored = marks if scaled is None else (marks - intercept) / slope
     if scaled is None:
         intercept = 0.0
-    found = volume_files.labels(file(np.rint(stored).astype(dtype), slope, intercept))
+    found = nifti.labels(file(np.rint(stored).astype(dtype), slope, intercept))
     assert isinstance(found, np.ndarray)
     assert found.dtype.kind in "iu"
     assert np.array_equal(found, marks.transpose(2, 1, 0))
@@ -207,7 +207,7 @@ def test_memory_is_no_multiple_of_the_volume() -> None:
     datas = [file(values), gzip.compress(file(values), 1), file(values.astype(np.float64))]
     for data, most in zip(datas, (1.3, 2.5, 1.4), strict=True):
         tracemalloc.start()
-        found = volume_files.image(data)
+        found = nifti.image(data)
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         assert not isinstance(found, Reject)

@@ -15,7 +15,7 @@ from rayseg.data.labels import Labels
 from rayseg.data.masks import truth
 from rayseg.data.preprocess import Preprocess
 from rayseg.data.samples import make
-from rayseg.dicom import nifti, volumes
+from rayseg.dicom import nifti
 from rayseg.dicom.reading import Slice, read_slice, read_slices
 from rayseg.records import Reason, Reject
 
@@ -54,7 +54,7 @@ def encoded(
 
 
 def slices_of(data: bytes) -> list[np.ndarray]:
-    volume = volumes.read_volume(data)
+    volume = nifti.read_volume(data)
     assert isinstance(volume, nifti.Volume), volume
     found = list(read_slices(data, range(volume.slices)))
     assert all(isinstance(slice, Slice) for slice in found), found
@@ -89,7 +89,7 @@ def test_in_whatever_order_the_axes_are_stored_the_slices_and_their_places_are_t
     data = encoded(*stored(axes, flips))
     found = slices_of(data)
     assert len(found) == SHAPE[2]
-    volume = volumes.read_volume(data)
+    volume = nifti.read_volume(data)
     assert isinstance(volume, nifti.Volume)
     for index, plane in enumerate(found):
         assert np.array_equal(plane, TRUE[:, :, index].T)  # rows to the back, columns to the left
@@ -116,7 +116,7 @@ def test_a_marked_voxel_of_a_tilted_volume_comes_back_at_the_place_that_the_affi
         marked[corner] = 1
         data = encoded(marked, affine)
         expected = np.diag([-1, -1, 1, 1]) @ affine @ (*corner, 1)
-        volume = volumes.read_volume(data)
+        volume = nifti.read_volume(data)
         assert isinstance(volume, nifti.Volume)
         ((index, row, column),) = np.argwhere(slices_of(data))
         place = volume.place(int(index))
@@ -132,7 +132,7 @@ def test_a_quaternion_says_the_place_where_no_affine_does() -> None:
     half = math.sqrt(0.5)
     # By nifti1.h: b = c = 0 and d = sqrt(1/2) turn by 90 degrees about z, so i runs to the front and j to the left.
     data = encoded(values, qform=(0, 0, half, 1, 2, 3), spacing=SPACING)
-    volume = volumes.read_volume(data)
+    volume = nifti.read_volume(data)
     assert isinstance(volume, nifti.Volume)
     assert np.array_equal(slices_of(data)[1], values[::-1, :, 1])
     assert volume.place(0)["pixel_spacing_mm"] == pytest.approx([SPACING[0], SPACING[1]])
@@ -265,7 +265,7 @@ def test_nibabel_agrees_about_values_and_places() -> None:
         read = form.from_bytes(data)
         closest = nibabel.as_closest_canonical(read)  # right, front, head
         expected = closest.get_fdata()[::-1, ::-1]
-        volume = volumes.read_volume(data)
+        volume = nifti.read_volume(data)
         assert isinstance(volume, nifti.Volume)
         for index, plane in enumerate(slices_of(data)):
             assert np.array_equal(plane, expected[:, :, index].T)

@@ -14,7 +14,7 @@ import SimpleITK
 
 from rayseg.data import manifest
 from rayseg.data.layouts import Layout
-from rayseg.dicom import nifti, volumes
+from rayseg.dicom import nifti
 from rayseg.dicom.pseudonyms import Pseudonyms
 from rayseg.dicom.reading import Slice, read_slice, read_slices
 from rayseg.dicom.voxels import Volume
@@ -27,7 +27,7 @@ PSEUDONYMS = Pseudonyms(b"key")
 
 
 def volume_of(data: bytes) -> Volume:
-    volume = volumes.read_volume(data)
+    volume = nifti.read_volume(data)
     assert isinstance(volume, Volume), volume
     return volume
 

@@ -61,6 +61,23 @@ def read_header(data: bytes) -> Volume | Reject:
         return Reject(Reason.CORRUPT, f"MetaImage: {type(error).__name__}")
 
 
+def read_volume(data: bytes, number: int | None = None) -> Volume | Reject:
+    """The header of a file of one volume, or of several where `number`, from 0, chooses one."""
+    return voxels.chosen(read_header(data), number)
+
+
+@lru_cache(maxsize=1)  # its slices come one after the other
+def image(data: bytes, number: int = 0) -> tuple[np.ndarray, float, float] | Reject:
+    """Volume `number` of the file as `voxels.image` gives it."""
+    return voxels.image(data, read_volume(data, number), number)
+
+
+@lru_cache(maxsize=1)
+def labels(data: bytes) -> np.ndarray | Reject:
+    """A label volume as `voxels.labels` gives it."""
+    return voxels.labels(data, read_header(data))
+
+
 def _volume(fields: Mapping[str, str], start: int) -> Volume | Reject:
     sizes = [int(size) for size in fields["DimSize"].split()]
     axes = int(fields["NDims"])

@@ -1,11 +1,10 @@
 """Volumes of NIfTI, NRRD and MetaImage files by one interface; a file's first bytes say which of them it is."""
 
-from functools import lru_cache
 from types import ModuleType
 
 import numpy as np
 
-from rayseg.dicom import metaimage, nifti, nrrd, voxels
+from rayseg.dicom import metaimage, nifti, nrrd
 from rayseg.dicom.voxels import Volume
 from rayseg.records import Reject
 
@@ -17,30 +16,31 @@ def is_volume(data: bytes) -> bool:
 
 def read_header(data: bytes) -> Volume | Reject:
     """The header, from the file or its beginning, whatever the number of volumes; TRUNCATED where it goes on."""
-    form = _format(data)
-    assert form is not None, "`is_volume` is asked first"
-    header: Volume | Reject = form.read_header(data)
-    return header
+    return _of(data).read_header(data)
 
 
 def read_volume(data: bytes, number: int | None = None) -> Volume | Reject:
     """As `read_header`, but a file of several volumes is refused unless `number`, from 0, chooses one of them."""
-    return voxels.chosen(read_header(data), number)
+    return _of(data).read_volume(data, number)
 
 
-@lru_cache(maxsize=1)  # its slices come one after the other
 def image(data: bytes, number: int = 0) -> tuple[np.ndarray, float, float] | Reject:
     """Volume `number` of the file as (slices, rows, columns), rescale slope and intercept: see `voxels.image`.
 
     The last one is held.
     """
-    return voxels.image(data, read_volume(data, number), number)
+    return _of(data).image(data, number)
 
 
-@lru_cache(maxsize=1)
 def labels(data: bytes) -> np.ndarray | Reject:
     """A label volume as integers (slices, rows, columns), as `voxels.labels` gives it. The last one is held."""
-    return voxels.labels(data, read_header(data))
+    return _of(data).labels(data)
+
+
+def _of(data: bytes) -> ModuleType:
+    form = _format(data)
+    assert form is not None, "`is_volume` is asked first"
+    return form
 
 
 def _format(data: bytes) -> ModuleType | None:
