@@ -1,5 +1,7 @@
 """Colours, palettes, look-up tables, bitmaps and overlay bits: expected values by hand or from pydicom."""
 
+import shutil
+import subprocess
 import tracemalloc
 import zlib
 from collections.abc import Callable
@@ -9,6 +11,7 @@ from typing import Any
 import numpy as np
 import pydicom
 import pytest
+from PIL import Image
 from pydicom import uid
 from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
@@ -17,6 +20,7 @@ from pydicom.pixels import pack_bits
 from pydicom.tag import Tag
 
 from rayseg.data.preprocess import Preprocess
+from rayseg.dicom.pixels import luminance
 from rayseg.dicom.reading import Slice, read_slice, read_slices
 from rayseg.records import Reason, Reject
 
@@ -326,3 +330,38 @@ def test_overlay_bits_are_masked_and_signs_extended(
     dataset.add_new(0x60000100, "US", 16)
     dataset.add_new(0x60003000, "OW", b"\xff\xff")
     assert stored_of(as_file(dataset, syntax)).tolist() == values[0].tolist()
+
+
+@pytest.mark.skipif(shutil.which("dcmj2pnm") is None, reason="no dcmtk: apt-get install dcmtk")
+@pytest.mark.parametrize("entries", [300, 201, 4096])
+def test_palettes_of_bytes_have_any_number_of_entries(
+    tmp_path: Path, secondary: Callable[..., Dataset], as_file: AsFile, entries: int
+) -> None:
+    """More than 256, and an odd number, which is padded; dcmtk agrees."""
+    random = np.random.default_rng(entries)
+    palette = random.integers(0, 256, (entries, 3), np.uint8)
+    words = random.integers(0, entries + 200, (1, 32, 40)).astype(np.uint16)
+    dataset = with_palette(secondary(words, PhotometricInterpretation="PALETTE COLOR"), 0, palette)
+    for colour in ("Red", "Green", "Blue"):
+        element = dataset[f"{colour}PaletteColorLookupTableData"]
+        element.value += b"\0" * (entries % 2)
+    data = as_file(dataset)
+    (tmp_path / "palette.dcm").write_bytes(data)
+    subprocess.run(["dcmj2pnm", "+on", tmp_path / "palette.dcm", tmp_path / "shown.png"], check=True, timeout=60)
+    shown = np.asarray(Image.open(tmp_path / "shown.png").convert("RGB"))
+    assert np.array_equal(stored_of(data), luminance(shown))
+
+
+def test_segmented_palettes_of_big_endian_words(secondary: Callable[..., Dataset], as_file: AsFile) -> None:
+    """Values beyond the last entry show as it does, whatever fits into an entry."""
+    entries = COLOURS_HWC.reshape(-1, 3).astype(np.uint16) * 257
+    words = np.array([[[0, 10, 11, 12], [13, 14, 15, 300]]], np.uint16)
+    dataset = with_palette(secondary(words, PhotometricInterpretation="PALETTE COLOR"), 10, entries, segmented=True)
+    wanted = [[grey * 257 for grey in row] for row in ([76, 76, 150, 29], [255, 7, 124, 124])]
+    assert np.abs(stored_of(as_file(dataset)).astype(int) - wanted).max() <= 128  # rounded of 16 bits
+    for colour in ("Red", "Green", "Blue"):
+        element = dataset[f"Segmented{colour}PaletteColorLookupTableData"]
+        element.value = np.frombuffer(element.value, np.uint16).byteswap().tobytes()
+    dataset.PixelData = words.byteswap().tobytes()
+    dataset.file_meta.TransferSyntaxUID = uid.ExplicitVRBigEndian
+    assert np.abs(stored_of(as_file(dataset)).astype(int) - wanted).max() <= 128

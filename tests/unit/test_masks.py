@@ -25,6 +25,8 @@ from rayseg.data.labels import Labels
 from rayseg.data.masks import read_mask, truth
 from rayseg.data.preprocess import Preprocess
 from rayseg.records import Reason, Reject
+from tests.unit import test_contours, test_mask_places, test_segments
+from tests.unit.structures import structure_set
 
 VALUES = np.array([[0, 1, 2], [127, 128, 255]], np.uint8)
 
@@ -216,3 +218,58 @@ def test_a_declared_size_over_the_limit_is_refused_before_decoding(side: int) ->
     many = read_mask(dicom(VALUES, Rows=9_000, Columns=9_000))
     assert isinstance(many, Reject)
     assert many.reason == Reason.TOO_LARGE
+
+
+@pytest.mark.parametrize("kind", ["BINARY", "FRACTIONAL", "LABELMAP"])
+def test_a_threshold_of_greys_says_nothing_of_segments(kind: str) -> None:
+    planes = test_segments.PLANES
+    data = test_segments.other_maker(kind, planes if kind != "LABELMAP" else test_segments.EXPECTED.astype(np.uint8))
+    either = {"Bleed": "lesion", "Stroke": "lesion"}
+    for labels in (Labels(threshold=127), Labels(threshold=127, sources=either)):
+        for number in (1, 2):
+            classes = test_segments.classes_of(data, number, labels)
+            assert np.array_equal(classes, planes[number].any(axis=-1))
+
+
+def test_a_threshold_of_greys_says_nothing_of_contours() -> None:
+    square = test_contours.drawn([(1.5, 2.5), (1.5, 6.5), (4.5, 6.5), (4.5, 2.5)], 1)
+    data = structure_set(test_contours.SOURCES, {"Liver": [square]})
+    inside = np.zeros(test_contours.SHAPE)
+    inside[2:5, 3:7] = 1
+    classes = truth([(data, None)], test_contours.SHAPE, Labels(threshold=127), test_contours.HEADERS[1])
+    assert np.array_equal(classes, inside)
+
+
+def test_numbers_of_volumes_and_segments_are_no_colours() -> None:
+    labels = Labels(colors={"#ffffff": "lesion"})
+    volume = test_mask_places.stored(
+        (0, 1, 2), (False,) * 3, test_mask_places.MASK.transpose(2, 1, 0), test_mask_places.affine_lps()
+    )
+    shape = test_mask_places.MASK.shape[1:]
+    segments = test_segments.other_maker("BINARY", test_segments.PLANES)
+    for found in (
+        truth([(volume, None)], shape, labels, test_mask_places.HEADERS[1]),
+        truth([(segments, None)], test_segments.EXPECTED.shape[1:], labels, test_segments.header(1)),
+    ):
+        assert isinstance(found, Reject)
+        assert found.reason == Reason.MASK_VALUES
+        assert "labels.colors" in found.detail
+
+
+def test_a_dicom_image_with_a_palette_counts_by_the_colours_it_shows_or_by_its_indices() -> None:
+    indices = np.array([[0, 1, 2], [2, 1, 0]], np.uint8)
+    tables: dict[str, Any] = {}
+    for channel, entries in {"Red": [0, 255, 0], "Green": [0, 0, 0], "Blue": [0, 0, 255]}.items():
+        tables[f"{channel}PaletteColorLookupTableDescriptor"] = [3, 0, 8]
+        tables[f"{channel}PaletteColorLookupTableData"] = bytes([*entries, 0])
+    data = dicom(indices, PhotometricInterpretation="PALETTE COLOR", **tables)
+    for labels in (Labels(("a", "b")), Labels(("a", "b"), colors={"#ff0000": "a", "#0000ff": "b"})):
+        assert np.array_equal(truth([(data, None)], indices.shape, labels), indices)
+    assert np.array_equal(truth([(data, None)], indices.shape, Labels(threshold=127)), indices > 0)
+
+
+def test_a_dicom_image_of_one_bit_is_black_and_white_or_0_and_1() -> None:
+    bits = np.array([[0, 1, 1], [1, 1, 0]], np.uint8)
+    data = dicom(bits, BitsStored=1, HighBit=0)
+    for labels in (Labels(threshold=127), Labels(colors={"#ffffff": "lesion"}), Labels(values={1: "lesion"})):
+        assert np.array_equal(truth([(data, None)], bits.shape, labels), bits)

@@ -28,7 +28,8 @@ class Labels:
     - `sources`: the `{label}` of a mask's path, or the SegmentLabel of a DICOM segmentation's segment, says the class;
     - `colors`: "#rrggbb" of a colour-coded mask, the nearest one counts; black is background unless named;
     - `values`: integers of a label map, or numbers of segments; several names without a rule are the values 1, 2, ...;
-    - one name and no rule: every value above `threshold`, or channel of a colour, is that class, whatever its source.
+    - one name and no rule: every value above `threshold`, or channel of a colour, is that class, whatever its source;
+      so is every segment and ROI, which have no values.
 
     Several values, colours or sources may mean one class; `background` as the name leaves one out. What a mask holds
     and no rule names is an error of that mask. Where classes overlap the later name wins. `threshold` (of the first and
@@ -78,19 +79,25 @@ class Labels:
         if lacking:
             raise ValueError(f"labels.sources: lacks {', '.join(sorted(lacking))}, which paths of masks name")
 
-    def apply(self, mask: np.ndarray, source: str | None = None, lossy: bool = False) -> np.ndarray | Reject:
+    def apply(
+        self, mask: np.ndarray, source: str | None = None, lossy: bool = False, has_shades: bool = True
+    ) -> np.ndarray | Reject:
         """The class indices of one mask.
 
         Args:
-            mask: integers (rows, columns), or uint8 or uint16 colours (rows, columns, 3).
-            source: the `{label}` of its path, or the segment's label.
+            mask: integers (rows, columns), or uint8 or uint16 colours (rows, columns, 3); bool (rows, columns) of a
+                segment or ROI, which is above any threshold.
+            source: the `{label}` of its path, the segment's label or the ROI's name.
             lossy: whether compression may have moved its values.
+            has_shades: whether its values are greys or colours of a picture; else `colors` says nothing of them.
 
         Returns:
             uint8 (rows, columns): 0 background, 1 the first of `names`, ...; MASK_VALUES where the mask holds what no
             class is named for.
         """
         if self.colors is not None:
+            if not has_shades:
+                return Reject(Reason.MASK_VALUES, "labels.colors: the mask has numbers, which are no colours")
             colors = eight_bits(mask) if mask.ndim == 3 else np.repeat(mask[..., np.newaxis], 3, axis=2)
             named = {tuple(bytes.fromhex(color[1:])): self._index(name) for color, name in self.colors.items()}
             return _nearest(colors, {(0, 0, 0): 0} | named, _NOISE, "colour")
@@ -108,7 +115,8 @@ class Labels:
                 return Reject(Reason.MASK_VALUES, "labels.sources lacks the mask's {label} or its segment's label")
             index = self._index(self.sources[source])
         strength = mask.max(axis=2) if mask.ndim == 3 else mask
-        return (strength > self.threshold).astype(np.uint8) * np.uint8(index)
+        inside = strength if strength.dtype == bool else strength > self.threshold
+        return inside.astype(np.uint8) * np.uint8(index)
 
     def _index(self, name: str) -> int:
         return 0 if name == BACKGROUND else self.names.index(name) + 1

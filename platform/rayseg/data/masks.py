@@ -24,14 +24,17 @@ _LOSSY = (uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit, uid.JPEGLSNearLossless, u
 class Layer:
     """What of a mask has one source.
 
-    values: integers (rows, columns) as they are stored, or uint8 or uint16 colours (rows, columns, 3).
-    source: the `{label}` of the path, or the SegmentLabel of a segment; None where there is neither.
+    values: integers (rows, columns) as they are stored, or uint8 or uint16 colours (rows, columns, 3); bool (rows,
+        columns) of a segment or ROI whose number is not wanted.
+    source: the `{label}` of the path, the SegmentLabel of a segment or the ROIName; None where there is none.
     lossy: whether compression may have moved the values.
+    has_shades: whether the values are greys or colours of a picture. Those of volumes, segments and ROIs are not.
     """
 
     values: np.ndarray
     source: str | None = None
     lossy: bool = False
+    has_shades: bool = True
 
 
 def truth(
@@ -70,7 +73,7 @@ def truth(
         for layer in layers:
             if layer.values.shape[:2] != shape:
                 return Reject(Reason.MASK_MISMATCH, f"mask {layer.values.shape[:2]}, image {shape}")
-            found = labels.apply(layer.values, layer.source, layer.lossy)
+            found = labels.apply(layer.values, layer.source, layer.lossy, layer.has_shades)
             if isinstance(found, Reject):
                 return found
             np.maximum(classes, found, out=classes)
@@ -93,7 +96,8 @@ def read_mask(
     Args:
         data: an image file (PNG, JPEG, TIFF, BMP), a volume (NIfTI, NRRD, MetaImage), a DICOM image or segmentation.
         source: the `{label}` of its path.
-        by_value: whether stored numbers are wanted (indices of a palette, 0 and 1 of one bit), and not what they show.
+        by_value: whether stored numbers are wanted (indices of a palette, 0 and 1 of one bit, those of segments), and
+            not what they show.
         header: of the slice, for a segmentation.
         frame: of the slice, in an object of several.
         geometry: of the slice, for a label volume, where there is no header.
@@ -117,8 +121,8 @@ def read_mask(
     try:
         sop_class = str(parsed.dataset.get("SOPClassUID", ""))
         if sop_class == contours.SOP_CLASS or sop_class in segments.SOP_CLASSES:
-            return _of_segmentation(parsed.data, sop_class, header, missing_mask)
-        return _of_dicom(parsed, source, frame)
+            return _of_segmentation(parsed.data, sop_class, by_value, header, missing_mask)
+        return _of_dicom(parsed, source, by_value, frame)
     except Exception as error:  # pydicom's decoders raise a dozen types on bad bytes
         return Reject(Reason.DECODE_FAILED, f"mask: {type(error).__name__}")
 
@@ -137,9 +141,9 @@ def _of_image(data: bytes, source: str | None, by_value: bool) -> list[Layer] | 
     return [Layer(values, source, lossy)]
 
 
-def _of_dicom(parsed: Parsed, source: str | None, frame: int | None) -> list[Layer] | Reject:
+def _of_dicom(parsed: Parsed, source: str | None, by_value: bool, frame: int | None) -> list[Layer] | Reject:
     """Stored values: neither rescaled nor inverted nor padded, which all are about showing an image."""
-    values = read_stored(parsed, frame)
+    values = read_stored(parsed, frame, shown=not by_value)
     if isinstance(values, Reject):
         reason = Reason.MASK_MISMATCH if values.reason == Reason.UNSUPPORTED_MULTIFRAME else values.reason
         return Reject(reason, f"mask: {values.detail}" if values.detail else "mask")
@@ -163,21 +167,21 @@ def _of_volume(
     if image is None or planes.corners_mm(image) is None:
         if frame is None or frame >= len(values):
             return Reject(Reason.MASK_MISMATCH, f"a mask volume of {len(values)} slices, for an image without a place")
-        return [Layer(values[frame], source)]
+        return [Layer(values[frame], source, has_shades=False)]
     if header is not None and not volume.placed:
         return Reject(Reason.MASK_MISMATCH, f"the mask volume ({volume.kind}) does not say where it lies")
     place = placement(volume.affine, volume.shape, image)
     if isinstance(place, Reject):
         return place
     if place is not None and place.has_pixels(volume.shape):
-        return [Layer(place.take(values), source)]
+        return [Layer(place.take(values), source, has_shades=False)]
     if not is_in_line(volume.affine, volume.shape, image):
         return Reject(Reason.MASK_MISMATCH, "the mask volume lies beside the image")
     return [] if missing_mask == "empty" else Reject(Reason.NO_MASK, "the mask volume ends before the image")
 
 
 def _of_segmentation(
-    data: bytes, sop_class: str, header: Header | None, missing_mask: MissingMask
+    data: bytes, sop_class: str, by_value: bool, header: Header | None, missing_mask: MissingMask
 ) -> list[Layer] | Reject:
     if header is None:
         return Reject(Reason.NO_MASK, "a DICOM segmentation refers to DICOM instances, and the image is none")
@@ -185,4 +189,7 @@ def _of_segmentation(
     found = of_slice(data, header, missing_mask)
     if isinstance(found, Reject):
         return found
-    return [Layer(np.where(inside, np.int32(number), 0), label) for number, label, inside in found]
+    return [
+        Layer(np.where(inside, np.int32(number), 0) if by_value else inside, label, has_shades=False)
+        for number, label, inside in found
+    ]

@@ -19,7 +19,7 @@ from typing import cast
 import numpy as np
 from pydicom import uid
 
-from rayseg.dicom import image_files, layout, mosaic, pixels, traits, volumes
+from rayseg.dicom import image_files, layout, mosaic, pixels, tables, traits, volumes
 from rayseg.dicom.parsing import PIXEL_TAGS, Elements, Parsed, frame_elements, parse, silence_libraries
 from rayseg.geometry.grid import Geometry
 from rayseg.geometry.planes import is_orthonormal
@@ -334,20 +334,38 @@ def _image(parsed: Parsed, elements: Elements) -> _Object | Reject:
     return _Object(parsed, elements, of_frames, frames, grouped)
 
 
-def read_stored(parsed: Parsed, frame: int | None) -> np.ndarray | Reject:
+def read_stored(parsed: Parsed, frame: int | None, shown: bool = False) -> np.ndarray | Reject:
     """The values of one frame of an image as they are stored, whatever object it is of.
 
-    Neither rescaled nor inverted nor padded, which all are about showing an image; of a palette its indices.
+    Neither rescaled nor inverted nor padded, which all are about showing an image.
+
+    Args:
+        parsed: the object.
+        frame: of an object of several.
+        shown: whether the colours of a palette are wanted, and 0 and 255 of one bit; else indices, and 0 and 1.
 
     Returns:
         (rows, columns) uint8, int16, uint16 or int32, or (rows, columns, 3) red, green, blue. May be read-only.
     """
-    found = _image(parsed, Elements(parsed.dataset))
+    elements = Elements(parsed.dataset)
+    found = _image(parsed, elements)
     if isinstance(found, Reject):
         return found
     if (frame is None and found.frames > 1) or (frame is not None and frame >= found.frames):
         return Reject(Reason.UNSUPPORTED_MULTIFRAME, f"NumberOfFrames {found.frames}")
-    return _pixel_data(found).stored(frame or 0)
+    values = _pixel_data(found).stored(frame or 0)
+    if isinstance(values, Reject) or not shown:
+        return values
+    of_object = found.layout
+    if of_object.photometric_interpretation == "PALETTE COLOR":
+        assert of_object.table is not None
+        bits = (len(of_object.table) - 1).bit_length()
+        palette = tables.colours(parsed.dataset, elements, bits, of_object.signed)
+        if isinstance(palette, Reject):
+            return palette
+        return np.take(palette, values.astype(np.int32) - of_object.table_first, axis=0, mode="clip")
+    is_bit = of_object.bits_stored == 1 and values.dtype == np.uint8 and int(values.max()) <= 1
+    return values * np.uint8(255) if is_bit else values
 
 
 def _code_string(text: str) -> str:
