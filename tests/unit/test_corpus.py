@@ -117,7 +117,10 @@ def with_uids(data: bytes) -> bytes:
 
 
 def compare(paths: list[Path]) -> tuple[int, int]:
-    """Compares all that pydicom can decode (JPEG lossless it cannot); returns how many objects, and frames of multi-frame ones, were equal to pydicom's."""
+    """Compares all that pydicom decodes here, which is no JPEG lossless.
+
+    Returns how many objects, and frames of multi-frame ones, were equal to pydicom's.
+    """
     objects = frames = 0
     for path in paths:
         data = path.read_bytes()
