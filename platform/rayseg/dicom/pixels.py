@@ -304,7 +304,10 @@ def _stored_bits(words: np.ndarray, layout: Layout) -> np.ndarray:
     if not unused:
         return words
     above = layout.bits_allocated - 1 - layout.high_bit
-    return np.right_shift(np.left_shift(words, above) if above else words, unused)
+    if not above:
+        return np.right_shift(words, unused)
+    moved = np.left_shift(words, above)
+    return np.right_shift(moved, unused, out=moved)
 
 
 def _padded(words: np.ndarray, stored: np.ndarray, layout: Layout) -> np.ndarray | None:
