@@ -391,6 +391,7 @@ def test_healthz_and_model(service: Service):
             "window": {"center": 40.0, "width": 80.0},
             "percentiles": None,
             "z_score": None,
+            "mask_filter": "image",
             "color": False,
             "neighbours": 0,
         },
