@@ -72,13 +72,13 @@ def stack(masks: Sequence[np.ndarray], geometries: Sequence[Geometry]) -> Stack 
     """
     assert masks
     assert len(masks) == len(geometries)
-    found = places(geometries)
-    if isinstance(found, Reject):
-        return found
-    ordered = [masks[place] for place in found.order]
+    slice_places = places(geometries)
+    if isinstance(slice_places, Reject):
+        return slice_places
+    ordered = [masks[place] for place in slice_places.order]
     if len({mask.shape for mask in ordered}) > 1:
         return Reject(Reason.SERIES_MIXED, _SIZES)
-    return Stack(**vars(found), masks=np.stack(ordered))
+    return Stack(**vars(slice_places), masks=np.stack(ordered))
 
 
 def places(geometries: Sequence[Geometry]) -> Places | Reject:

@@ -84,19 +84,19 @@ def mask(of: bytes, masks: Sequence[np.ndarray], frames: Sequence[int | None], l
     stored = apply_orientation(masks_SHW.transpose(2, 1, 0), back)
     assert stored.shape == volume.stored
     form = Nifti2Header if of[4:8] == _NIFTI_2 else Nifti1Header
-    made = form(of[: form.sizeof_hdr], check=False)  # without extensions, which `from_fileobj` would want
-    whole = made.get_data_shape()
-    for name, (kind, _) in made.structarr.dtype.fields.items():
+    header_of_mask = form(of[: form.sizeof_hdr], check=False)  # without extensions, which `from_fileobj` would want
+    whole = header_of_mask.get_data_shape()
+    for name, (kind, _) in header_of_mask.structarr.dtype.fields.items():
         if kind.kind == "S" and name != "magic":
-            made[name] = b""
-    made.set_data_dtype(np.uint8)
+            header_of_mask[name] = b""
+    header_of_mask.set_data_dtype(np.uint8)
     if np.prod(whole) != stored.size:
-        made.set_data_shape(volume.stored)
-    made["scl_slope"], made["scl_inter"] = 1, 0
-    made["cal_min"], made["cal_max"] = 0, len(labels)
-    made["descrip"] = _described(labels)
-    made["vox_offset"] = len(made.binaryblock) + _FLAG_BYTES
-    return gzip.compress(made.binaryblock + bytes(_FLAG_BYTES) + stored.tobytes(order="F"), mtime=0)
+        header_of_mask.set_data_shape(volume.stored)
+    header_of_mask["scl_slope"], header_of_mask["scl_inter"] = 1, 0
+    header_of_mask["cal_min"], header_of_mask["cal_max"] = 0, len(labels)
+    header_of_mask["descrip"] = _described(labels)
+    header_of_mask["vox_offset"] = len(header_of_mask.binaryblock) + _FLAG_BYTES
+    return gzip.compress(header_of_mask.binaryblock + bytes(_FLAG_BYTES) + stored.tobytes(order="F"), mtime=0)
 
 
 def _described(labels: Sequence[str]) -> bytes:
