@@ -64,8 +64,10 @@ class QualityFlag(StrEnum):
     ENTROPY = "entropy"  # the model is less sure of what it found than with any patient of validation
 
 
-# The masks of an image, none or several; `label` is what the `{label}` of the layout's pattern has in its path.
+# The masks of an image, none or several; `label` is what the `{label}` of the layout's pattern has in its path. Those of
+# a manifest have the size and the ETag of the listing, too.
 MASKS = pa.list_(pa.struct([("uri", pa.string()), ("label", pa.string())]))
+MASK_FILES = pa.list_(pa.struct([*MASKS.value_type, ("bytes", pa.int64()), ("etag", pa.string())]))
 
 # What an image without a mask is, and a slice that the mask of its series has no plane of: refused, or all background.
 MissingMask = Literal["reject", "empty"]
@@ -88,7 +90,7 @@ MANIFEST = pa.schema(
         ("reason", pa.string()),  # a Reason value; null where ok
         ("detail", pa.string()),  # null where ok
         ("kind", pa.string()),  # "dicom" or "image"; null where rejected before that was known
-        ("masks", MASKS),  # empty: no mask (one without foreground where the layout says so)
+        ("masks", MASK_FILES),  # empty: no mask (one without foreground where the layout says so)
         ("patient_key", pa.string()),
         ("study_key", pa.string()),
         ("series_key", pa.string()),

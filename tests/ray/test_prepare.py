@@ -209,15 +209,50 @@ def test_rejects_of_a_kept_shard_are_kept_and_failed_reads_are_tried_again(tmp_p
     assert len(pq.read_table(tmp_path / "set/rejects.parquet")) == 1
     assert times == {path: path.stat().st_mtime_ns for path in shards_of(tmp_path / "set")}
 
-    # As if the store had failed in the first run.
-    for path in shards_of(tmp_path / "set"):
-        table = pq.read_table(path)
-        told = {key: value.replace(b"not_dicom", b"read_failed") for key, value in table.schema.metadata.items()}
-        pq.write_table(table.replace_schema_metadata(told), path)
-    (tmp_path / "images/0/0.png").write_bytes((tmp_path / "images/0/1.png").read_bytes())
-    (tmp_path / "set/_prepared.json").unlink()
-    third = prepare(config)
-    assert (third.rows, third.rejected) == (60, 0)
+
+def test_a_set_with_reads_that_failed_is_no_equal_of_the_whole_one(tmp_path: Path) -> None:
+    manifest, away = manifest_of(tmp_path), tmp_path / "images/0/0.png"
+    config = config_of(manifest, tmp_path / "set", rows_per_shard=60)
+    image = away.read_bytes()
+    away.unlink()
+    away.mkdir()  # reading it is an OSError, as where a store does not answer
+    lacking = prepare(config)
+    assert (lacking.rows, lacking.reasons) == (59, {"read_failed": 1})
+    digest = prepared.describe(lacking.prepared).digest
+    away.rmdir()
+    away.write_bytes(image)
+    whole = prepare(config)
+    assert (whole.rows, whole.rejected, whole.cached) == (60, 0, False)
+    assert prepared.describe(whole.prepared).digest != digest
+    assert prepare(config).cached
+
+
+def test_what_was_replaced_by_as_many_bytes_is_read_again(tmp_path: Path) -> None:
+    def write(kind: str, level: int) -> None:
+        for name in [f"{patient}/{index}" for patient in range(8) for index in range(2)]:
+            path = tmp_path / "source" / kind / f"{name}.bmp"  # bytes do not depend on the values
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.full((8, 8), level, np.uint8)).save(path)
+
+    def levels(uri: str) -> set[tuple[int, int]]:
+        return {(row["image"][0], row["foreground_pixels"]) for row in everything(uri).to_pylist()}
+
+    source = CatalogConfig(
+        str(tmp_path / "source"), str(tmp_path / "manifest.parquet"), Layout(images="images", masks="masks")
+    )
+    config = config_of(tmp_path / "manifest.parquet", tmp_path / "set", preprocess=Preprocess((8, 8), percentiles=None))
+    write("images", 10)
+    write("masks", 255)
+    catalog(source)
+    assert levels(prepare(config).prepared) == {(10, 64)}
+    write("images", 200)
+    assert catalog(source).unchanged == 0
+    assert levels(prepare(config).prepared) == {(200, 64)}
+    write("masks", 0)
+    assert catalog(source).unchanged == 0
+    assert levels(prepare(config).prepared) == {(200, 0)}
+    assert catalog(source).unchanged == 16
+    assert prepare(config).cached
 
 
 def test_the_split_is_a_table_of_patients(manifest: Path, tmp_path: Path) -> None:

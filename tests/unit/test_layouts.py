@@ -47,8 +47,8 @@ def test_a_pair_of_folders_a_class() -> None:
     paths = ["bleed/DICOM/1.dcm", "bleed/PNG/1.png", "infarct/DICOM/1.dcm", "infarct/PNG/1.png"]
     found = {image.path: image.masks for image in planned(layout, paths)}
     assert found == {
-        "bleed/DICOM/1.dcm": (Mask("bleed/PNG/1.png", "bleed"),),
-        "infarct/DICOM/1.dcm": (Mask("infarct/PNG/1.png", "infarct"),),
+        "bleed/DICOM/1.dcm": (Mask(1, "bleed/PNG/1.png", "bleed"),),
+        "infarct/DICOM/1.dcm": (Mask(1, "infarct/PNG/1.png", "infarct"),),
     }
 
 

@@ -126,8 +126,9 @@ def manifest(*rows: tuple[str, str, str], **changes: Any) -> pa.Table:
             "series_key": series,
             "uri": uri,
             "bytes": 100 + number,
+            "etag": f"etag {number}",
             "image_position_mm": [0.0, 0.0, float(number)],
-            "masks": [{"uri": f"{uri}.png", "label": None}],
+            "masks": [{"uri": f"{uri}.png", "label": None, "bytes": 7, "etag": f"mask {number}"}],
             **{name: values[number] for name, values in changes.items()},
         }
         for number, (patient, series, uri) in enumerate(rows)
@@ -141,13 +142,14 @@ def uris(neighbours: pa.Array) -> list[list[str | None]]:
 
 def test_neighbours_are_those_of_the_series_in_the_manifests_order() -> None:
     table = manifest(*((*"ps", name) for name in "abcd"), *((*"pt", name) for name in "ef"), ("q", "t", "g"))
-    found, sizes = stacks.beside(table, range(7), 1)
+    found, sizes, etags = stacks.beside(table, range(7), 1)
     assert uris(found) == [
         [None, "b"], ["a", "c"], ["b", "d"], ["c", None], [None, "f"], ["e", None], [None, None],
     ]  # fmt: skip
     assert sizes.to_pylist()[1] == [100, 102]
+    assert etags.to_pylist()[1] == ["etag 0", "etag 2"]
     # Of chosen rows too: the others are neighbours all the same.
-    found, sizes = stacks.beside(table, [0, 2], 2)
+    found, sizes, etags = stacks.beside(table, [0, 2], 2)
     assert uris(found) == [[None, None, "b", "c"], ["a", "b", "d", None]]
     assert sizes.to_pylist() == [[None, None, 101, 102], [100, 101, 103, None]]
     assert uris(stacks.beside(table, [0, 2], 0)[0]) == [[], []]
@@ -173,7 +175,7 @@ def test_image_files_have_no_order() -> None:
     assert uris(stacks.beside(files, [0, 1], 0)[0]) == [[], []]
 
 
-def test_another_neighbour_or_size_of_one_makes_another_shard() -> None:
+def test_another_object_in_the_place_of_one_makes_another_shard() -> None:
     def paths(table: pa.Table, neighbours: int = 1) -> list[str]:
         preprocess = Preprocess((4, 4), UNITS, None, neighbours=neighbours)
         config = PrepareConfig("m", "o", preprocess, limit=2)
@@ -188,6 +190,19 @@ def test_another_neighbour_or_size_of_one_makes_another_shard() -> None:
     assert paths(manifest(*rows, bytes=[100, 101, 7, 103])) != first  # c, which the limit leaves out
     assert paths(manifest(*rows[:2], (*"ps", "x"), rows[3])) != first
     alone = paths(manifest(*rows), neighbours=0)
+    # Of the same length, with another ETag: a slice (b), a neighbour that the limit leaves out (c), a mask (of d).
+    etags = [f"etag {number}" for number in range(4)]
+    assert paths(manifest(*rows, etag=[etags[0], "new", *etags[2:]]), neighbours=0) != alone
+    assert paths(manifest(*rows, etag=[*etags[:2], "new", etags[3]])) != first
+    assert paths(manifest(*rows, etag=[*etags[:2], "new", etags[3]]), neighbours=0) == alone
+    masks = [
+        [{"uri": f"{name}.png", "label": None, "bytes": 7, "etag": f"mask {at}"}] for at, name in enumerate("abcd")
+    ]
+    assert paths(manifest(*rows, masks=masks)) == first
+    masks[3][0]["etag"] = "corrected"
+    assert paths(manifest(*rows, masks=masks)) != first
+    # Stores that give no ETag.
+    assert paths(manifest(*rows, etag=[None] * 4)) == paths(manifest(*rows, etag=[None] * 4))
     assert alone != first
     assert paths(manifest(*rows, bytes=[100, 101, 7, 103]), neighbours=0) == alone
 

@@ -17,10 +17,10 @@ from tqdm import tqdm
 
 from rayseg import cluster, logs, meters, pacs, storage
 from rayseg.data import manifest, standing
-from rayseg.data.layouts import Layout, plan, read_groups
+from rayseg.data.layouts import Layout, Mask, plan, read_groups
 from rayseg.data.spool import Spool, by_series, packed, unpacked
 from rayseg.dicom.pseudonyms import Pseudonyms, from_environment
-from rayseg.records import MANIFEST, MASKS, MISSING_MASK, REJECTS, Reason, Reject
+from rayseg.records import MANIFEST, MASK_FILES, MISSING_MASK, REJECTS, Reason, Reject
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ _PLAN = pa.schema(
         ("path", pa.string()),  # below the layout's image folder, where it has one
         ("bytes", pa.int64()),
         ("etag", pa.string()),
-        ("masks", MASKS),
+        ("masks", MASK_FILES),
         ("group", pa.string()),  # the patient, where the layout names one
     ]
 )
@@ -257,7 +257,7 @@ def _listed(source: str, layout: Layout, groups: Mapping[str, str], lonely: list
                 "path": image.name,
                 "bytes": image.file.size,
                 "etag": image.file.etag,
-                "masks": [{"uri": storage.join(source, mask.path), "label": mask.label} for mask in image.masks],
+                "masks": [_mask(source, mask) for mask in image.masks],
                 "group": image.group,
             }
     except FileNotFoundError:
@@ -268,6 +268,12 @@ def _listed(source: str, layout: Layout, groups: Mapping[str, str], lonely: list
         raise ValueError(f"catalog.source: {shown} refuses: {error}") from None
     if empty:
         raise ValueError(f"catalog.source: there are no objects below {shown} where the layout looks ({layout})")
+
+
+def _mask(source: str, mask: Mask[storage.FileInfo]) -> dict[str, Any]:
+    """A row of `records.MASK_FILES`."""
+    uri = storage.join(source, mask.path)
+    return {"uri": uri, "label": mask.label, "bytes": mask.file.size, "etag": mask.file.etag}
 
 
 def _headers(unread: _Unread, config: CatalogConfig, pseudonyms: Pseudonyms, found: Spool) -> None:

@@ -16,7 +16,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from rayseg.records import MissingMask
 
@@ -71,11 +71,12 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Mask:
-    """A mask of an image: its path below the source, and the `{label}` of its path, None where that names none."""
+class Mask(Generic[FileT]):
+    """A mask of an image."""
 
-    path: str
-    label: str | None
+    file: FileT  # what the listing gave with the path
+    path: str  # below the source
+    label: str | None  # the `{label}` of the path; None where the pattern names none
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class Planned(Generic[FileT]):
     path: str  # below the source
     name: str  # below the images' folder, where the layout has one
     group: str | None  # the patient by the CSV or by the path; None where neither names one
-    masks: tuple[Mask, ...]
+    masks: tuple[Mask[FileT], ...]
 
 
 def plan(
@@ -110,13 +111,13 @@ def plan(
             it or these are image files; with counts and examples.
     """
     told = _Told()
-    masks = _Masks(layout)
+    masks: _Masks[FileT] = _Masks(layout)
     held: list[tuple[str, FileT]] = []
     for path, file in objects:
         if path == layout.groups:
             continue
         if layout.mask_patterns:
-            if not masks.add(path):
+            if not masks.add(path, file):
                 held.append((path, file))
         else:
             yield from _image(layout, path, file, groups, masks, told)
@@ -199,7 +200,7 @@ def _is_below(path: str, folder: str) -> bool:
     return not folder or path == folder or path.startswith(folder + "/")
 
 
-class _Masks:
+class _Masks(Generic[FileT]):
     """The masks of a listing, found by the parts that they share with an image."""
 
     def __init__(self, layout: Layout) -> None:
@@ -207,12 +208,12 @@ class _Masks:
         self.paths: list[str] = []
         self._uses: Counter[tuple[int, str]] = Counter()  # by the pattern of the images
         self._used: set[str] = set()
-        self._by_parts: dict[tuple[int, int], dict[tuple[str, ...], list[Mask]]] = defaultdict(
+        self._by_parts: dict[tuple[int, int], dict[tuple[str, ...], list[Mask[FileT]]]] = defaultdict(
             lambda: defaultdict(list)
         )
         self._claims: dict[tuple[int, tuple[str, ...]], str] = {}
 
-    def add(self, path: str) -> bool:
+    def add(self, path: str, file: FileT) -> bool:
         """Whether the object is a mask."""
         for number, pattern in enumerate(self._layout.mask_patterns):
             match = _compiled(pattern).expression.fullmatch(path)
@@ -223,7 +224,7 @@ class _Masks:
             if other != path:
                 shown = " and ".join(shape(self._layout, one) for one in (other, path))
                 raise ValueError(f"layout.masks: two masks for one image, as {shown}; keep one kind of file")
-            mask = Mask(path, parts.get("label"))
+            mask = Mask(file, path, parts.get("label"))
             self.paths.append(path)
             for image_number, image in enumerate(self._layout.image_patterns):
                 key = tuple(parts[name] for name in _shared(image, pattern))
@@ -232,9 +233,9 @@ class _Masks:
             return True
         return False
 
-    def of(self, image_number: int, path: str, parts: Mapping[str, str]) -> tuple[Mask, ...]:
+    def of(self, image_number: int, path: str, parts: Mapping[str, str]) -> tuple[Mask[FileT], ...]:
         """The masks of the image at a path, those of the first pattern first."""
-        found: list[Mask] = []
+        found: list[Mask[FileT]] = []
         for number, pattern in enumerate(self._layout.mask_patterns):
             shared = _shared(self._layout.image_patterns[image_number], pattern)
             of_pattern = self._by_parts[image_number, number].get(tuple(parts[name] for name in shared), [])
@@ -266,7 +267,7 @@ class _Told:
 
 
 def _image(
-    layout: Layout, path: str, file: FileT, groups: Mapping[str, str], masks: _Masks, told: _Told
+    layout: Layout, path: str, file: FileT, groups: Mapping[str, str], masks: _Masks[FileT], told: _Told
 ) -> Iterator[Planned[FileT]]:
     """The object where it is an image, nothing where it is none."""
     for number, pattern in enumerate(layout.image_patterns):
@@ -289,7 +290,7 @@ def _image(
     told.ignored += [path] if len(told.ignored) < _SHOWN else []
 
 
-def _tell(layout: Layout, masks: _Masks, told: _Told) -> None:
+def _tell(layout: Layout, masks: _Masks[Any], told: _Told) -> None:
     ignored = _examples(layout, "objects that are neither", told.ignored_count, told.ignored)
     if not told.images:
         seen = _examples(layout, "masks", len(masks.paths), masks.paths) + ignored

@@ -32,7 +32,7 @@ class Item:
     uri: str
     path: str  # below the layout's image folder, where it has one
     bytes: int | None  # None where the listing does not tell: then the object is read whole
-    masks: list[dict[str, Any]]  # rows of `records.MASKS`
+    masks: list[dict[str, Any]]  # rows of `records.MASK_FILES`
     group: str | None  # the patient, where the layout names one
 
 

@@ -27,13 +27,14 @@ from rayseg.data.samples import PLAN, TAKEN, limited, positive_patients, row_id,
 from rayseg.data.split import LEAK_COLUMNS, SPLITS, Split, check_leak, read_standing, to_csv
 from rayseg.data.spool import packed
 from rayseg.data.stacks import PLACE, beside
-from rayseg.records import MISSING_MASK, REJECTS, MissingMask
+from rayseg.records import MISSING_MASK, REJECTS, MissingMask, Reason
 
 logger = logging.getLogger(__name__)
 
 REJECTS_FILE = "rejects.parquet"
 _SHARD = re.compile(rf"split=({'|'.join(SPLITS)})/part-\d+(-[0-9a-f]+)?\.parquet")
-_SIZES = ["bytes", "neighbour_bytes"]  # of the objects: another size is another shard
+# Of the objects: another size or ETag is another shard. Those of masks stand in `masks`.
+_CONTENT = ["bytes", "etag", "neighbour_bytes", "neighbour_etags"]
 _ROWS_PER_LOOK = 512  # of a task that only looks at masks
 # Ray Data starts a task when it has seen another end, which leaves a CPU idle for 0.2 s: a task should take longer.
 _MOST_IN_A_TASK = 8
@@ -109,7 +110,7 @@ def prepare(config: PrepareConfig) -> PrepareResult:
         return _result(output, standing, cached=True, seconds=time.monotonic() - began)
 
     placing = PLACE if config.preprocess.neighbours else ()
-    columns = list(dict.fromkeys([*TAKEN, *placing, *voxels.COLUMNS, "verdict", "bytes"]))
+    columns = list(dict.fromkeys([*TAKEN, *placing, *voxels.COLUMNS, "verdict", "bytes", "etag"]))
     taken = _taken(pq.read_table(pa.BufferReader(manifest), columns=columns), config)
     parts = _deal(taken, config, standing_split)
     samples = _samples(taken, parts, config.split)
@@ -129,7 +130,7 @@ def prepare(config: PrepareConfig) -> PrepareResult:
     rows = {split: sum(shard["rows"] for shard in shards[split]) for split in SPLITS}
     description = {
         "version": VERSION,
-        "digest": digest,
+        "digest": _with_unread(digest, rejects),
         "manifest_sha256": hashlib.sha256(manifest).hexdigest(),
         "preprocess": configuration.plain(config.preprocess),
         "labels": configuration.plain(config.labels),
@@ -159,6 +160,12 @@ def _digest(config: PrepareConfig, manifest_sha256: str, standing_split: Mapping
     values["split"]["standing"] = dict(standing_split)
     del values["resources"]  # where it is made
     return configuration.digest(values)
+
+
+def _with_unread(digest: str, rejects: Sequence[Mapping[str, Any]]) -> str:
+    """The digest of a set: another one while the store did not give some of its objects, so that no set equals it."""
+    unread = [row_id(one["uri"], one["frame"]) for one in rejects if one["reason"] == Reason.READ_FAILED]
+    return configuration.digest([digest, sorted(unread)]) if unread else digest
 
 
 def _missing_mask(manifest: bytes) -> MissingMask:
@@ -216,7 +223,7 @@ def _clear(output: str, keep: set[str]) -> None:
 
 
 def _taken(manifest: pa.Table, config: PrepareConfig) -> pa.Table:
-    """The accepted rows that are prepared, in the manifest's order: TAKEN, `neighbours` and the sizes of all these.
+    """The accepted rows that are prepared, in the manifest's order: TAKEN, `neighbours` and `_CONTENT`.
 
     And `voxel_mm3`, for which those count too that the limit leaves out.
     """
@@ -227,10 +234,11 @@ def _taken(manifest: pa.Table, config: PrepareConfig) -> pa.Table:
     config.labels.check_sources(set(pc.unique(pc.struct_field(masks, "label")).to_pylist()) - {None})
     rows = limited(accepted["patient_key"].to_pylist(), config.limit)
     # Those that the limit leaves out are neighbours all the same.
-    neighbours, their_bytes = beside(accepted, rows, config.preprocess.neighbours)
-    measured = accepted.select([*TAKEN, "bytes"]).append_column("voxel_mm3", voxels.of_rows(accepted))
+    neighbours, sizes, etags = beside(accepted, rows, config.preprocess.neighbours)
+    measured = accepted.select([*TAKEN, "bytes", "etag"]).append_column("voxel_mm3", voxels.of_rows(accepted))
     taken = measured.take(pa.array(rows, pa.int64()))
-    return taken.append_column("neighbours", neighbours).append_column("neighbour_bytes", their_bytes)
+    taken = taken.append_column("neighbours", neighbours)
+    return taken.append_column("neighbour_bytes", sizes).append_column("neighbour_etags", etags)
 
 
 def _deal(taken: pa.Table, config: PrepareConfig, standing: Mapping[str, str]) -> dict[str, str]:
@@ -281,7 +289,7 @@ def _shards(samples: pa.Table, config: PrepareConfig, missing_mask: MissingMask)
         for part, start in enumerate(range(0, len(of_split), config.rows_per_shard)):
             rows = of_split.slice(start, config.rows_per_shard)
             digest = configuration.digest([settings, rows.to_pylist()])[:16]
-            shards.append((f"split={split}/part-{part:05d}-{digest}.parquet", packed(rows.drop_columns(_SIZES))))
+            shards.append((f"split={split}/part-{part:05d}-{digest}.parquet", packed(rows.drop_columns(_CONTENT))))
     return shards
 
 

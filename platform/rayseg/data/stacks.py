@@ -54,24 +54,26 @@ def usable(stack: Sequence[Slice | Reject | None]) -> list[Slice | None] | Rejec
     return [None if isinstance(one, Reject) else one for one in stack]
 
 
-def beside(accepted: pa.Table, rows: Sequence[int], neighbours: int) -> tuple[pa.Array, pa.Array]:
+def beside(accepted: pa.Table, rows: Sequence[int], neighbours: int) -> tuple[pa.Array, pa.Array, pa.Array]:
     """The neighbours of some rows of a manifest.
 
     Args:
         accepted: all accepted rows in the manifest's order, which has the slices of a series together and in order;
-            columns `uri`, `frame`, `bytes` and, where neighbours are wanted, PLACE.
+            columns `uri`, `frame`, `bytes`, `etag` and, where neighbours are wanted, PLACE.
         rows: which are wanted, by index.
         neighbours: on each side.
 
     Returns:
-        For each row `records.NEIGHBOURS`, and the sizes of these objects, a list too.
+        For each row `records.NEIGHBOURS`, and two lists more: the sizes of these objects, and their ETags.
 
     Raises:
         ValueError: some rows are image files of one image, which nothing puts into an order.
     """
     if not neighbours:
         none: list[list[Any]] = [[]] * len(rows)
-        return pa.array(none, NEIGHBOURS), pa.array(none, pa.list_(pa.int64()))
+        types = NEIGHBOURS, pa.list_(pa.int64()), pa.list_(pa.string())
+        neighbours_of, sizes, etags = (pa.array(none, one) for one in types)
+        return neighbours_of, sizes, etags
     _refuse_unordered(accepted.select(["kind", "frame"]).take(pa.array(rows, pa.int64())))
     offsets = np.array([step for step in range(-neighbours, neighbours + 1) if step], np.int64)
     centres = np.repeat(np.asarray(rows, np.int64), len(offsets))
@@ -80,11 +82,12 @@ def beside(accepted: pa.Table, rows: Sequence[int], neighbours: int) -> tuple[pa
     beyond = (places < 0) | (places >= len(accepted))
     places[beyond] = 0
     beyond |= series[places] != series[centres]
-    found = accepted.select(["uri", "frame", "bytes"]).take(pa.array(places, mask=beyond))
-    uris, frames, sizes = (found[name].combine_chunks() for name in ("uri", "frame", "bytes"))
+    objects = accepted.select(["uri", "frame", "bytes", "etag"]).take(pa.array(places, mask=beyond))
+    uris, frames, sizes, etags = (column.combine_chunks() for column in objects.columns)
     structs = pa.StructArray.from_arrays([uris, frames], fields=list(NEIGHBOURS.value_type), mask=pa.array(beyond))
     ends = pa.array(np.arange(len(rows) + 1) * len(offsets), pa.int32())
-    return pa.ListArray.from_arrays(ends, structs, type=NEIGHBOURS), pa.ListArray.from_arrays(ends, sizes)
+    neighbours_of = pa.ListArray.from_arrays(ends, structs, type=NEIGHBOURS)
+    return neighbours_of, pa.ListArray.from_arrays(ends, sizes), pa.ListArray.from_arrays(ends, etags)
 
 
 def _series(accepted: pa.Table) -> np.ndarray:

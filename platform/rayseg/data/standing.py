@@ -15,7 +15,7 @@ from rayseg.data.spool import Spool, opened
 from rayseg.dicom.pseudonyms import Pseudonyms
 from rayseg.records import MANIFEST, Reason
 
-VERSION = 3  # of what a catalog makes of an object: another number makes older manifests' rows stale
+VERSION = 4  # of what a catalog makes of an object: another number makes older manifests' rows stale
 METADATA = b"rayseg.catalog"  # of a manifest's file: `mark`
 _SAME = ("uri", "bytes", "etag", "masks")  # an object is unchanged where these are
 _TRY_AGAIN = {Reason.READ_FAILED, Reason.NOT_FOUND, Reason.INTERNAL}
