@@ -64,8 +64,8 @@ class QualityFlag(StrEnum):
     ENTROPY = "entropy"  # the model is less sure of what it found than with any patient of validation
 
 
-# The masks of an image, none or several; `label` is what the `{label}` of the layout's pattern has in its path. Those of
-# a manifest have the size and the ETag of the listing, too.
+# The masks of an image, none or several; `label` is what the `{label}` of the layout's pattern has in its path. A
+# manifest has the size and the ETag of the listing, too.
 MASKS = pa.list_(pa.struct([("uri", pa.string()), ("label", pa.string())]))
 MASK_FILES = pa.list_(pa.struct([*MASKS.value_type, ("bytes", pa.int64()), ("etag", pa.string())]))
 

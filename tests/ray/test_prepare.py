@@ -230,7 +230,7 @@ def test_a_set_with_reads_that_failed_is_no_equal_of_the_whole_one(tmp_path: Pat
 def test_what_was_replaced_by_as_many_bytes_is_read_again(tmp_path: Path) -> None:
     def write(kind: str, level: int) -> None:
         for name in [f"{patient}/{index}" for patient in range(8) for index in range(2)]:
-            path = tmp_path / "source" / kind / f"{name}.bmp"  # bytes do not depend on the values
+            path = tmp_path / "source" / kind / f"{name}.tif"  # as many bytes whatever the values
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(np.full((8, 8), level, np.uint8)).save(path)
 
