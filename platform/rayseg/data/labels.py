@@ -51,7 +51,7 @@ class Labels:
         for name in self.names:
             if not _NAME.fullmatch(name):
                 raise ValueError(
-                    f"labels.names: at most 64 letters, digits, spaces and any of _.:- expected, got {name!r}"
+                    f"labels.names: letters, digits, spaces and any of _.:- expected, at most 64, got {name!r}"
                 )
         if len(self.names) > 254:
             raise ValueError(f"labels.names: at most 254 names expected, got {len(self.names)}")
