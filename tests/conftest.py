@@ -38,13 +38,17 @@ def ray_cluster() -> Iterator[None]:
     """One local Ray cluster for the whole session, four logical CPUs on loopback."""
     import ray
 
-    ray.init(
-        address="local",
-        num_cpus=4,
-        include_dashboard=False,
-        object_store_memory=300_000_000,
-        log_to_driver=False,
-    )
+    from rayseg import cluster
+
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv(cluster.API_SERVER, cluster.NOBODY)  # nodes inherit it
+        ray.init(
+            address="local",
+            num_cpus=4,
+            include_dashboard=False,
+            object_store_memory=300_000_000,
+            log_to_driver=False,
+        )
     yield
     ray.shutdown()
 

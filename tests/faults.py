@@ -20,6 +20,7 @@ class Faults:
     """What a proxy does from now on: fails `share` of the calls, in one of the ways `kinds`.
 
     done: is told the head of each request that the store has done, before the client learns of it.
+    released: calls that fail in the way "hold", which is not among the usual ones, wait for it and then are done.
     counts: calls by what was done to them, "ok" for nothing.
     """
 
@@ -28,6 +29,7 @@ class Faults:
     kinds: tuple[str, ...] = KINDS
     stall_s: float = STALL_S
     done: Callable[[bytes], None] = lambda head: None
+    released: threading.Event = field(default_factory=threading.Event)
     counts: Counter[str] = field(default_factory=Counter)
 
 
@@ -69,6 +71,8 @@ def faulty(endpoint: str, seed: int) -> Iterator[Faults]:
                 return False
             if kind == "reset":
                 return self._reset()
+            if kind == "hold":
+                faults.released.wait()
             if b"100-continue" in head:  # the store says so too, later
                 self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
             body = _body(client_file, head)
@@ -111,6 +115,7 @@ def faulty(endpoint: str, seed: int) -> Iterator[Faults]:
             yield faults
         finally:
             stopped.set()
+            faults.released.set()
             server.shutdown()
 
 

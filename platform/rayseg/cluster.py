@@ -1,5 +1,6 @@
 """The Ray cluster that a job runs on: the one it was submitted to, or a private one on this machine."""
 
+import json
 import logging
 import math
 import os
@@ -21,6 +22,12 @@ LOCAL_OBJECT_STORE_BYTES = 512 * 1024 * 1024
 _LAUNCHED = "ray_bootstrap_config.yaml"
 _NODE_GROUP = "ray.io/node-group"  # label of nodes that a launcher or KubeRay has started
 _ROUNDING = 1e-9
+
+# Ray Train asks each second whether a run's controller lives, and takes its workers' places away where the answer is
+# that nobody knows it. It asks the API server of the cluster that was started last on the machine, which may be
+# somebody else's, or that of this variable. Set for workers alone: in a driver it would redirect `ray job submit`, too.
+API_SERVER = "RAY_API_SERVER_ADDRESS"
+NOBODY = "http://127.0.0.1:9"  # nothing listens there, and without an answer a run goes on
 _NO_KEYS: Mapping[str, str] = {}
 _private: list[bool] = []  # not empty while this process has a cluster of its own
 
@@ -38,12 +45,8 @@ def connect() -> None:
     # Added to the runtime environment of a submitted job: Ray merges them, and refuses keys that both have.
     variables = {build.VARIABLE: build.current().told()}
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(logging_level=logging.WARNING, runtime_env={"env_vars": variables})
+        ray.init(logging_level=logging.WARNING, runtime_env={"env_vars": variables | _api_server()})
         return
-    # Ray Train asks the API server whether a run's controller lives, and takes its workers' places away where that
-    # server knows no such controller. A private cluster has no such server, so Ray would ask whatever other cluster is
-    # on the machine. Nothing listens here: then training goes on.
-    os.environ.setdefault("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9")
     # Nobody takes this machine away with a notice, and the process that would wait for one costs seconds to start.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     ray.init(
@@ -53,7 +56,8 @@ def connect() -> None:
         include_dashboard=False,
         logging_level=logging.WARNING,
         runtime_env={
-            "env_vars": variables | {build.SILENT: "1"},  # the driver has said it, of the same files
+            # The driver has said what it runs, of the same files. And a private cluster has no API server.
+            "env_vars": variables | {build.SILENT: "1", API_SERVER: NOBODY},
             "worker_process_setup_hook": f"{__name__}.{hush.__name__}",
         },
     )
@@ -76,8 +80,22 @@ def quiet() -> None:
 
 
 def hush() -> None:
-    """Set-up hook of the private cluster's workers: Ray Train warns each second that there is no dashboard."""
-    logging.getLogger("ray.train.v2._internal.execution.controller.placement_group_cleaner").setLevel(logging.ERROR)
+    """Set-up hook of the private cluster's workers: Ray Train warns each second that no API server answers.
+
+    Of its other lines the same logger has the one that says why workers lost their places.
+    """
+    logging.getLogger("ray.train.v2._internal.execution.controller.placement_group_cleaner").addFilter(
+        lambda record: not record.getMessage().startswith("Failed to query Ray Train Controller actor state")
+    )
+
+
+def _api_server() -> dict[str, str]:
+    """Where workers of the cluster of RAY_ADDRESS find its API server, where that tells: from the cluster itself."""
+    address = os.environ["RAY_ADDRESS"]
+    submitted = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env") or {}
+    if address == "auto" or "://" in address or API_SERVER in submitted.get("env_vars", {}):
+        return {}
+    return {API_SERVER: address}
 
 
 def require(stage: str, bundle: Mapping[str, float], count: int = 1, keys: Mapping[str, str] = _NO_KEYS) -> None:

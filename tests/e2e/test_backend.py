@@ -1,5 +1,7 @@
 """The team's MLflow: PostgreSQL, S3 and a server by `configs/mlflow-server.env`, which is killed and comes back."""
 
+import json
+import math
 import os
 import signal
 import subprocess
@@ -18,8 +20,9 @@ from rayseg import storage
 from rayseg.data import synthetic
 from rayseg.data.labels import Labels
 from rayseg.data.preprocess import Preprocess
-from rayseg.tracking import registry, runs
+from rayseg.tracking import limits, registry, runs
 from rayseg.training.journal import Journal
+from tests import long_names
 from tests.ports import free_port
 from tests.postgres import postgres, programs
 
@@ -104,6 +107,11 @@ def test_runs_survive_a_killed_server_and_artifacts_do_not_pass_it(
             runs.finish(tracking_uri, run_id, "FINISHED")
             run = runs.client(tracking_uri).get_run(run_id)
             told = runs.client(tracking_uri).get_metric_history(run_id, "val/loss")
+            # What MLflow's columns hold, of which SQLite knows nothing.
+            long_id, long_version = long_names.write(tracking_uri, bundle_dir)
+            long = runs.client(tracking_uri).get_run(long_id).data
+            uncut = json.loads(runs.read_bytes(tracking_uri, long_id, limits.UNCUT))
+            description = runs.client(tracking_uri).get_model_version(long_version.name, "1").description
             proxied = httpx.get(f"{tracking_uri}/api/2.0/mlflow-artifacts/artifacts", timeout=30)
         with psycopg.connect(backend.replace("+psycopg", ""), passfile=password["PGPASSFILE"]) as database:
             (row,) = database.execute("SELECT status FROM runs WHERE run_uuid = %s", (run_id,)).fetchall()
@@ -112,6 +120,9 @@ def test_runs_survive_a_killed_server_and_artifacts_do_not_pass_it(
     assert [(one.step, one.value) for one in told] == [(0, 3.0), (1, 2.0), (2, 1.0), (3, pytest.approx(2 / 3))]
     assert run.info.artifact_uri.startswith(f"{s3_store}/mlflow/")
     assert storage.read(storage.join(run.info.artifact_uri, "test/table.csv")) == b"patient,dice\n"
+    assert long.params["value"] == long_names.LONG[:5994] + " [...]"
+    assert (uncut["params"]["value"], uncut["tags"]["note"]) == (long_names.LONG, long_names.LONG)
+    assert (math.isnan(long.metrics["nan"]), len(description)) == (True, 5000)
     assert proxied.status_code == 503, "the server hands out no artifacts"
     calls = (tmp_path / "server.log").read_text()
     assert "mlflow-artifacts/artifacts" in calls, "it tells what it is asked for"

@@ -1,5 +1,8 @@
 """What a cluster can never give is refused; its nodes are told here as Ray would tell them."""
 
+import inspect
+import json
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -7,6 +10,7 @@ from typing import Any
 import pytest
 import ray
 import yaml
+from ray.train.v2._internal.execution.controller import placement_group_cleaner
 
 from rayseg import cluster
 from rayseg.training.settings import TrainConfig
@@ -113,3 +117,42 @@ def test_trials_that_share_gpus_fit_twice_as_often(nodes):
     places = {"prepared": "p", "storage": "s", "tracking_uri": "t", "num_workers": 1}
     assert cluster.room(TrainConfig(**places, gpus_per_worker=1).bundle) == 2
     assert cluster.room(TrainConfig(**places, gpus_per_worker=0.5).bundle) == 4
+
+
+def test_of_the_lines_on_a_runs_controller_only_the_one_without_news_is_hidden(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    logger = logging.getLogger(placement_group_cleaner.__name__)
+    monkeypatch.setattr(logger, "filters", [])
+    cluster.hush()
+    often = "Failed to query Ray Train Controller actor state. "
+    assert often in inspect.getsource(placement_group_cleaner), "it is called so still"
+    logger.warning(often)
+    logger.warning("Detected that the Ray Train controller actor (%s) is dead. Cleaning up placement group", "1f")
+    assert [record.getMessage() for record in caplog.records if record.name == logger.name] == [
+        "Detected that the Ray Train controller actor (1f) is dead. Cleaning up placement group"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("address", "submitted", "expected"),
+    [
+        ("10.0.0.1:6379", None, {"RAY_API_SERVER_ADDRESS": "10.0.0.1:6379"}),
+        ("10.0.0.1:6379", {"env_vars": {"OTHER": "1"}}, {"RAY_API_SERVER_ADDRESS": "10.0.0.1:6379"}),
+        ("10.0.0.1:6379", {"env_vars": {"RAY_API_SERVER_ADDRESS": "http://one:1"}}, {}),
+        ("ray://one:10001", None, {}),
+        ("auto", None, {}),
+    ],
+)
+def test_workers_of_a_cluster_that_is_joined_ask_that_one(monkeypatch, address, submitted, expected):
+    """Ray takes an address of this kind for that of the cluster, and asks it for its API server."""
+    environments: list[dict[str, Any]] = []
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **named: environments.append(named["runtime_env"]["env_vars"]))
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
+    if submitted is not None:
+        monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps({"runtime_env": submitted, "metadata": {}}))
+    cluster.connect()
+    (variables,) = environments
+    assert {name: value for name, value in variables.items() if name != "RAYSEG_CODE"} == expected

@@ -25,7 +25,7 @@ from rayseg.evaluation.record import Record
 from rayseg.evaluation.scorer import Scorer, read_truth
 from rayseg.inference.predictor import Judgement
 from rayseg.records import Reason, Reject
-from rayseg.tracking import card, registry, runs
+from rayseg.tracking import card, limits, registry, runs
 
 SIDE = 16
 OPTIONS = {"resamples": 100, "min_patients": 3}
@@ -292,7 +292,7 @@ def test_a_description_fits_the_registry_and_the_run_has_the_whole_card(
         evaluations=evaluations,
     )  # fmt: skip
     column = SqlModelVersion.__table__.c.description.type
-    assert column.length == card.MAX_DESCRIPTION
+    assert column.length == limits.DESCRIPTION
     description = card.log(tracking, model)
     whole = runs.read_bytes(tracking, version.run_id, card.MARKDOWN).decode()
     assert len(description) <= column.length

@@ -11,7 +11,8 @@ from rayseg.records import Reason, Reject
 
 BACKGROUND = "background"  # as a name in a mapping: what to leave out
 
-_NAME = re.compile(r"[\w.\- :]+")  # what MLflow takes as a part of a metric's name
+# What MLflow takes as a part of a metric's name, and in 64 characters, as SegmentLabel is an LO (DICOM PS3.5, 6.2).
+_NAME = re.compile(r"(?!\.+$)[\w.\- :]{1,64}")
 _COLOR = re.compile(r"#[0-9a-f]{6}")
 # Lossy compression moves values, and it and anti-aliasing blend edges. In each channel so much is noise; where a square
 # of so many pixels is further from all that is named it is no edge, but something that no class is named for.
@@ -49,7 +50,9 @@ class Labels:
             )
         for name in self.names:
             if not _NAME.fullmatch(name):
-                raise ValueError(f"labels.names: letters, digits, spaces and any of _.:- expected, got {name!r}")
+                raise ValueError(
+                    f"labels.names: letters, digits, spaces and any of _.:- expected, at most 64, got {name!r}"
+                )
         if len(self.names) > 254:
             raise ValueError(f"labels.names: at most 254 names expected, got {len(self.names)}")
         if not 0 <= self.threshold <= 254:

@@ -16,6 +16,7 @@ from rayseg.inference.plan import objects
 from rayseg.inference.series import STAGE
 from rayseg.inference.watch import STEPS
 from rayseg.tracking import runs
+from rayseg.tracking.courier import Courier
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +27,7 @@ class Progress:
     """Slices done with rate and time left, series, rejects, and what binds: the step that most of the time goes into.
 
     Use as a context manager; call `update` with the ledger rows of series that have ended. An MLflow that does not
-    answer stops no run.
+    answer stops no run, nor does the run wait for it.
     """
 
     def __init__(self, series: int, slices: int, output: str, tracking_uri: str, run_id: str) -> None:
@@ -38,9 +39,11 @@ class Progress:
         self._began = self._told = time.monotonic()
         self._bar: tqdm[Any] | None = None
         self._stack = ExitStack()
+        self._courier = Courier(self._tell_mlflow)
 
     def __enter__(self) -> "Progress":
         self._tell_file()
+        self._stack.enter_context(self._courier)
         self._bar = self._stack.enter_context(tqdm(total=self._slices, desc="segment", unit=" slices", disable=None))
         return self
 
@@ -89,10 +92,16 @@ class Progress:
             "segment/slices_per_second": done / seconds,
             **{f"segment/{step}_seconds": value for step, value in self._seconds.items()},
         }
+        self._courier.hand_over((int(seconds), values))
+
+    def _tell_mlflow(self, news: tuple[int, dict[str, float]]) -> bool:
+        step, values = news
         try:
-            runs.log_metrics(self._tracking_uri, self._run_id, values, step=int(seconds))
+            runs.log_metrics(self._tracking_uri, self._run_id, values, step=step)
         except runs.UnreachableError as error:
             logger.warning("MLflow was not told how far the run is: %s", error)
+            return False
+        return True
 
     def _tell_file(self) -> None:
         done = self._counts["slices"] + self._counts["rejected_slices"]

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Literal
 
-from rayseg.tracking import registry, runs
+from rayseg.tracking import limits, registry, runs
 
 _TAG = "rayseg.alias.{alias}.{at}"
 _SERVED = "rayseg.served.{alias}"
@@ -30,7 +30,11 @@ def move(
     """Gives `alias` to a version and returns the alias' history, this move the last.
 
     A process that dies in between leaves the alias moved and this not told; see `earlier`.
+
+    Raises:
+        ValueError: the alias is too long.
     """
+    limits.require("alias", alias, limits.ALIAS)
     before = registry.champion(tracking_uri, name, alias)
     registry.set_alias(tracking_uri, name, alias, version)
     made = Move(datetime.now(UTC).strftime(_TIME), action, version, None if before is None else before.version)

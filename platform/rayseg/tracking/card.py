@@ -12,13 +12,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rayseg import config
-from rayseg.tracking import runs
+from rayseg.tracking import limits, runs
 from rayseg.tracking.registry import ModelVersion
 
 logger = logging.getLogger(__name__)
 
 MARKDOWN, VALUES = "model_card.md", "model_card.json"
-MAX_DESCRIPTION = 5000  # characters of MLflow's column `model_versions.description`, which PostgreSQL insists on
 _LEFT_OUT = "Some tables are left out here. The run's artifact `model_card.md` has them."
 
 End = float | None
@@ -165,16 +164,16 @@ def add_evaluation(tracking_uri: str, version: ModelVersion, evaluation: Evaluat
 
 
 def render(card: Card) -> str:
-    """The card as Markdown of at most MAX_DESCRIPTION characters: as much of `whole` as a registry's column holds.
+    """The card as Markdown of at most `limits.DESCRIPTION` characters: as much of `whole` as a registry's column holds.
 
     Tables of subgroups go first, then validation by class, settings, and scores by class; the card says so.
     """
     text = whole(card)
     for shorter in _shortened(card):
-        if len(text) <= MAX_DESCRIPTION:
+        if len(text) <= limits.DESCRIPTION:
             break
         text = f"{_LEFT_OUT}\n\n{whole(shorter)}"
-    return text[:MAX_DESCRIPTION]
+    return text[: limits.DESCRIPTION]
 
 
 def _shortened(card: Card) -> Iterator[Card]:

@@ -41,6 +41,7 @@ INITIAL_TAG = "rayseg.init_from"  # of a training run: the version whose weights
 _DIGEST_TAG = "bundle_digest"
 _MISSING = {ErrorCode.Name(RESOURCE_DOES_NOT_EXIST), ErrorCode.Name(INVALID_PARAMETER_VALUE)}
 _MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(?:/(?P<version>\d+|latest)|@(?P<alias>[^/@]+))")
+_NOT_IN_LOGGED = re.compile(r"[/:.%\"']")  # of names that MLflow takes for registered models, and not for logged ones
 _REQUIRED = (
     *("mlflow", "keras", "tensorflow", "tensorflow-cpu", "numpy", "pandas", "pyarrow", "pillow", "pydicom"),
     *("imagecodecs", "pylibjpeg", "pylibjpeg-openjpeg", "pylibjpeg-rle", "pyjpegls", "nibabel"),
@@ -65,7 +66,7 @@ def register(
     run = client.get_run(run_id)
     logged = client.create_logged_model(
         run.info.experiment_id,
-        name=name,
+        name=_NOT_IN_LOGGED.sub("-", name),
         source_run_id=run_id,
         params=run.data.params,
         tags={_DIGEST_TAG: digest},

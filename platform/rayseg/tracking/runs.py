@@ -3,9 +3,11 @@
 So any process that is told both may write to a run: the driver and rank 0 of a training do.
 """
 
+import json
 import logging
 import re
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,9 +20,12 @@ from mlflow.protos import databricks_pb2 as codes
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 from rayseg import __version__, build
+from rayseg.tracking import limits
+from rayseg.tracking.courier import LEAVE_S
 
 _PARAMS_A_BATCH, _METRICS_A_BATCH = 100, 1000  # MLflow's limits for one request
 _SQLITE = "sqlite:///"
+_FOLDER = 60  # characters, of up to four bytes: a file system takes 255 bytes
 # What stays so however often it is asked. Anything else (INTERNAL_ERROR for a server that does not answer) may pass.
 _FINAL = {
     codes.ErrorCode.Name(code)
@@ -77,19 +82,33 @@ def start(
         params: flat configuration (see `config.flat`); values are shown as text.
         tags: further tags.
 
+    What is longer than MLflow's columns (see `limits`) is cut, and whole in the run's artifact `limits.UNCUT`.
+
     Raises:
-        ValueError: the experiment was deleted.
+        ValueError: the experiment was deleted, or its name is too long.
     """
+    limits.require("experiment", experiment, limits.EXPERIMENT)
     mlflow = client(tracking_uri)
+    whole = {"params": {key: str(value) for key, value in (params or {}).items()}, "tags": {**_code(), **(tags or {})}}
     run = mlflow.create_run(
         _experiment_id(mlflow, tracking_uri, experiment),
-        run_name=name,
-        tags={**_code(), **(tags or {})},
+        run_name=limits.text(name, limits.RUN_NAME),
+        tags=_fitting(whole["tags"], limits.TAG),
     )
-    values = [Param(key, str(value)) for key, value in (params or {}).items()]
+    values = [Param(key, value) for key, value in _fitting(whole["params"], limits.PARAM).items()]
     for first in range(0, len(values), _PARAMS_A_BATCH):
         mlflow.log_batch(run.info.run_id, params=values[first : first + _PARAMS_A_BATCH])
+    lost = {
+        kind: dict(all_of_it.items() - _fitting(all_of_it, most).items())
+        for (kind, all_of_it), most in zip(whole.items(), (limits.PARAM, limits.TAG), strict=True)
+    }
+    if any(lost.values()):
+        log_bytes(tracking_uri, run.info.run_id, limits.UNCUT, json.dumps(lost, indent=2, sort_keys=True).encode())
     return run.info.run_id
+
+
+def _fitting(values: Mapping[str, str], most: int) -> dict[str, str]:
+    return {limits.key(key): limits.text(value, most) for key, value in values.items()}
 
 
 @contextmanager
@@ -124,9 +143,9 @@ def _code() -> dict[str, str]:
 
 
 def log_metrics(tracking_uri: str, run_id: str, metrics: Mapping[str, float], step: int = 0) -> None:
-    """Logs values of one step (an epoch, or 0 for final ones); raises UnreachableError."""
+    """Logs values of one step (an epoch, or 0 for final ones), in their order; raises UnreachableError."""
     now_ms = int(time.time() * 1000)
-    values = [Metric(name, float(value), now_ms, step) for name, value in metrics.items()]
+    values = [Metric(limits.key(name), float(value), now_ms, step) for name, value in metrics.items()]
     with _reaching(tracking_uri):
         for first in range(0, len(values), _METRICS_A_BATCH):
             client(tracking_uri).log_batch(run_id, metrics=values[first : first + _METRICS_A_BATCH])
@@ -145,12 +164,18 @@ def log_dataset(tracking_uri: str, run_id: str, uri: str, digest: str, profile: 
         tracking_uri: of MLflow.
         run_id: of the run.
         uri: where the set lies.
-        digest: of its content; MLflow shows the first 36 characters.
+        digest: of its content; MLflow has room for its beginning.
         profile: what is in it, as JSON.
         context: what for: `training`.
     """
     name = uri.rstrip("/").rpartition("/")[2]
-    dataset = Dataset(name, digest[:36], "rayseg.prepared", source=uri, profile=profile)
+    dataset = Dataset(
+        limits.text(name, limits.DATASET_NAME),
+        digest[: limits.DATASET_DIGEST],
+        "rayseg.prepared",
+        source=uri,
+        profile=profile,
+    )
     tag = InputTag("mlflow.data.context", context)
     client(tracking_uri).log_inputs(run_id, datasets=[DatasetInput(dataset, tags=[tag])])
 
@@ -170,14 +195,26 @@ def resume(tracking_uri: str, run_id: str) -> None:
 
 @contextmanager
 def system_metrics(tracking_uri: str, run_id: str) -> Iterator[None]:
-    """Logs this machine's use of CPU, memory, disk, network and GPUs (`system/...`) every ten seconds of the block."""
+    """Logs this machine's use of CPU, memory, disk, network and GPUs (`system/...`) every ten seconds of the block.
+
+    The block waits for MLflow at its end alone, and no longer than `courier.LEAVE_S`.
+    """
     logging.getLogger("mlflow.system_metrics").setLevel(logging.WARNING)  # it tells of its start and end
-    monitor = SystemMetricsMonitor(run_id, resume_logging=True, tracking_uri=tracking_uri)
-    monitor.start()
+    over = threading.Event()
+
+    def watch() -> None:
+        monitor = SystemMetricsMonitor(run_id, resume_logging=True, tracking_uri=tracking_uri)  # asks for the last step
+        monitor.start()
+        over.wait()
+        monitor.finish()
+
+    thread = threading.Thread(target=watch, daemon=True, name="rayseg-system-metrics")
+    thread.start()
     try:
         yield
     finally:
-        monitor.finish()
+        over.set()
+        thread.join(LEAVE_S)
 
 
 def exists(tracking_uri: str, run_id: str) -> bool:
@@ -203,9 +240,10 @@ def tagged(tracking_uri: str, experiment: str, tags: Mapping[str, str]) -> list[
 
 
 def set_tags(tracking_uri: str, run_id: str, tags: Mapping[str, str]) -> None:
-    """Sets tags of the run; raises UnreachableError."""
+    """Sets tags of the run, what is too long for one cut; raises UnreachableError."""
+    values = [RunTag(name, value) for name, value in _fitting(tags, limits.TAG).items()]
     with _reaching(tracking_uri):
-        client(tracking_uri).log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items()])
+        client(tracking_uri).log_batch(run_id, tags=values)
 
 
 def discard(tracking_uri: str, run_id: str) -> None:
@@ -275,5 +313,5 @@ def _artifact_location(tracking_uri: str, experiment: str) -> str | None:
     if not tracking_uri.startswith(_SQLITE):
         return None
     database = Path(tracking_uri.removeprefix(_SQLITE))
-    # Experiments whose names end alike may share a folder: below it everything has the id of a run or a model.
-    return (database.resolve().parent / "artifacts" / re.sub(r"[^\w.-]+", "-", experiment)).as_uri()
+    # Experiments whose names begin alike may share a folder: below it everything has the id of a run or a model.
+    return (database.resolve().parent / "artifacts" / re.sub(r"[^\w.-]+", "-", experiment)[:_FOLDER]).as_uri()

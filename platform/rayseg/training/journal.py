@@ -15,12 +15,12 @@ class Journal:
     """Logs epochs, under the number of epochs done as step; 0 is the untrained model.
 
     Only what a checkpoint holds is logged: an epoch that is lost with a killed worker is made, and logged, again. What
-    MLflow does not take now, because its server is down, is logged after a later epoch.
+    MLflow does not take now, because its server is down or silent, is logged by a later call.
     """
 
     def __init__(self, tracking_uri: str, run_id: str) -> None:
         self._tracking_uri, self._run_id = tracking_uri, run_id
-        self._logged: int | None = None  # the last epoch that MLflow has; None: not asked yet
+        self._logged: int | None = None  # the last epoch that MLflow has; None: it is to be asked
 
     def publish(self, untrained: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> bool:
         """Logs what MLflow lacks of these; whether it has all of it now."""
@@ -34,10 +34,13 @@ class Journal:
                 self._log(row["epoch"], {name: value for name, value in row.items() if name != "epoch"})
                 self._logged = row["epoch"]
         except runs.UnreachableError as error:
+            self._logged = None  # whoever does not answer may have taken it all the same
             logger.warning("MLflow cannot be reached (%s): values are logged later", error)
             return False
         return True
 
     def _log(self, step: int, values: Mapping[str, Any]) -> None:
         defined = {name: value for name, value in values.items() if value is not None}
+        # Last, as many values go in several requests: an epoch that has its sign has all of them.
+        defined[_SIGN] = defined.pop(_SIGN)
         runs.log_metrics(self._tracking_uri, self._run_id, defined, step=step)

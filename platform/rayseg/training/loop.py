@@ -3,9 +3,10 @@
 import contextlib
 import logging
 import math
+import os
 import tempfile
 import time
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from rayseg.training.watchdog import Watchdog
 logger = logging.getLogger(__name__)
 
 ATTEMPTS_FILE = "attempts.json"
+Publish = Callable[[State], None]
 NO_GPU_FILE = "no-gpu.json"  # a rank without the GPU that it was to have says so, and all ranks stop
 
 
@@ -53,9 +55,10 @@ def train_worker(job: dict[str, Any]) -> dict[str, Any]:
         return {"attempts": attempts, "diverged": None, "no_gpu": True}
     logger.info("rank %d of %d computes in %s on %s", rank, ranks, config.mixed_precision, _told(config, devices))
     with (
+        # Outside of the watchdog: to wait for MLflow, at the end, is not to hang.
+        _mlflow(config, job["run_id"]) if rank == 0 else contextlib.nullcontext(_nobody) as publish,
         Watchdog(config.hang_timeout_s) as watchdog,
         tempfile.TemporaryDirectory(prefix="rayseg-outputs-") as outputs,
-        _system_metrics(config, job["run_id"]) if rank == 0 else contextlib.nullcontext(),
     ):
         learner = Learner(config, describe(config.prepared), rank, ranks, watchdog.beat)
         state = State.load(job["folder"], Path(outputs), learner.model)
@@ -64,21 +67,19 @@ def train_worker(job: dict[str, Any]) -> dict[str, Any]:
             state = State()
         else:
             logger.info("rank %d goes on after epoch %d", rank, state.epoch)
-        diverged = _Run(config, learner, state, job, Path(outputs)).to_the_end(watchdog)
+        diverged = _Run(config, learner, state, job["folder"], Path(outputs), publish).to_the_end(watchdog)
     return {"attempts": attempts, "diverged": diverged, "no_gpu": False}
 
 
 class _Run:
-    def __init__(self, config: TrainConfig, learner: Learner, state: State, job: dict[str, Any], outputs: Path) -> None:
+    def __init__(
+        self, config: TrainConfig, learner: Learner, state: State, folder: str, outputs: Path, publish: Publish
+    ) -> None:
         self._config, self._learner, self._state = config, learner, state
-        self._folder, self._outputs = job["folder"], outputs
+        self._folder, self._outputs, self._publish = folder, outputs, publish
         self._callbacks = rules(config)
-        self._journal = None
         if learner.rank == 0:
-            from rayseg.training.journal import Journal  # with MLflow
-
             self._callbacks += writers(config, outputs, learner.steps)
-            self._journal = Journal(config.tracking_uri, job["run_id"])
 
     def to_the_end(self, watchdog: Watchdog) -> int | None:
         """Trains; returns the epoch whose loss is not finite, or None."""
@@ -90,7 +91,7 @@ class _Run:
             state.untrained = learner.validate()
         called.on_train_begin()
         recall(self._callbacks, state.callbacks)
-        self._publish()
+        self._publish(state)
         encoder = encoder_layers(learner.model)
         for epoch in range(state.epoch, config.epochs):  # counted from 0, as Keras's callbacks have it
             if state.stopped:
@@ -112,18 +113,13 @@ class _Run:
             if learner.rank == 0:
                 state.callbacks = remembered(self._callbacks)
                 state.save(self._folder, learner.model, self._outputs)
-            self._publish()
+            self._publish(state)
             # Waits for all ranks. With all epochs, as who hears this may not have heard of those before a restart.
             dice = [row["val/dice_pooled"] for row in state.history]
             ray.train.report({"epoch": epoch + 1, "dice": dice})
             watchdog.beat()
         called.on_train_end()
         return None
-
-    def _publish(self) -> None:
-        if self._journal is not None:
-            assert self._state.untrained is not None, "validated before the first epoch"
-            self._journal.publish(self._state.untrained, self._state.history)
 
 
 def _count(seconds: float, stalled: float) -> None:
@@ -133,11 +129,32 @@ def _count(seconds: float, stalled: float) -> None:
     meters.add("rayseg_seconds_total", seconds * (1 - stalled), stage="train", step="compute")
 
 
-def _system_metrics(config: TrainConfig, run_id: str) -> AbstractContextManager[None]:
+@contextlib.contextmanager
+def _mlflow(config: TrainConfig, run_id: str) -> Iterator[Publish]:
+    """What takes the run's values and the machine's to MLflow, which training never waits for."""
     # Only here: MLflow takes some 100 MB, and only rank 0 needs it.
     from rayseg.tracking import runs
+    from rayseg.tracking.courier import Courier
+    from rayseg.training.journal import Journal
 
-    return runs.system_metrics(config.tracking_uri, run_id)
+    # Its own limits add up to 20 minutes a call. The courier comes again anyway, and what it misses is told sooner.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    journal = Journal(config.tracking_uri, run_id)
+    with (
+        runs.system_metrics(config.tracking_uri, run_id),
+        Courier[tuple[dict[str, Any], list[dict[str, Any]]]](lambda news: journal.publish(*news)) as courier,
+    ):
+
+        def publish(state: State) -> None:
+            assert state.untrained is not None, "validated before the first epoch"
+            courier.hand_over((state.untrained, list(state.history)))
+
+        yield publish
+
+
+def _nobody(state: State) -> None:
+    """Of ranks that publish nothing."""
 
 
 def _set_up(config: TrainConfig, rank: int, level: int) -> None:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from rayseg.data.augment import Augment
 from rayseg.models.losses import Loss
 from rayseg.models.presets import NetworkConfig
+from rayseg.tracking import limits
 
 DEFAULT_THRESHOLD = 0.5  # of the scores on validation while no other is known
 
@@ -99,6 +100,13 @@ class TrainConfig:
     hang_timeout_s: float = 600.0  # a worker that takes longer for a step is taken for hung, and replaced
 
     def __post_init__(self) -> None:
+        # Now, not after all epochs: a database refuses what is longer.
+        limits.require("train.experiment", self.experiment, limits.EXPERIMENT)
+        limits.require("train.registered_model", self.registered_model, limits.MODEL)
+        if not self.registered_model.strip(" .") or set(self.registered_model) & set("/:@'"):
+            raise ValueError(
+                f"train.registered_model: a name without any of / : @ ' expected, got {self.registered_model!r}"
+            )
         for key in ("batch_size", "epochs", "num_workers", "accumulation"):
             if getattr(self, key) < 1:
                 raise ValueError(f"train.{key}: a positive number expected, got {getattr(self, key)}")

@@ -85,6 +85,8 @@ def fit(config: TrainConfig, trial: Trial | None = None, callbacks: Sequence[Use
         start.bring_initial(config, prepared, folder)
         attempts = _attempts_to_the_end(config, folder) or _train(config, folder, run_id, trial, callbacks)
         result = _conclude(config, prepared, folder, run_id, attempts - 1, trial is None or trial.register)
+    except runs.UnreachableError:
+        raise  # to ask once more would take as long again
     except BaseException as error:
         finish(config.tracking_uri, run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
         raise
@@ -203,8 +205,9 @@ def _conclude(
         assert state is not None, "each epoch leaves one"
         assert state.untrained is not None, "validated before the first epoch"
         if not journal.Journal(config.tracking_uri, run_id).publish(state.untrained, state.history):
-            raise RuntimeError(
-                f"train: MLflow at {config.tracking_uri} does not answer; start the same job again later"
+            raise runs.UnreachableError(
+                f"train: MLflow at {config.tracking_uri} does not answer; start the same job again later, which goes "
+                "on from here. Until then its run stays RUNNING"
             )
         model = start.network(config, prepared)
         model.load_weights(outputs / BEST_FILE)
