@@ -38,6 +38,13 @@ class Journal:
             return False
         return True
 
+    def tell(self, values: Mapping[str, float]) -> None:
+        """Logs values of the run that stand as they are at its end, unless MLflow does not answer."""
+        try:
+            runs.log_metrics(self._tracking_uri, self._run_id, values)
+        except runs.UnreachableError as error:
+            logger.warning("MLflow cannot be reached (%s): %s are not logged", error, ", ".join(values))
+
     def _log(self, step: int, values: Mapping[str, Any]) -> None:
         defined = {name: value for name, value in values.items() if value is not None}
         runs.log_metrics(self._tracking_uri, self._run_id, defined, step=step)

@@ -1,10 +1,16 @@
-"""What one Ray Train worker does: epochs, from the run's last checkpoint to its end."""
+"""What one Ray Train worker does: epochs, from the run's last checkpoint to its end.
+
+Beside the checkpoint at the end of each epoch there are some within: a node that is to be taken away is announced, and
+what is done until then should not be done again.
+"""
 
 import contextlib
+import dataclasses
 import logging
 import math
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -20,15 +26,19 @@ from rayseg.data.prepared import describe
 from rayseg.models.encoders import encoder_layers
 from rayseg.training import start
 from rayseg.training.callbacks import recall, remembered, rules, writers
+from rayseg.training.interruptions import Interruptions
 from rayseg.training.learner import Learner
 from rayseg.training.settings import TrainConfig
-from rayseg.training.state import State
+from rayseg.training.state import Part, State
 from rayseg.training.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
 ATTEMPTS_FILE = "attempts.json"
 NO_GPU_FILE = "no-gpu.json"  # a rank without the GPU that it was to have says so, and all ranks stop
+LOOK_S = 5.0  # between two looks for an announced loss
+KEEP_S = 600.0  # of work that a loss without notice may cost
+LAST_KEEP_S = 30.0  # the same within the time that a notice gives
 
 
 def train_worker(job: dict[str, Any]) -> dict[str, Any]:
@@ -63,7 +73,7 @@ def train_worker(job: dict[str, Any]) -> dict[str, Any]:
             start.set_initial(learner.model, job["folder"])
             state = State()
         else:
-            logger.info("rank %d goes on after epoch %d", rank, state.epoch)
+            logger.info("rank %d of %d goes on after epoch %d, step %d", rank, ranks, state.epoch, state.part.step)
         diverged = _Run(config, learner, state, job, Path(outputs)).to_the_end(watchdog)
     return {"attempts": attempts, "diverged": diverged, "no_gpu": False}
 
@@ -73,12 +83,16 @@ class _Run:
         self._config, self._learner, self._state = config, learner, state
         self._folder, self._outputs = job["folder"], outputs
         self._callbacks = rules(config)
+        self._looked = self._kept = state.part
+        self._pace, self._noticed = 1, False  # steps between two looks; as all of these the same on all ranks
         self._journal = None
         if learner.rank == 0:
             from rayseg.training.journal import Journal  # with MLflow
 
             self._callbacks += writers(config, outputs, learner.steps)
             self._journal = Journal(config.tracking_uri, job["run_id"])
+            if (interruptions := Interruptions.of(job["folder"])) != Interruptions():
+                self._journal.tell(dataclasses.asdict(interruptions))
 
     def to_the_end(self, watchdog: Watchdog) -> int | None:
         """Trains; returns the epoch whose loss is not finite, or None."""
@@ -98,7 +112,8 @@ class _Run:
             learner.freeze(encoder, epoch < config.freeze_epochs)
             called.on_epoch_begin(epoch)
             began = time.monotonic()
-            logs = learner.train(epoch, called)
+            self._looked = self._kept = state.part
+            logs = learner.train(epoch, called, state.part, self._look)
             if not math.isfinite(logs["train/loss"]):
                 return epoch + 1
             if learner.rank == 0:
@@ -107,7 +122,7 @@ class _Run:
             with learner.averaged(epoch):
                 logs |= learner.validate()
                 called.on_epoch_end(epoch, {name: value for name, value in logs.items() if value is not None})
-            state.epoch, state.stopped = epoch + 1, learner.any_rank(learner.model.stop_training)
+            state.epoch, state.part, state.stopped = epoch + 1, Part(), learner.any_rank(learner.model.stop_training)
             state.history.append({"epoch": epoch + 1, **logs})
             if learner.rank == 0:
                 state.callbacks = remembered(self._callbacks)
@@ -119,6 +134,31 @@ class _Run:
             watchdog.beat()
         called.on_train_end()
         return None
+
+    def _look(self, step: int, summed: Callable[[], Part]) -> None:
+        """About every `LOOK_S`: keeps what is done of the epoch where it would be much, or the last chance."""
+        if step - self._looked.step < self._pace:
+            return
+        done = summed()
+        seconds_a_step = (done.seconds - self._looked.seconds) / (step - self._looked.step)
+        self._pace, self._looked = max(1, round(LOOK_S / seconds_a_step)), done
+        # Waits for all ranks, and tells them what rank 0 knows.
+        notice = ray.train.get_preemption_info()
+        first, self._noticed = notice is not None and not self._noticed, notice is not None
+        if first or done.seconds - self._kept.seconds > (LAST_KEEP_S if self._noticed else KEEP_S):
+            self._kept = self._state.part = done
+            if self._learner.rank == 0:
+                self._keep(first)
+
+    def _keep(self, noticed: bool) -> None:
+        state = self._state
+        try:
+            state.save(self._folder, self._learner.model, self._outputs)
+        except RuntimeError as error:  # the one before stays, and there is time to try again
+            logger.warning("%s", error)
+            return
+        if noticed:
+            logger.info("a node is to be taken away: kept epoch %d up to step %d", state.epoch + 1, state.part.step)
 
     def _publish(self) -> None:
         if self._journal is not None:
