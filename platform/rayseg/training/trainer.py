@@ -159,6 +159,8 @@ def _train(
     """Runs the workers, who leave their checkpoints in the folder; returns how often they began."""
     storage.delete(storage.join(folder, NO_GPU_FILE))  # of an earlier start
     files, path = storage.filesystem(config.storage, retry.ATTEMPTS)
+    count = f"{config.least_workers} to {config.most_workers}" if config.elastic else config.most_workers
+    logger.info("train: asks for workers: %s, each with %s on one node", count, cluster.told_of(config.bundle))
     trainer = TensorflowTrainer(
         train_worker,
         train_loop_config={
@@ -239,6 +241,10 @@ def _conclude(
             version = registry.register(config.tracking_uri, run_id, saved, config.registered_model, text)
     reproduced = record.repeated(config, state, run_id) if config.reproduce else None
     interruptions = dataclasses.asdict(Interruptions.of(folder))
+    if restarts:
+        told = ", ".join(f"{name} {number}" for name, number in interruptions.items())
+        workers = " ".join(str(row.get("workers", "?")) for row in state.history)
+        logger.info("train: workers began anew: %s; workers at the end of each epoch: %s", told, workers)
     outcome: dict[str, float] = {"best_epoch": best_epoch, "restarts": restarts, **interruptions}
     if len(prepared.labels.names) == 1:
         outcome["threshold"] = threshold
