@@ -106,7 +106,7 @@ class TrainConfig:
         if not 1 <= self.least_workers <= self.most_workers:
             raise ValueError(
                 "train.num_workers: a positive number, or two of them as [least, most] expected, got "
-                f"{list(self.num_workers) if self.elastic else self.num_workers}"
+                f"{self.workers_told}"
             )
         if self.base_batch_size is not None and self.base_batch_size < 1:
             raise ValueError(f"train.base_batch_size: a positive number expected, got {self.base_batch_size}")
@@ -158,6 +158,11 @@ class TrainConfig:
     def most_workers(self) -> int:
         """The run never has more."""
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
+    @property
+    def workers_told(self) -> str:
+        """`num_workers` as a recipe has it."""
+        return f"[{self.least_workers}, {self.most_workers}]" if self.elastic else str(self.num_workers)
 
     def shares_evenly(self, workers: int) -> bool:
         """Whether so many workers have equal shares of a batch, without padding."""

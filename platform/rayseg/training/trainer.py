@@ -159,8 +159,8 @@ def _train(
     """Runs the workers, who leave their checkpoints in the folder; returns how often they began."""
     storage.delete(storage.join(folder, NO_GPU_FILE))  # of an earlier start
     files, path = storage.filesystem(config.storage, retry.ATTEMPTS)
-    count = f"{config.least_workers} to {config.most_workers}" if config.elastic else config.most_workers
-    logger.info("train: asks for workers: %s, each with %s on one node", count, cluster.told_of(config.bundle))
+    wanted = cluster.told_of(config.bundle)
+    logger.info("train: asks for num_workers %s, each with %s on one node", config.workers_told, wanted)
     trainer = TensorflowTrainer(
         train_worker,
         train_loop_config={

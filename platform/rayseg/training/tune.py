@@ -74,7 +74,7 @@ class TuneConfig:
         if self.train.elastic:
             raise ValueError(
                 "train.num_workers: one number expected in a sweep, as the first trials would take the nodes of the "
-                f"others; got {list(self.train.num_workers)}"
+                f"others; got {self.train.workers_told}"
             )
 
 
