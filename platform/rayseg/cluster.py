@@ -114,7 +114,7 @@ def require(stage: str, bundle: Mapping[str, float], count: int = 1, keys: Mappi
     if fits >= count:
         return
     wanted = {name: amount for name, amount in bundle.items() if amount > 0}
-    told = " + ".join(f"{amount:g} {name}" for name, amount in wanted.items())
+    told = told_of(bundle)
     for name, amount in wanted.items():
         largest = max((shape.get(name, 0.0) for shape, _ in _most() or ()), default=0.0)
         if largest < amount:
@@ -125,6 +125,11 @@ def require(stage: str, bundle: Mapping[str, float], count: int = 1, keys: Mappi
     raise ValueError(
         f"{key}: {count} times {told} is wanted at once, and the cluster has room for {fits:g}; lower it, or add nodes"
     )
+
+
+def told_of(bundle: Mapping[str, float]) -> str:
+    """What a worker asks for, in words."""
+    return " + ".join(f"{amount:g} {name}" for name, amount in bundle.items() if amount > 0)
 
 
 def room(bundle: Mapping[str, float]) -> float:

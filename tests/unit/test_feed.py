@@ -200,10 +200,48 @@ def test_memory_is_bounded_by_the_window_and_the_batches_ahead(tmp_path: Path, m
     assert sum(read) <= 2 * 4 * 8  # lanes x row groups of a window x rows
 
 
-def test_a_batch_that_cannot_be_dealt_evenly_is_refused(tmp_path: Path) -> None:
+def test_a_batch_with_fewer_rows_than_ranks_is_refused(tmp_path: Path) -> None:
     prepared = prepared_set(tmp_path, [4], 2)
-    with pytest.raises(ValueError, match=r"train\.batch_size.*got 3 for 2"):
-        batches(prepared, "train", global_batch=3, rank=0, world_size=2, seed=1, epoch=0)
+    with pytest.raises(ValueError, match=r"train\.batch_size.*got 2 for 3"):
+        batches(prepared, "train", global_batch=2, rank=0, world_size=3, seed=1, epoch=0)
+
+
+@pytest.mark.parametrize(("global_batch", "ranks", "parts", "rows"), [(7, 3, 1, 3), (8, 5, 1, 2), (9, 2, 4, 8)])
+def test_uneven_shares_are_padded_with_real_pixels_without_weight(
+    tmp_path: Path, global_batch: int, ranks: int, parts: int, rows: int
+) -> None:
+    prepared = prepared_set(tmp_path, [31, 9], 4)
+    alone, by_rank = order(epoch(prepared, global_batch)), epoch(prepared, global_batch, ranks, parts=parts)
+    assert [[row for row in batch if row] for batch in order(by_rank)] == [
+        [row for row in batch if row] for batch in alone
+    ]
+    for batch in (batch for of_rank in by_rank for batch in of_rank):
+        assert (batch.image.shape, batch.weight.shape) == ((rows, *SHAPE), (rows,))
+        assert all(pixels.any() for pixels in batch.image)
+        assert np.array_equal(batch.mask, batch.image[..., 0] + 1)
+    shares = [int(of_rank[0].weight.sum()) for of_rank in by_rank]
+    assert max(shares) - min(shares) == 1
+    assert sum(shares) == global_batch
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    shards=st.lists(st.integers(1, 23), min_size=1, max_size=3),
+    global_batch=st.integers(3, 9),
+    ranks=st.integers(1, 3),
+    data=st.data(),
+)
+def test_an_epoch_that_is_gone_on_with_by_other_ranks_has_the_batches_that_were_left(
+    tmp_path_factory: pytest.TempPathFactory, shards: list[int], global_batch: int, ranks: int, data: st.DataObject
+) -> None:
+    prepared = prepared_set(tmp_path_factory.mktemp("set"), shards, 3)
+    first = data.draw(st.integers(0, steps(sum(shards), global_batch)))
+    whole, rest = epoch(prepared, global_batch, ranks), epoch(prepared, global_batch, ranks, first=first)
+    for all_of_rank, left in zip(whole, rest, strict=True):
+        assert len(left) == len(all_of_rank) - first
+        for batch, other in zip(all_of_rank[first:], left, strict=True):
+            # Padding as well: it counts in the statistics of batch normalisation.
+            assert all(np.array_equal(one, same) for one, same in zip(batch, other, strict=True))
 
 
 def test_a_row_that_does_not_fit_the_set_stops_the_epoch_and_is_named(tmp_path: Path) -> None:

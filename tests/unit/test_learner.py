@@ -1,5 +1,6 @@
 """The training step: what it does to the weights, against the formulas, in one process."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from rayseg.models.losses import bce_dice
 from rayseg.models.presets import NetworkConfig
 from rayseg.training.learner import Learner
 from rayseg.training.settings import TrainConfig
+from rayseg.training.state import Part, State
 
 STEPS = 3  # of an epoch of 22 rows
 
@@ -44,6 +46,37 @@ def test_a_batch_in_parts_makes_the_step_of_the_whole(discs: str) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     for ours, others in zip(whole.model.get_weights(), parts.model.get_weights(), strict=True):
         np.testing.assert_allclose(ours, others, atol=1e-5)
+
+
+@pytest.mark.parametrize("first", [1, STEPS])
+def test_an_epoch_that_goes_on_from_a_checkpoint_within_ends_bit_equal(discs: str, tmp_path: Path, first: int) -> None:
+    changes = {"ema_momentum": 0.8, "model": NetworkConfig(widths=(4,), convolutions=1, dropout=0.3)}
+    keras.utils.clear_session()  # names are counted
+    whole, folder = learner(discs, **changes), str(tmp_path)
+
+    def keep(step: int, summed: Callable[[], Part]) -> None:
+        if step == first:
+            State(part=summed()).save(folder, whole.model, tmp_path / "outputs")
+
+    (tmp_path / "outputs").mkdir()
+    logs = whole.train(0, keras.callbacks.CallbackList([], model=whole.model), look=keep)
+    keras.utils.clear_session()
+    rest = learner(discs, **changes)
+    state = State.load(folder, tmp_path / "back", rest.model)
+    assert state is not None
+    assert (state.part.step, state.part.rows) == (first, min(22, 8 * first))
+    seen: list[int] = []
+    again = rest.train(
+        0,
+        keras.callbacks.CallbackList([], model=rest.model),
+        state.part,
+        lambda step, summed: seen.append(step),
+    )
+    assert seen == list(range(first + 1, STEPS + 1))
+    assert again["train/loss"] == logs["train/loss"]
+    for ours, others in ((whole.model, rest.model), (whole.model.optimizer, rest.model.optimizer)):
+        for one, other in zip(ours.variables, others.variables, strict=True):
+            np.testing.assert_array_equal(one.numpy(), other.numpy())
 
 
 def test_validation_names_the_threshold_of_the_best_dice_unless_one_is_given(discs: str) -> None:

@@ -7,6 +7,7 @@ import keras
 import numpy as np
 import pytest
 
+from rayseg import config as configuration
 from rayseg.data import synthetic
 from rayseg.data.labels import Labels
 from rayseg.data.prepared import describe
@@ -19,6 +20,7 @@ from rayseg.training.settings import TrainConfig
 from tests.unit.evaluated_models import register
 
 SMALL = NetworkConfig(widths=(4, 8), convolutions=1)
+BATCH = NetworkConfig(widths=(4, 8), normalization="batch")
 
 
 def config(discs: str, **changes: Any) -> TrainConfig:
@@ -110,11 +112,43 @@ def test_workers_take_a_pretrained_encoder_from_the_folder(discs: str, tmp_path:
         ({"freeze_epochs": -1}, "freeze_epochs"),
         ({"base_batch_size": 0}, "base_batch_size"),
         ({"prepared": ""}, "prepared"),
+        ({"num_workers": 0}, "num_workers"),
+        ({"num_workers": (0, 2)}, "num_workers"),
+        ({"num_workers": (3, 2)}, "num_workers"),
+        ({"num_workers": (1, 9)}, "batch_size"),
+        ({"num_workers": (1, 4), "accumulation": 3}, "batch_size"),
+        ({"num_workers": (1, 2), "gpus_per_worker": 0.5}, "gpus_per_worker"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused_by_name(discs: str, changes: dict[str, Any], key: str) -> None:
     with pytest.raises(ValueError, match=f"train.{key}"):
         config(discs, **changes)
+
+
+@pytest.mark.parametrize(
+    ("text", "least", "most", "told"),
+    [
+        ("4", 4, 4, None),
+        ("[2, 8]", 2, 8, None),
+        ("[3, 3]", 3, 3, None),
+        ("[2]", 0, 0, "config key num_workers"),
+        ("[1, 2, 3]", 0, 0, "config key num_workers"),
+        ("[1.5, 2]", 0, 0, "config key num_workers"),
+        ("two", 0, 0, "config key num_workers"),
+        ("[2, 1]", 0, 0, r"train.num_workers: .* got \[2, 1\]"),
+    ],
+)
+def test_the_number_of_workers_is_one_or_the_least_and_the_most(
+    text: str, least: int, most: int, told: str | None
+) -> None:
+    given = ["prepared=p", "storage=s", "tracking_uri=t", f"num_workers={text}"]
+    if told is not None:
+        with pytest.raises(ValueError, match=told):
+            configuration.load(TrainConfig, "train", None, given)
+        return
+    settings = configuration.load(TrainConfig, "train", None, given)
+    assert (settings.least_workers, settings.most_workers, settings.elastic) == (least, most, text.startswith("["))
+    assert configuration.build(TrainConfig, configuration.plain(settings)) == settings
 
 
 def test_a_rate_is_scaled_to_the_batch(discs: str) -> None:
@@ -128,12 +162,15 @@ def test_a_rate_is_scaled_to_the_batch(discs: str) -> None:
     ("changes", "key"),
     [
         ({"freeze_epochs": 1}, "train.freeze_epochs"),
-        ({"jit_compile": True, "model": NetworkConfig(widths=(4, 8), normalization="batch")}, "train.jit_compile"),
+        ({"jit_compile": True, "model": BATCH}, "train.jit_compile"),
+        ({"num_workers": (1, 4), "model": BATCH}, "train.num_workers: .* 3 have none of 8"),
+        ({"num_workers": (1, 2), "batch_size": 6, "accumulation": 2, "model": BATCH}, "train.num_workers: .* 2 have"),
     ],
 )
 def test_what_does_not_fit_the_network_is_refused_before_any_worker_starts(
     discs: str, changes: dict[str, Any], key: str
 ) -> None:
-    trainer.check(config(discs, jit_compile=True), describe(discs))
+    for changes_that_fit in ({"jit_compile": True}, {"num_workers": (1, 4)}, {"num_workers": (1, 2), "model": BATCH}):
+        trainer.check(config(discs, **changes_that_fit), describe(discs))
     with pytest.raises(ValueError, match=key):
         trainer.check(config(discs, **changes), describe(discs))

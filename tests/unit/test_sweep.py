@@ -64,6 +64,8 @@ def test_the_section_names_the_key_that_is_wrong() -> None:
     for key, value in (("trials", 0), ("grace_epochs", 0), ("reduction_factor", 1)):
         with pytest.raises(ValueError, match=f"tune.{key}: "):
             build(TuneConfig, {"train": train, "tune": {key: value}})
+    with pytest.raises(ValueError, match=r"^train\.num_workers: one number expected in a sweep, .* got \[1, 2\]"):
+        build(TuneConfig, {"train": train | {"num_workers": [1, 2]}})
 
 
 def test_the_shipped_recipe_is_a_sweep() -> None:

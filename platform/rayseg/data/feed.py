@@ -27,7 +27,7 @@ import ray.data
 from rayseg import cluster, storage
 from rayseg.data.augment import Augment, generator
 from rayseg.data.prepared import PreparedSet
-from rayseg.data.windows import Piece, Window, steps, windows
+from rayseg.data.windows import Piece, Window, lanes, share, steps, windows
 
 _PREFETCH = 4  # batches made ahead
 _FOOTERS = 1024  # that are kept
@@ -41,7 +41,8 @@ class Batch(NamedTuple):
 
     image: np.ndarray  # uint8 (N, H, W, C)
     mask: np.ndarray  # uint8 (N, H, W)
-    weight: np.ndarray  # float32 (N,): 1, or 0 for padding, which only the last batch of an epoch has
+    # float32 (N,): 1, or 0 for padding, which only the last batch of an epoch has, and ranks with a smaller share
+    weight: np.ndarray
 
 
 class _Row(NamedTuple):
@@ -61,8 +62,10 @@ def batches(
     shuffle: bool = True,
     augment: Augment | None = None,
     tasks: int = 0,
+    first: int = 0,
+    parts: int = 1,
 ) -> "Batches":
-    """One epoch of `split` as rank `rank` of `world_size` sees it: `steps` batches of global_batch / world_size rows.
+    """One epoch of `split` as rank `rank` of `world_size` sees it: `steps` batches of `windows.share` rows.
 
     Args:
         prepared: the set.
@@ -75,14 +78,15 @@ def batches(
         shuffle: False keeps the set's order within each lane.
         augment: what may happen to each row; None gives them as they are.
         tasks: of Ray Data at a time that read and augment; 0: this process does it itself. The batches are the same.
+        first: the batch to begin with; those before it were seen already.
+        parts: of equal size that a rank's batch can be cut into.
 
     Raises:
-        ValueError: the batch cannot be dealt evenly; later, while iterating: a row whose pixels do not fit the set.
+        ValueError: fewer rows in a batch than ranks; later, while iterating: a row whose pixels do not fit the set.
     """
-    if global_batch < 1 or global_batch % world_size:
+    if global_batch < world_size:
         raise ValueError(
-            f"train.batch_size: the global batch must be a multiple of train.num_workers, got {global_batch} for "
-            f"{world_size}"
+            f"train.batch_size: a row for each of train.num_workers expected, got {global_batch} for {world_size}"
         )
     wanted = windows(
         prepared,
@@ -93,11 +97,12 @@ def batches(
         seed=seed,
         epoch=epoch,
         shuffle=shuffle,
+        first=max(0, first - 1),  # what a lane that has ended repeats is in the batch before
     )
     reader = _Reader(prepared.shape, augment, seed, epoch)
-    return Batches(
-        reader, wanted, global_batch // world_size, steps(sum(prepared.shard_rows[split]), global_batch), tasks
-    )
+    own, padded = len(lanes(global_batch, rank, world_size)), share(global_batch, world_size, parts)
+    wanted_steps = range(first, steps(sum(prepared.shard_rows[split]), global_batch))
+    return Batches(reader, wanted, own, padded, wanted_steps, tasks)
 
 
 @dataclass(frozen=True)
@@ -160,9 +165,12 @@ class Batches(Iterator[Batch]):
     waited_s: seconds that the consumer has waited for batches so far.
     """
 
-    def __init__(self, reader: _Reader, wanted: Sequence[Window], per_rank: int, steps: int, tasks: int) -> None:
+    def __init__(
+        self, reader: _Reader, wanted: Sequence[Window], own: int, per_rank: int, steps: range, tasks: int
+    ) -> None:
         self.waited_s = 0.0
-        self._reader, self._windows, self._per_rank, self._steps, self._tasks = reader, wanted, per_rank, steps, tasks
+        self._reader, self._windows, self._steps, self._tasks = reader, wanted, steps, tasks
+        self._own, self._per_rank = own, per_rank  # lanes, and rows of a batch: the rest is padding
         self._made: queue.Queue[Batch | Exception | None] = queue.Queue(_PREFETCH)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._make, daemon=True, name="rayseg-feed")
@@ -214,21 +222,23 @@ class Batches(Iterator[Batch]):
         height, width, channels = self._reader.shape
         image_NHWC = np.zeros((self._per_rank, height, width, channels), np.uint8)
         mask_NHW = np.zeros((self._per_rank, height, width), np.uint8)
-        lanes: list[Iterator[_Row]] = [iter(())] * self._per_rank
+        rows: list[Iterator[_Row]] = [iter(())] * self._own
         ahead = deque(self._windows)
-        for step in range(self._steps):
+        for step in range(max(0, self._steps.start - 1), self._steps.stop):
             while ahead and ahead[0].start == step:
                 window = ahead.popleft()
-                lanes[window.lane] = rows_of(window)
+                rows[window.lane] = rows_of(window)
             # A copy of the batch before: a lane that has ended repeats its last row, real pixels for batch statistics.
             image_NHWC, mask_NHW = image_NHWC.copy(), mask_NHW.copy()
             weight_N = np.zeros(self._per_rank, np.float32)
-            for position, lane in enumerate(lanes):
+            for position, lane in enumerate(rows):
                 row = next(lane, None)
                 if row is not None:
                     image_NHWC[position], mask_NHW[position] = row
                     weight_N[position] = 1
-            yield Batch(image_NHWC, mask_NHW, weight_N)
+            image_NHWC[self._own :], mask_NHW[self._own :] = image_NHWC[0], mask_NHW[0]
+            if step >= self._steps.start:
+                yield Batch(image_NHWC, mask_NHW, weight_N)
 
 
 @lru_cache(maxsize=_FOOTERS)

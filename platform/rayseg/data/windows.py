@@ -3,12 +3,13 @@
 The row groups of a split, in an order drawn from (seed, epoch), form one sequence of rows. It is cut into as many
 equal lanes as the global batch has samples; batch t takes row t of every lane, and rank r of N the lanes
 [r B/N, (r+1) B/N). So every row comes exactly once an epoch, all ranks make equally many steps, a rank reads its lanes'
-row groups and few others, and the number of ranks changes only who reads a row. A lane shuffles its rows within windows
-of a few row groups, which bounds the memory.
+row groups and few others, and the number of ranks changes only who reads a row. Where N does not divide B some ranks
+have a lane less; their batches are padded to the size of the others'. A lane shuffles its rows within windows of a few
+row groups, which bounds the memory.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -36,22 +37,43 @@ class Window:
     start: int
     pieces: tuple[Piece, ...]
     seed: tuple[int, ...] | None  # of the order of the rows; None leaves them in the set's
+    skipped: int = 0  # so many rows of it were taken before
 
     @property
     def rows(self) -> int:
         """How many."""
-        return sum(piece.last - piece.first for piece in self.pieces)
+        return self._read - self.skipped
 
     def order(self) -> list[int]:
         """Their places in the pieces together, one after the other."""
         if self.seed is None:
-            return list(range(self.rows))
-        return [int(place) for place in np.random.default_rng(self.seed).permutation(self.rows)]
+            return list(range(self.skipped, self._read))
+        places = np.random.default_rng(self.seed).permutation(self._read)
+        return [int(place) for place in places[self.skipped :]]
+
+    def after(self, step: int) -> "Window":
+        """What is left of it from batch `step` on."""
+        passed = max(0, step - self.start)
+        return replace(self, start=self.start + passed, skipped=self.skipped + passed)
+
+    @property
+    def _read(self) -> int:
+        return sum(piece.last - piece.first for piece in self.pieces)
 
 
 def steps(rows: int, global_batch: int) -> int:
     """Batches of an epoch; the last one may be padded."""
     return -(-rows // global_batch)
+
+
+def lanes(global_batch: int, rank: int, ranks: int) -> range:
+    """Those that rank `rank` reads."""
+    return range(rank * global_batch // ranks, (rank + 1) * global_batch // ranks)
+
+
+def share(global_batch: int, ranks: int, parts: int = 1) -> int:
+    """Rows of a rank's batches, padding included: those of the largest share, in `parts` of equal size."""
+    return -(-global_batch // (ranks * parts)) * parts
 
 
 def windows(
@@ -64,15 +86,16 @@ def windows(
     seed: int,
     epoch: int,
     shuffle: bool,
+    first: int = 0,
 ) -> list[Window]:
-    """What rank `rank` of `world_size` reads in an epoch, in the order in which its batches need it."""
+    """What rank `rank` of `world_size` reads in an epoch from batch `first` on, in the order its batches need it."""
     groups = _groups(prepared, split)
-    per_rank = global_batch // world_size
     dealt = list(_deal(groups, global_batch, (seed, epoch) if shuffle else None))
     found = [
-        window
-        for lane, pieces in enumerate(dealt[rank * per_rank : (rank + 1) * per_rank])
-        for window in _lane(lane, rank * per_rank + lane, pieces, (seed, epoch) if shuffle else None)
+        window.after(first)
+        for lane, number in enumerate(lanes(global_batch, rank, world_size))
+        for window in _lane(lane, number, dealt[number], (seed, epoch) if shuffle else None)
+        if window.start + window.rows > first
     ]
     return sorted(found, key=lambda window: (window.start, window.lane))
 

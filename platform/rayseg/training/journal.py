@@ -15,16 +15,21 @@ class Journal:
     """Logs epochs, under the number of epochs done as step; 0 is the untrained model.
 
     Only what a checkpoint holds is logged: an epoch that is lost with a killed worker is made, and logged, again. What
-    MLflow does not take now, because its server is down or silent, is logged by a later call.
+    MLflow does not take now, because its server is down or silent, is logged by a later call. `so_far` are values of the
+    run from before this process, logged once.
     """
 
-    def __init__(self, tracking_uri: str, run_id: str) -> None:
+    def __init__(self, tracking_uri: str, run_id: str, so_far: Mapping[str, float] | None = None) -> None:
         self._tracking_uri, self._run_id = tracking_uri, run_id
+        self._so_far = {name: value for name, value in (so_far or {}).items() if value}
         self._logged: int | None = None  # the last epoch that MLflow has; None: it is to be asked
 
     def publish(self, untrained: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> bool:
         """Logs what MLflow lacks of these; whether it has all of it now."""
         try:
+            if self._so_far:
+                runs.log_metrics(self._tracking_uri, self._run_id, self._so_far)
+                self._so_far = {}
             if self._logged is None:
                 self._logged = runs.last_step(self._tracking_uri, self._run_id, _SIGN)
             if self._logged is None:

@@ -7,6 +7,7 @@ makes the same update of the same weights, clipping, loss scaling and moving ave
 """
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import time
@@ -19,7 +20,7 @@ import tensorflow as tf
 
 from rayseg.data.feed import Batches, batches
 from rayseg.data.prepared import PreparedSet
-from rayseg.data.windows import steps
+from rayseg.data.windows import share, steps
 from rayseg.models.encoders import encoder_layers
 from rayseg.models.histograms import BINS, best_threshold
 from rayseg.models.losses import batch_share, loss_function
@@ -27,8 +28,10 @@ from rayseg.models.metrics import SIZE, counts, scores
 from rayseg.training.optimizer import optimizer
 from rayseg.training.settings import DEFAULT_THRESHOLD, TrainConfig
 from rayseg.training.start import network
+from rayseg.training.state import Part
 from rayseg.training.statistics import estimate, normalisations
 
+_NOTHING = Part()
 _STATISTICS_BATCHES = 50  # that statistics of batch normalisation are estimated of, at most
 
 
@@ -54,7 +57,7 @@ class Learner:
             self._variables = list(self.model.trainable_variables)
             self.model.optimizer.build(self._variables)
         height, width, channels = prepared.shape
-        per_rank = config.batch_size // ranks
+        per_rank = share(config.batch_size, ranks, config.accumulation)
         self._signature = [
             tf.TensorSpec((per_rank, height, width, channels), tf.uint8),
             tf.TensorSpec((per_rank, height, width), tf.uint8),
@@ -72,25 +75,45 @@ class Learner:
                 layer.trainable = not frozen
             self._train_step = self._compiled_update()
 
-    def train(self, epoch: int, called: keras.callbacks.CallbackList) -> dict[str, Any]:
-        """One epoch; returns its logs, the same on all ranks."""
+    def train(
+        self,
+        epoch: int,
+        called: keras.callbacks.CallbackList,
+        done: Part = _NOTHING,
+        look: Callable[[int, Callable[[], Part]], None] = lambda step, summed: None,
+    ) -> dict[str, Any]:
+        """One epoch, or what is left of it; returns its logs, the same on all ranks.
+
+        Args:
+            epoch: counted from 0.
+            called: Keras's callbacks.
+            done: what was done of it before.
+            look: called after each step with the number of steps done, and what sums up what they came to, which all
+                ranks must call together.
+        """
         began = time.perf_counter()
-        totals: Any = tf.zeros((2,), tf.float32)
-        with contextlib.closing(self._feed("train", epoch)) as feed:
-            for step, batch in enumerate(feed):
+        totals: Any = tf.zeros((2,), tf.float64)
+        with contextlib.closing(self._feed("train", epoch, first=done.step)) as feed:
+
+            def summed(step: int) -> Part:
+                means = [value / self.ranks for value in (feed.waited_s, time.perf_counter() - began)]
+                loss, rows, waited_s, seconds = self._over_ranks([*(float(value) for value in totals), *means])
+                return Part(step, done.loss + loss, done.rows + rows, done.waited_s + waited_s, done.seconds + seconds)
+
+            for step, batch in enumerate(feed, done.step):
                 called.on_train_batch_begin(step)
                 # Not fetched here: a GPU goes on with the next step meanwhile.
-                totals += self._train_step(*batch)
+                totals += tf.cast(self._train_step(*batch), tf.float64)
                 called.on_train_batch_end(step)
                 self._beat()
-        share, weight = (float(value) for value in totals)
-        seconds = time.perf_counter() - began
-        total, rows, waited_s, seconds = self._over_ranks([share, weight, feed.waited_s, seconds])
+                look(step + 1, functools.partial(summed, step + 1))
+            whole = summed(self.steps)
         return {
-            "train/loss": total / rows,
+            "train/loss": float(np.float32(whole.loss / whole.rows)),  # what interrupted sums round to, too
             "learning_rate": float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate)),
-            "stall_percent": 100 * waited_s / seconds,
-            "rows_per_s": rows / (seconds / self.ranks),
+            "stall_percent": 100 * whole.waited_s / whole.seconds,
+            "rows_per_s": whole.rows / whole.seconds,
+            "workers": self.ranks,
         }
 
     def validate(self) -> dict[str, Any]:
@@ -167,7 +190,7 @@ class Learner:
         if self._over_ranks([own]) != [own * self.ranks]:
             raise RuntimeError(f"training: the weights of rank {self.rank} are not those of the other ranks")
 
-    def _feed(self, split: str, epoch: int, shuffle: bool = True) -> Batches:
+    def _feed(self, split: str, epoch: int, shuffle: bool = True, first: int = 0) -> Batches:
         return batches(
             self.prepared,
             split,
@@ -179,6 +202,8 @@ class Learner:
             shuffle=shuffle,
             augment=self._config.augment if split == "train" else None,
             tasks=self._config.feed_tasks_per_worker,
+            first=first,
+            parts=self._config.accumulation,
         )
 
     def _compiled_update(self) -> Callable[..., Any]:

@@ -1,6 +1,11 @@
-"""What one Ray Train worker does: epochs, from the run's last checkpoint to its end."""
+"""What one Ray Train worker does: epochs, from the run's last checkpoint to its end.
+
+Beside the checkpoint at the end of each epoch there are some within: a node that is to be taken away is announced, and
+what is done until then should not be done again.
+"""
 
 import contextlib
+import dataclasses
 import logging
 import math
 import os
@@ -21,9 +26,10 @@ from rayseg.data.prepared import describe
 from rayseg.models.encoders import encoder_layers
 from rayseg.training import start
 from rayseg.training.callbacks import recall, remembered, rules, writers
+from rayseg.training.interruptions import Interruptions
 from rayseg.training.learner import Learner
 from rayseg.training.settings import TrainConfig
-from rayseg.training.state import State
+from rayseg.training.state import Part, State
 from rayseg.training.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
@@ -31,6 +37,9 @@ logger = logging.getLogger(__name__)
 ATTEMPTS_FILE = "attempts.json"
 Publish = Callable[[State], None]
 NO_GPU_FILE = "no-gpu.json"  # a rank without the GPU that it was to have says so, and all ranks stop
+LOOK_S = 5.0  # between two looks for an announced loss
+KEEP_S = 600.0  # of work that a loss without notice may cost
+LAST_KEEP_S = 30.0  # the same within the time that a notice gives
 
 
 def train_worker(job: dict[str, Any]) -> dict[str, Any]:
@@ -56,7 +65,7 @@ def train_worker(job: dict[str, Any]) -> dict[str, Any]:
     logger.info("rank %d of %d computes in %s on %s", rank, ranks, config.mixed_precision, _told(config, devices))
     with (
         # Outside of the watchdog: to wait for MLflow, at the end, is not to hang.
-        _mlflow(config, job["run_id"]) if rank == 0 else contextlib.nullcontext(_nobody) as publish,
+        _mlflow(config, job) if rank == 0 else contextlib.nullcontext(_nobody) as publish,
         Watchdog(config.hang_timeout_s) as watchdog,
         tempfile.TemporaryDirectory(prefix="rayseg-outputs-") as outputs,
     ):
@@ -66,7 +75,7 @@ def train_worker(job: dict[str, Any]) -> dict[str, Any]:
             start.set_initial(learner.model, job["folder"])
             state = State()
         else:
-            logger.info("rank %d goes on after epoch %d", rank, state.epoch)
+            logger.info("rank %d of %d goes on after epoch %d, step %d", rank, ranks, state.epoch, state.part.step)
         diverged = _Run(config, learner, state, job["folder"], Path(outputs), publish).to_the_end(watchdog)
     return {"attempts": attempts, "diverged": diverged, "no_gpu": False}
 
@@ -78,6 +87,8 @@ class _Run:
         self._config, self._learner, self._state = config, learner, state
         self._folder, self._outputs, self._publish = folder, outputs, publish
         self._callbacks = rules(config)
+        self._looked = self._kept = state.part
+        self._pace, self._noticed = 1, False  # steps between two looks; as all of these the same on all ranks
         if learner.rank == 0:
             self._callbacks += writers(config, outputs, learner.steps)
 
@@ -99,7 +110,8 @@ class _Run:
             learner.freeze(encoder, epoch < config.freeze_epochs)
             called.on_epoch_begin(epoch)
             began = time.monotonic()
-            logs = learner.train(epoch, called)
+            self._looked = self._kept = state.part
+            logs = learner.train(epoch, called, state.part, self._look)
             if not math.isfinite(logs["train/loss"]):
                 return epoch + 1
             if learner.rank == 0:
@@ -108,7 +120,7 @@ class _Run:
             with learner.averaged(epoch):
                 logs |= learner.validate()
                 called.on_epoch_end(epoch, {name: value for name, value in logs.items() if value is not None})
-            state.epoch, state.stopped = epoch + 1, learner.any_rank(learner.model.stop_training)
+            state.epoch, state.part, state.stopped = epoch + 1, Part(), learner.any_rank(learner.model.stop_training)
             state.history.append({"epoch": epoch + 1, **logs})
             if learner.rank == 0:
                 state.callbacks = remembered(self._callbacks)
@@ -121,6 +133,31 @@ class _Run:
         called.on_train_end()
         return None
 
+    def _look(self, step: int, summed: Callable[[], Part]) -> None:
+        """About every `LOOK_S`: keeps what is done of the epoch where it would be much, or the last chance."""
+        if step - self._looked.step < self._pace:
+            return
+        done = summed()
+        seconds_a_step = (done.seconds - self._looked.seconds) / (step - self._looked.step)
+        self._pace, self._looked = max(1, round(LOOK_S / seconds_a_step)), done
+        # Waits for all ranks, and tells them what rank 0 knows.
+        notice = ray.train.get_preemption_info()
+        first, self._noticed = notice is not None and not self._noticed, notice is not None
+        if first or done.seconds - self._kept.seconds > (LAST_KEEP_S if self._noticed else KEEP_S):
+            self._kept = self._state.part = done
+            if self._learner.rank == 0:
+                self._keep(first)
+
+    def _keep(self, noticed: bool) -> None:
+        state = self._state
+        try:
+            state.save(self._folder, self._learner.model, self._outputs)
+        except RuntimeError as error:  # the one before stays, and there is time to try again
+            logger.warning("%s", error)
+            return
+        if noticed:
+            logger.info("a node is to be taken away: kept epoch %d up to step %d", state.epoch + 1, state.part.step)
+
 
 def _count(seconds: float, stalled: float) -> None:
     """An epoch, with the share of its time that it waited for data, for Prometheus."""
@@ -130,7 +167,7 @@ def _count(seconds: float, stalled: float) -> None:
 
 
 @contextlib.contextmanager
-def _mlflow(config: TrainConfig, run_id: str) -> Iterator[Publish]:
+def _mlflow(config: TrainConfig, job: dict[str, Any]) -> Iterator[Publish]:
     """What takes the run's values and the machine's to MLflow, which training never waits for."""
     # Only here: MLflow takes some 100 MB, and only rank 0 needs it.
     from rayseg.tracking import runs
@@ -140,7 +177,8 @@ def _mlflow(config: TrainConfig, run_id: str) -> Iterator[Publish]:
     # Its own limits add up to 20 minutes a call. The courier comes again anyway, and what it misses is told sooner.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    journal = Journal(config.tracking_uri, run_id)
+    run_id = job["run_id"]
+    journal = Journal(config.tracking_uri, run_id, dataclasses.asdict(Interruptions.of(job["folder"])))
     with (
         runs.system_metrics(config.tracking_uri, run_id),
         Courier[tuple[dict[str, Any], list[dict[str, Any]]]](lambda news: journal.publish(*news)) as courier,

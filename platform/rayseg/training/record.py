@@ -22,7 +22,7 @@ from rayseg.training.state import State
 logger = logging.getLogger(__name__)
 
 CONFIG_FILE, EPOCHS_FILE, _ENVIRONMENT_FILE = "config.json", "history.json", "environment.txt"
-_TIMES = ("stall_percent", "rows_per_s")  # of an epoch: another run has others
+_TIMES = ("stall_percent", "rows_per_s", "workers")  # of an epoch: another run has others
 
 
 def begin(config: TrainConfig, prepared: PreparedSet, more_tags: Mapping[str, str]) -> str:

@@ -93,10 +93,11 @@ class TrainConfig:
     # Ray Data's tasks that read and augment for each worker, 0 for a thread of the worker itself. By default 4 where it
     # has a GPU to keep busy; a forward pass on the CPU is so much slower than one thread that more only cost.
     feed_tasks: int | None = None
-    num_workers: int = 2
+    # [least, most]: the run takes as many workers as the cluster has room for, and goes on with more or fewer.
+    num_workers: int | tuple[int, int] = 2
     cpus_per_worker: float = 1.0
     gpus_per_worker: float = 0.0  # 1, or a fraction of one that other runs share; of several only one would be used
-    max_failures: int = 3  # how often lost workers are replaced before the run fails
+    max_failures: int = 3  # how often lost workers are replaced before the run fails; announced losses do not count
     hang_timeout_s: float = 600.0  # a worker that takes longer for a step is taken for hung, and replaced
 
     def __post_init__(self) -> None:
@@ -107,15 +108,25 @@ class TrainConfig:
             raise ValueError(
                 f"train.registered_model: a name without any of / : @ ' expected, got {self.registered_model!r}"
             )
-        for key in ("batch_size", "epochs", "num_workers", "accumulation"):
+        for key in ("batch_size", "epochs", "accumulation"):
             if getattr(self, key) < 1:
                 raise ValueError(f"train.{key}: a positive number expected, got {getattr(self, key)}")
+        if not 1 <= self.least_workers <= self.most_workers:
+            raise ValueError(
+                "train.num_workers: a positive number, or two of them as [least, most] expected, got "
+                f"{self.workers_told}"
+            )
         if self.base_batch_size is not None and self.base_batch_size < 1:
             raise ValueError(f"train.base_batch_size: a positive number expected, got {self.base_batch_size}")
-        if self.batch_size % (self.num_workers * self.accumulation):
+        if not self.elastic and not self.shares_evenly(self.most_workers):
             raise ValueError(
                 "train.batch_size: a multiple of train.num_workers times train.accumulation expected (it is the batch "
                 f"over all workers), got {self.batch_size} for {self.num_workers} times {self.accumulation}"
+            )
+        if self.batch_size < self.most_workers * self.accumulation:
+            raise ValueError(
+                "train.batch_size: at least the most of train.num_workers times train.accumulation expected (it is the "
+                f"batch over all workers), got {self.batch_size} for {self.most_workers} times {self.accumulation}"
             )
         for key in ("learning_rate", "cpus_per_worker", "hang_timeout_s", "clip_norm"):
             if getattr(self, key) is not None and not getattr(self, key) > 0:
@@ -125,7 +136,7 @@ class TrainConfig:
                 raise ValueError(f"train.{key}: 0 or more expected, got {getattr(self, key)}")
         if not 0 <= self.gpus_per_worker <= 1:
             raise ValueError(f"train.gpus_per_worker: 0 to 1 expected, got {self.gpus_per_worker}")
-        if 0 < self.gpus_per_worker < 1 < self.num_workers:
+        if 0 < self.gpus_per_worker < 1 < self.most_workers:
             # What adds up gradients between GPUs (NCCL) takes one process a GPU.
             raise ValueError("train.gpus_per_worker: workers of one run take a whole GPU each; set 1, or num_workers=1")
         if self.feed_tasks is not None and self.feed_tasks < 0:
@@ -140,6 +151,30 @@ class TrainConfig:
         for key in ("tracking_uri",) if self.reproduce else ("prepared", "storage", "tracking_uri"):
             if not getattr(self, key):
                 raise ValueError(f"train.{key}: missing; give it in the recipe or by --set {key}=...")
+
+    @property
+    def elastic(self) -> bool:
+        """Whether the number of workers follows the cluster."""
+        return not isinstance(self.num_workers, int)
+
+    @property
+    def least_workers(self) -> int:
+        """Without so many the run waits."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def most_workers(self) -> int:
+        """The run never has more."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
+    @property
+    def workers_told(self) -> str:
+        """`num_workers` as a recipe has it."""
+        return f"[{self.least_workers}, {self.most_workers}]" if self.elastic else str(self.num_workers)
+
+    def shares_evenly(self, workers: int) -> bool:
+        """Whether so many workers have equal shares of a batch, without padding."""
+        return self.batch_size % (workers * self.accumulation) == 0
 
     @property
     def bundle(self) -> dict[str, float]:
@@ -190,8 +225,12 @@ class TrainResult:
 
     Of several classes they are the mean over these.
 
-    restarts: how often workers began anew after a failure, over all starts of the job.
-    history: a row an epoch: `epoch`, `train/loss`, `val/loss`, `val/dice_pooled` (None without any foreground), ...
+    train_workers: of the last epoch.
+    restarts: how often workers began anew, for whatever reason, over all starts of the job.
+    resizes, preemptions, failures: how often that was as nodes came or went, as one was lost that had been announced
+        (a spot node), and as workers died or hung; only these are counted by `max_failures`.
+    history: a row an epoch: `epoch`, `workers` (at its end), `train/loss`, `val/loss`, `val/dice_pooled` (None without
+        any foreground), ...
     reproduced: of a run that repeats another one, whether every value of every epoch is equal to that one's.
     """
 
@@ -206,5 +245,8 @@ class TrainResult:
     rows: int  # of the training split
     seconds: float
     restarts: int
+    resizes: int
+    preemptions: int
+    failures: int
     history: list[dict[str, Any]]
     reproduced: bool | None = None

@@ -1,7 +1,8 @@
-"""What a training run is at the end of an epoch, so that it can go on from there as if never interrupted.
+"""What a training run is after a step, so that it can go on from there as if never interrupted.
 
-A run's folder on the store has a folder an epoch, of which only the last one is kept, and a small file that says which
-one is whole: it is written last and atomically, so a run killed at any moment finds a checkpoint or none.
+Any number of workers can go on. A run's folder on the store has a folder for each checkpoint, one an epoch and some
+within long ones, of which only the last one is kept, and a small file that says which one is whole: it is written last
+and atomically, so a run killed at any moment finds a checkpoint or none.
 """
 
 import json
@@ -21,11 +22,23 @@ ARRAYS, _VALUES, _OUTPUTS = "state.npz", "state.json", "outputs"
 _LATEST = "latest.json"
 
 
+@dataclass(frozen=True)
+class Part:
+    """What is done of an epoch: steps, and what they came to over all rows and ranks so far."""
+
+    step: int = 0
+    loss: float = 0.0  # summed over the rows
+    rows: float = 0.0
+    waited_s: float = 0.0  # for data; as `seconds`, the mean over the ranks
+    seconds: float = 0.0
+
+
 @dataclass
 class State:
     """Beside the variables of the model and its optimizer, which stay in those.
 
     epoch: epochs done.
+    part: what is done of the next one.
     untrained: validation before the first step, `val/loss` and `val/dice_pooled`.
     history: one row an epoch: `epoch`, `train/loss`, `val/loss`, `val/dice_pooled`, ...
     callbacks: what Keras's callbacks remember, see `callbacks.remembered`.
@@ -37,6 +50,7 @@ class State:
     history: list[dict[str, Any]] = field(default_factory=list)
     callbacks: list[dict[str, Any]] = field(default_factory=list)
     stopped: bool = False
+    part: Part = Part()
 
     def best(self) -> tuple[int, dict[str, Any]]:
         """The epoch whose weights Keras's ModelCheckpoint has kept, and its row.
@@ -72,17 +86,18 @@ class State:
         Raises:
             RuntimeError: the store cannot take it; what was saved before stays.
         """
+        name = _name(self.epoch, self.part.step)
         try:
             before = _latest(uri)
             with tempfile.TemporaryDirectory(prefix="rayseg-checkpoint-") as temporary:
                 variables = {name: variable.numpy() for name, variable in _variables(model).items()}
                 np.savez(Path(temporary, ARRAYS), **variables)
                 Path(temporary, _VALUES).write_text(json.dumps(asdict(self)), encoding="utf-8")
-                storage.upload(temporary, storage.join(uri, _name(self.epoch)))
-            storage.upload(outputs, storage.join(uri, _name(self.epoch), _OUTPUTS))
-            storage.write_json(storage.join(uri, _LATEST), {"epoch": self.epoch})
-            if before is not None and before != self.epoch:
-                storage.delete_tree(storage.join(uri, _name(before)))
+                storage.upload(temporary, storage.join(uri, name))
+            storage.upload(outputs, storage.join(uri, name, _OUTPUTS))
+            storage.write_json(storage.join(uri, _LATEST), {"epoch": self.epoch, "step": self.part.step})
+            if before is not None and before != name:
+                storage.delete_tree(storage.join(uri, before))
         except OSError as error:
             raise RuntimeError(
                 f"train.storage: the checkpoint of epoch {self.epoch} cannot be written ("
@@ -99,10 +114,10 @@ class State:
             outputs: a local folder; the files of callbacks are put there.
             model: its variables and those of its optimizer are set. It must be built alike.
         """
-        epoch = _latest(uri)
-        if epoch is None:
+        latest = _latest(uri)
+        if latest is None:
             return None
-        checkpoint = storage.join(uri, _name(epoch))
+        checkpoint = storage.join(uri, latest)
         if storage.exists(storage.join(checkpoint, _OUTPUTS)):
             storage.download(storage.join(checkpoint, _OUTPUTS), outputs)
         if model is not None:
@@ -110,7 +125,8 @@ class State:
                 arrays_file = Path(temporary, ARRAYS)
                 arrays_file.write_bytes(storage.read(storage.join(checkpoint, ARRAYS)))
                 _assign(model, arrays_file)
-        return cls(**storage.read_json(storage.join(checkpoint, _VALUES)))
+        values = storage.read_json(storage.join(checkpoint, _VALUES))
+        return cls(**{**values, "part": Part(**values.get("part", {}))})
 
 
 def _assign(model: keras.Model, arrays_file: Path) -> None:
@@ -121,17 +137,17 @@ def _assign(model: keras.Model, arrays_file: Path) -> None:
             variable.assign(arrays[name])
 
 
-def _latest(uri: str) -> int | None:
-    """The epoch of the last whole checkpoint."""
+def _latest(uri: str) -> str | None:
+    """The folder of the last whole checkpoint."""
     try:
-        epoch: int = storage.read_json(storage.join(uri, _LATEST))["epoch"]
+        latest = storage.read_json(storage.join(uri, _LATEST))
     except FileNotFoundError:
         return None
-    return epoch
+    return _name(latest["epoch"], latest.get("step", 0))
 
 
-def _name(epoch: int) -> str:
-    return f"epoch-{epoch:05d}"
+def _name(epoch: int, step: int) -> str:
+    return f"epoch-{epoch:05d}" + (f"-step-{step:07d}" if step else "")
 
 
 def _variables(model: keras.Model) -> dict[str, Any]:

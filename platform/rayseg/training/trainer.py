@@ -6,6 +6,7 @@ after its driver was lost or it failed, it finds that file and goes on, in the s
 or data is another run, and so is a start after the run has finished.
 """
 
+import contextlib
 import dataclasses
 import logging
 import tempfile
@@ -30,6 +31,7 @@ from rayseg.models.network import portable
 from rayseg.tracking import bundle, registry, runs
 from rayseg.training import cases, journal, record, start
 from rayseg.training.callbacks import BEST_FILE
+from rayseg.training.interruptions import Count, Interruptions
 from rayseg.training.loop import ATTEMPTS_FILE, NO_GPU_FILE, train_worker
 from rayseg.training.settings import TrainConfig, TrainResult, Trial
 from rayseg.training.state import State
@@ -38,6 +40,7 @@ __all__ = ["TrainConfig", "TrainResult", "fit"]
 
 logger = logging.getLogger(__name__)
 
+RESIZE_S = 60.0  # between two looks for nodes that an elastic run could take
 KEYS = {"CPU": "cpus_per_worker", "GPU": "gpus_per_worker", "count": "num_workers"}
 
 
@@ -49,8 +52,9 @@ def fit(config: TrainConfig, trial: Trial | None = None, callbacks: Sequence[Use
         trial: the run is one of a sweep.
         callbacks: of Ray Train; each epoch reports `epoch`, and `dice`, the validation Dice of all epochs so far.
 
-    Lost and hung workers are replaced and the run goes on from its last checkpoint, `max_failures` times. The MLflow
-    run gets what `record` and `journal` say, and ends FINISHED, or FAILED where this raises.
+    Lost and hung workers are replaced and the run goes on from its last checkpoint, `max_failures` times. A node that
+    is lost after Ray was told of it, and an elastic run that takes other nodes, do not count there. The MLflow run gets
+    what `record` and `journal` say, and ends FINISHED, or FAILED where this raises.
 
     Raises:
         ValueError: no prepared set, a patient in two splits, no rows to train or validate on, sizes that do not fit
@@ -66,7 +70,7 @@ def fit(config: TrainConfig, trial: Trial | None = None, callbacks: Sequence[Use
         config = absolute(record.to_repeat(config))
     prepared = describe(config.prepared)
     check(config, prepared)
-    cluster.require("train", config.bundle, config.num_workers, KEYS)
+    cluster.require("train", config.bundle, config.least_workers, KEYS)
     if config.reproduce:
         record.check_repeatable(config, prepared)
     key = f"{config.name}-{configuration.digest([configuration.plain(config), prepared.digest])[:12]}"
@@ -117,10 +121,19 @@ def check(config: TrainConfig, prepared: PreparedSet) -> None:
     model = start.network(config, prepared)
     if config.freeze_epochs and not encoder_layers(model):
         raise ValueError(f"train.freeze_epochs: {config.model.preset} has no encoder to freeze")
-    if config.jit_compile and any(getattr(layer, "synchronized", False) for layer in model.layers):
+    synchronized = any(getattr(layer, "synchronized", False) for layer in model.layers)
+    if config.jit_compile and synchronized:
         raise ValueError(
             "train.jit_compile: XLA cannot compile batch normalisation that is synchronised over workers; give another "
             "model.normalization (none, group), or jit_compile: false"
+        )
+    uneven = [n for n in range(config.least_workers, config.most_workers + 1) if not config.shares_evenly(n)]
+    if synchronized and uneven:
+        # Padding would count in the statistics of a batch, and the weights depend on who came.
+        raise ValueError(
+            "train.num_workers: with batch normalisation each number of workers that may come must have equal shares "
+            f"of batch_size (in `accumulation` parts), and {uneven[0]} have none of {config.batch_size}; give other "
+            "numbers, another batch_size, or another model.normalization (group)"
         )
 
 
@@ -149,6 +162,8 @@ def _train(
     """Runs the workers, who leave their checkpoints in the folder; returns how often they began."""
     storage.delete(storage.join(folder, NO_GPU_FILE))  # of an earlier start
     files, path = storage.filesystem(config.storage, retry.ATTEMPTS)
+    wanted = cluster.told_of(config.bundle)
+    logger.info("train: asks for num_workers %s, each with %s on one node", config.workers_told, wanted)
     trainer = TensorflowTrainer(
         train_worker,
         train_loop_config={
@@ -159,14 +174,17 @@ def _train(
             "told": logs.told(),
         },
         scaling_config=ScalingConfig(
-            num_workers=config.num_workers, use_gpu=config.gpus_per_worker > 0, resources_per_worker=config.bundle
+            num_workers=(config.least_workers, config.most_workers) if config.elastic else config.most_workers,
+            elastic_resize_monitor_interval_s=RESIZE_S,
+            use_gpu=config.gpus_per_worker > 0,
+            resources_per_worker=config.bundle,
         ),
         run_config=RunConfig(
             name=folder.rpartition("/")[2],
             storage_path=path,
             storage_filesystem=files,
             failure_config=FailureConfig(max_failures=config.max_failures),
-            callbacks=list(callbacks),
+            callbacks=[*callbacks, Count(folder)],
             # Its own lines on every report would bury ours.
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
@@ -174,6 +192,8 @@ def _train(
     try:
         result: Result = trainer.fit()
     except TrainingFailedError as error:
+        with contextlib.suppress(runs.UnreachableError):  # the error that matters is the other one
+            runs.log_metrics(config.tracking_uri, run_id, dataclasses.asdict(Interruptions.of(folder)))
         causes = getattr(error, "worker_failures", {})
         told = "; ".join(dict.fromkeys(f"{type(cause).__name__}: {cause}".splitlines()[0] for cause in causes.values()))
         raise RuntimeError(
@@ -225,7 +245,12 @@ def _conclude(
             bundle.save(saved, model, prepared.preprocess, prepared.labels, threshold, example, golden, known)
             version = registry.register(config.tracking_uri, run_id, saved, config.registered_model, text)
     reproduced = record.repeated(config, state, run_id) if config.reproduce else None
-    outcome: dict[str, float] = {"best_epoch": best_epoch, "restarts": restarts}
+    interruptions = dataclasses.asdict(Interruptions.of(folder))
+    if restarts:
+        told = ", ".join(f"{name} {number}" for name, number in interruptions.items())
+        workers = " ".join(str(row.get("workers", "?")) for row in state.history)
+        logger.info("train: workers began anew: %s; workers at the end of each epoch: %s", told, workers)
+    outcome: dict[str, float] = {"best_epoch": best_epoch, "restarts": restarts, **interruptions}
     if len(prepared.labels.names) == 1:
         outcome["threshold"] = threshold
     runs.log_metrics(config.tracking_uri, run_id, outcome)
@@ -237,10 +262,11 @@ def _conclude(
         best_epoch=best_epoch,
         val_dice=best["val/dice_pooled"],
         untrained_val_dice=state.untrained["val/dice_pooled"],
-        train_workers=config.num_workers,
+        train_workers=state.history[-1].get("workers", config.most_workers),
         rows=prepared.rows["train"],
         seconds=0.0,
         restarts=restarts,
+        **interruptions,
         history=state.history,
         reproduced=reproduced,
     )

@@ -71,6 +71,11 @@ class TuneConfig:
     def __post_init__(self) -> None:
         if self.train.reproduce:
             raise ValueError("train.reproduce: not for a sweep; give the section's other keys")
+        if self.train.elastic:
+            raise ValueError(
+                "train.num_workers: one number expected in a sweep, as the first trials would take the nodes of the "
+                f"others; got {self.train.workers_told}"
+            )
 
 
 @dataclass(frozen=True)
@@ -156,8 +161,8 @@ def tune(config: TuneConfig) -> TuneResult:
 
 def _room(train: TrainConfig) -> int:
     """How many trials the cluster has room for; raises ValueError where there is none for one."""
-    cluster.require("train", train.bundle, train.num_workers, trainer.KEYS)
-    room = cluster.room(train.bundle) / train.num_workers
+    cluster.require("train", train.bundle, train.most_workers, trainer.KEYS)
+    room = cluster.room(train.bundle) / train.most_workers
     return _MANY if math.isinf(room) else int(room)
 
 
