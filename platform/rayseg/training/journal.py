@@ -15,8 +15,8 @@ class Journal:
     """Logs epochs, under the number of epochs done as step; 0 is the untrained model.
 
     Only what a checkpoint holds is logged: an epoch that is lost with a killed worker is made, and logged, again. What
-    MLflow does not take now, because its server is down or silent, is logged by a later call. `so_far` are values of the
-    run from before this process, logged once.
+    MLflow does not take now, because its server is down or silent, is logged by a later call. So are `so_far`, values of
+    the run from before this process.
     """
 
     def __init__(self, tracking_uri: str, run_id: str, so_far: Mapping[str, float] | None = None) -> None:
