@@ -131,10 +131,11 @@ def test_training_goes_on_while_mlflow_is_silent_and_nothing_is_lost(
                 proxy.released.set()
 
         monkeypatch.setattr(ray.train, "report", report)
+        monkeypatch.setattr(ray.train, "get_preemption_info", lambda: None)
         learner = Learner(config, describe(discs), rank=0, ranks=1, beat=lambda: None)
         state, outputs = State(), tmp_path / "outputs"
         outputs.mkdir()
-        with loop._mlflow(config, run_id) as publish:
+        with loop._mlflow(config, {"run_id": run_id, "folder": str(tmp_path / "run")}) as publish:
             loop._Run(config, learner, state, str(tmp_path / "run"), outputs, publish).to_the_end(Watchdog(600))
     assert ended == [1, 2, 3]
     assert state.untrained is not None

@@ -15,7 +15,7 @@ class Journal:
     """Logs epochs, under the number of epochs done as step; 0 is the untrained model.
 
     Only what a checkpoint holds is logged: an epoch that is lost with a killed worker is made, and logged, again. What
-    MLflow does not take now, because its server is down or silent, is logged by a later call. So are `so_far`, values of
+    MLflow does not take now, because its server is down or silent, is logged by a later call. So is `so_far`: values of
     the run from before this process.
     """
 
