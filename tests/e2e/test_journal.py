@@ -114,6 +114,7 @@ def test_training_goes_on_while_mlflow_is_silent_and_nothing_is_lost(
 ) -> None:
     """It accepts connections and says nothing until the last epoch is over, and then answers what it was asked."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "600")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     ended: list[int] = []
     with faulty(behind, seed=0) as proxy, contextlib.ExitStack() as stack:
         small = NetworkConfig(widths=(2, 4), convolutions=1)

@@ -11,6 +11,8 @@ import pytest
 import ray
 import yaml
 from ray.train.v2._internal.execution.controller import placement_group_cleaner
+from ray.train.v2._internal.state.util import is_actor_alive
+from ray.util.state.exception import RayStateApiException
 
 from rayseg import cluster
 from rayseg.training.settings import TrainConfig
@@ -132,6 +134,18 @@ def test_of_the_lines_on_a_runs_controller_only_the_one_without_news_is_hidden(
     assert [record.getMessage() for record in caplog.records if record.name == logger.name] == [
         "Detected that the Ray Train controller actor (1f) is dead. Cleaning up placement group"
     ]
+
+
+def test_whether_a_controller_lives_has_no_answer_in_a_private_cluster(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Ray Train goes on where this error comes, whatever cluster was started last on the machine."""
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "ray_current_cluster").write_text("127.0.0.1:6379", encoding="ascii")
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.setenv(cluster.API_SERVER, cluster.NOBODY)
+    with pytest.raises(RayStateApiException, match=f"request to {cluster.NOBODY}/"):
+        is_actor_alive("ab" * 16, timeout=5)
 
 
 @pytest.mark.parametrize(

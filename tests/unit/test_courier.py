@@ -2,9 +2,11 @@
 
 import socket
 import threading
+from pathlib import Path
 
 import pytest
 
+from rayseg.inference import progress
 from rayseg.tracking import courier, runs
 from rayseg.tracking.courier import Courier
 
@@ -110,6 +112,25 @@ def test_an_error_is_that_of_whoever_comes_next_or_of_the_end_and_hides_no_other
     with pytest.raises(KeyError):
         refused(mlflow, [], KeyError("the block's own"))
     assert mlflow.calls == ["1", "1", "1"]
+
+
+def test_an_archive_run_does_not_wait_to_tell_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer, told = threading.Event(), []
+
+    def log_metrics(tracking_uri: str, run_id: str, values: dict[str, float], step: int) -> None:
+        assert answer.wait(PATIENCE_S)
+        told.append(values["segment/slices"])
+
+    monkeypatch.setattr(runs, "log_metrics", log_metrics)
+    monkeypatch.setattr(progress, "_TELL_EVERY_S", 0.0)
+    row = {"verdict": "segmented", "slices": 2, "rejected_slices": 0, "rejects": []}
+    row |= {f"{step}_s": 0.5 for step in progress.STEPS}
+    with progress.Progress(3, 6, str(tmp_path), "http://silent", "run") as far:
+        for _ in range(3):
+            far.update([row])
+        assert told == []
+        answer.set()
+    assert told[-1] == 6
 
 
 def test_the_use_of_the_machine_is_logged_beside_a_run_that_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
