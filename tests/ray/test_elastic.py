@@ -30,7 +30,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 EPOCHS = 3
 # Of weights, with group normalisation: that of other numbers of workers in test_train.py.
 TOLERANCE = 2e-3
-CPUS = 3.0  # of a worker: one on the cluster's own node of four, and one on each that joins
+CPUS = 3  # of a worker: one on the cluster's own node of four, and one on each that joins
 
 
 def config(prepared: str, folder: Path, **changes: object) -> TrainConfig:
@@ -49,6 +49,7 @@ def config(prepared: str, folder: Path, **changes: object) -> TrainConfig:
         "ema_momentum": 0.8,
         "cpus_per_worker": CPUS,
         "max_failures": 0,
+        "hang_timeout_s": 200.0,
     }
     return TrainConfig(**(values | changes))  # type: ignore[arg-type]
 
@@ -169,7 +170,7 @@ def look_at_nodes() -> None:
 
 
 def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 180
     while not condition():
         assert time.monotonic() < deadline, "it never came to that"
         time.sleep(0.02)

@@ -15,6 +15,8 @@ from ray.train.v2._internal.state.util import is_actor_alive
 from ray.util.state.exception import RayStateApiException
 
 from rayseg import cluster
+from rayseg.models.presets import NetworkConfig
+from rayseg.training import record, trainer
 from rayseg.training.settings import TrainConfig
 
 ROOT = Path(__file__).parents[2]
@@ -112,6 +114,21 @@ def test_a_training_worker_asks_for_its_share_of_a_gpu():
     for count, share in ((2, 0.5), (1, 2), (1, -1)):
         with pytest.raises(ValueError, match=r"train\.gpus_per_worker"):
             TrainConfig(**places, num_workers=count, gpus_per_worker=share, batch_size=8)
+
+
+def test_an_elastic_run_needs_room_for_its_least_workers(nodes, discs, tmp_path, monkeypatch):
+    def begun(*arguments: Any) -> None:
+        raise RuntimeError("begun")
+
+    monkeypatch.setattr(cluster, "connect", lambda: None)
+    monkeypatch.setattr(record, "begin", begun)
+    nodes += [node(CPU=3), node(CPU=3)]
+    model = NetworkConfig(widths=(4,), convolutions=1)
+    places = {"prepared": discs, "storage": str(tmp_path), "tracking_uri": f"sqlite:///{tmp_path}/mlflow.db"}
+    with pytest.raises(ValueError, match=r"^train\.num_workers: 3 times 2 CPU is wanted at once, .* has room for 2;"):
+        trainer.fit(TrainConfig(**places, model=model, cpus_per_worker=2, num_workers=(3, 8)))
+    with pytest.raises(RuntimeError, match="begun"):
+        trainer.fit(TrainConfig(**places, model=model, cpus_per_worker=2, num_workers=(2, 8)))
 
 
 def test_trials_that_share_gpus_fit_twice_as_often(nodes):
