@@ -40,7 +40,6 @@ def trained(prepared: str, folder: Path, **changes: object) -> tuple[dict[str, s
         "batch_size": 4,
         "epochs": 1,
         "max_failures": 3,
-        "feed_tasks": 0,
         **changes,
     }
     environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'platform'}:{ROOT}"}

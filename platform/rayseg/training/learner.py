@@ -178,7 +178,7 @@ class Learner:
             epoch=epoch,
             shuffle=shuffle,
             augment=self._config.augment if split == "train" else None,
-            tasks=self._config.feed_tasks_per_worker,
+            threads=self._config.feed_threads_per_worker,
         )
 
     def _compiled_update(self) -> Callable[..., Any]:
