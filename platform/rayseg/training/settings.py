@@ -90,7 +90,7 @@ class TrainConfig:
     tensorboard: bool = False  # keeps TensorBoard's event files with the run
     seed: int = 1
 
-    # Threads of each worker that read and augment. By default one: a forward pass on the CPU is far slower than it. With
+    # Threads of each worker that read and augment. By default one: a forward pass on the CPU is far slower. With
     # a GPU to keep busy as many as `cpus_per_worker`, and 4 at least.
     feed_threads: int | None = None
     num_workers: int = 2
