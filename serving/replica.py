@@ -74,7 +74,7 @@ class ModelReplica:
 
         logs.adopt({"stage": "serve"})
         if ray.is_initialized() and cluster.keep_to_grant():
-            require_gpu(engine, "gpus_per_replica")
+            require_gpu(engine, "serve.gpus_per_replica")
         self._replica, threads = _place()
         self._versions = Versions(
             tracking_uri=tracking_uri,

@@ -1,5 +1,6 @@
 """Where weights start: what the driver brings into a run's folder is what a worker's network gets."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -110,11 +111,27 @@ def test_workers_take_a_pretrained_encoder_from_the_folder(discs: str, tmp_path:
         ({"freeze_epochs": -1}, "freeze_epochs"),
         ({"base_batch_size": 0}, "base_batch_size"),
         ({"prepared": ""}, "prepared"),
+        ({"feed_threads": 0}, "feed_threads"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused_by_name(discs: str, changes: dict[str, Any], key: str) -> None:
     with pytest.raises(ValueError, match=f"train.{key}"):
         config(discs, **changes)
+
+
+def test_a_gpu_is_fed_by_as_many_threads_as_the_worker_has_cpus_and_by_four_at_least(discs: str) -> None:
+    assert config(discs, cpus_per_worker=8).feed_threads_per_worker == 1
+    assert config(discs, cpus_per_worker=8, gpus_per_worker=1).feed_threads_per_worker == 8
+    assert config(discs, gpus_per_worker=1).feed_threads_per_worker == 4
+    assert config(discs, gpus_per_worker=1, feed_threads=2).feed_threads_per_worker == 2
+
+
+def test_a_run_that_was_fed_by_tasks_can_be_repeated(discs: str, tracking_uri: str) -> None:
+    run_id = record.begin(config(discs, tracking_uri=tracking_uri, seed=5), describe(discs), {})
+    kept = json.loads(runs.read_bytes(tracking_uri, run_id, record.CONFIG_FILE))
+    kept["train"]["feed_tasks"] = 4
+    runs.log_bytes(tracking_uri, run_id, record.CONFIG_FILE, json.dumps(kept).encode())
+    assert record.to_repeat(config(discs, tracking_uri=tracking_uri, reproduce=run_id)).seed == 5
 
 
 def test_a_rate_is_scaled_to_the_batch(discs: str) -> None:

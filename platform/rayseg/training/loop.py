@@ -14,8 +14,8 @@ import ray.train
 import tensorflow as tf
 from ray.train.collective import barrier
 
-from rayseg import config as configuration
 from rayseg import cluster, logs, meters, storage
+from rayseg import config as configuration
 from rayseg.data.prepared import describe
 from rayseg.models import numerics
 from rayseg.models.encoders import encoder_layers
