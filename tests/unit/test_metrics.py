@@ -233,6 +233,8 @@ def test_counts_are_exact_beyond_the_whole_numbers_of_float32() -> None:
 def on_the_host(graph: tf.Graph) -> Iterator[str]:
     """Nodes whose results a GPU leaves in the memory of the host, by what TensorFlow has registered for any device."""
     for node in graph.as_graph_def().node:
+        if node.op == "Const":  # known before the first batch
+            continue
         results = {argument.name for argument in op_def_registry.get(node.op).output_arg}
         for kernel in kernels.get_registered_kernels_for_op(node.op).kernel:
             fits = all(node.attr[one.name].type in one.allowed_values.list.type for one in kernel.constraint)
@@ -251,4 +253,4 @@ def test_nothing_of_a_batch_is_counted_on_the_host(channels: int) -> None:
     assert {"UnsortedSegmentSum", "Sum"} <= {node.op for node in graph.as_graph_def().node}
     assert list(on_the_host(graph)) == []
     numbers = tf.function(lambda x: x + x, autograph=False).get_concrete_function(tf.TensorSpec((8,), tf.int32))
-    assert len(list(on_the_host(numbers.graph))) == 1, "else this would say nothing"
+    assert "AddV2 add" in on_the_host(numbers.graph), "else this would say nothing"
