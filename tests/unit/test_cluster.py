@@ -1,6 +1,7 @@
 """What a cluster can never give is refused; its nodes are told here as Ray would tell them."""
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -113,3 +114,17 @@ def test_trials_that_share_gpus_fit_twice_as_often(nodes):
     places = {"prepared": "p", "storage": "s", "tracking_uri": "t", "num_workers": 1}
     assert cluster.room(TrainConfig(**places, gpus_per_worker=1).bundle) == 2
     assert cluster.room(TrainConfig(**places, gpus_per_worker=0.5).bundle) == 4
+
+
+@pytest.mark.parametrize(("ids", "visible"), [([], ""), (["1"], "1")])
+def test_a_machines_gpus_are_hidden_from_who_was_given_none(
+    monkeypatch: pytest.MonkeyPatch, ids: list[str], visible: str
+) -> None:
+    class Context:
+        def get_accelerator_ids(self) -> dict[str, list[str]]:
+            return {"GPU": ids, "TPU": []}
+
+    monkeypatch.setattr(ray, "get_runtime_context", Context)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")  # as Ray sets it for who was given that one
+    assert cluster.keep_to_grant() is bool(ids)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == visible
