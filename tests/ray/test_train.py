@@ -168,8 +168,8 @@ def test_one_worker_ends_with_the_weights_of_two_at_the_same_global_batch(
     discs: str, tmp_path: Path, undisturbed: tuple[TrainConfig, TrainResult], unregistered: None
 ) -> None:
     # That both ranks of two are bit-equal is checked by the loop itself, each epoch.
-    # And that Ray Data's tasks feed it changes nothing.
-    alone = config(discs, tmp_path, num_workers=1, feed_tasks=1)
+    # And that several threads feed it changes nothing.
+    alone = config(discs, tmp_path, num_workers=1, feed_threads=3)
     result = fit(alone)
     differences = apart(alone, undisturbed[0])
     assert max(differences.values()) < TOLERANCE, differences

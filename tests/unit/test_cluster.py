@@ -4,6 +4,7 @@ import inspect
 import json
 import logging
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -187,3 +188,17 @@ def test_workers_of_a_cluster_that_is_joined_ask_that_one(monkeypatch, address, 
     cluster.connect()
     (variables,) = environments
     assert {name: value for name, value in variables.items() if name != "RAYSEG_CODE"} == expected
+
+
+@pytest.mark.parametrize(("ids", "visible"), [([], ""), (["1"], "1")])
+def test_a_machines_gpus_are_hidden_from_who_was_given_none(
+    monkeypatch: pytest.MonkeyPatch, ids: list[str], visible: str
+) -> None:
+    class Context:
+        def get_accelerator_ids(self) -> dict[str, list[str]]:
+            return {"GPU": ids, "TPU": []}
+
+    monkeypatch.setattr(ray, "get_runtime_context", Context)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")  # as Ray sets it for who was given that one
+    assert cluster.keep_to_grant() is bool(ids)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == visible

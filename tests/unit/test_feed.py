@@ -1,5 +1,7 @@
 """The feed deals every row once an epoch, alike for any number of ranks."""
 
+import threading
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from rayseg.data.feed import Batch, batches
 from rayseg.data.labels import Labels
 from rayseg.data.prepared import PreparedSet
 from rayseg.data.preprocess import Preprocess
-from rayseg.data.windows import steps
+from rayseg.data.windows import Piece, steps
 from rayseg.records import PREPARED
 
 SHAPE = (2, 3, 1)
@@ -151,6 +153,38 @@ def test_augmented_batches_are_bit_equal_for_1_2_and_3_ranks(tmp_path: Path) -> 
     assert global_batches(1, number=1) != alone
 
 
+@pytest.mark.parametrize("threads", [2, 8])
+def test_several_threads_make_the_batches_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
+    prepared = prepared_set(tmp_path, [57, 40], 3)
+    augment = Augment(flip_vertical=0.5, noise=60, brightness=0.3)
+    [alone] = epoch(prepared, 5, augment=augment)
+    assert alone[-1].weight.sum() == 2, "the last batch is padded"
+    original = feed._read
+
+    def late(piece: Piece) -> pa.Table:
+        time.sleep(0.002 * (piece.index % 5))  # threads overtake each other
+        return original(piece)
+
+    monkeypatch.setattr(feed, "_read", late)
+    [together] = epoch(prepared, 5, augment=augment, threads=threads)
+    for ours, theirs in zip(together, alone, strict=True):
+        for name in Batch._fields:
+            np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
+
+
+def test_threads_augment_at_the_same_time(tmp_path: Path) -> None:
+    met = threading.Barrier(3, timeout=60)
+
+    class Meeting(Augment):
+        def apply(self, image_HWC: np.ndarray, mask_HW: np.ndarray, generator: object) -> tuple[np.ndarray, np.ndarray]:
+            met.wait()  # for two others; alone it would wait for ever
+            return image_HWC, mask_HW
+
+    prepared = prepared_set(tmp_path, [12], 4)
+    [fed] = epoch(prepared, 1, augment=Meeting(), threads=3)
+    assert sorted(row for batch in order([fed]) for row in batch) == list(range(1, 13))
+
+
 def test_a_row_is_augmented_by_seed_epoch_and_its_name_whatever_the_batch(tmp_path: Path) -> None:
     prepared = prepared_set(tmp_path, [17], 4)
     augment = Augment(flip_horizontal=1, noise=60, brightness=0.3)
@@ -282,12 +316,12 @@ def test_time_spent_waiting_is_measured(tmp_path: Path, monkeypatch: pytest.Monk
     assert 0 < fed.waited_s < 60
 
 
-def test_an_abandoned_epoch_ends_its_thread(tmp_path: Path) -> None:
+def test_an_abandoned_epoch_ends_its_threads(tmp_path: Path) -> None:
     prepared = prepared_set(tmp_path, [64], 4)
-    fed = batches(prepared, "train", global_batch=2, rank=0, world_size=1, seed=1, epoch=0)
+    fed = batches(prepared, "train", global_batch=2, rank=0, world_size=1, seed=1, epoch=0, threads=3)
     next(fed)
     fed.close()
-    assert not fed._thread.is_alive()
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("rayseg-feed")]
     with pytest.raises(StopIteration):
         next(fed)
 

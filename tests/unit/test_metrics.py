@@ -1,8 +1,13 @@
 """Counts of pixels and the Dice from them."""
 
+from collections.abc import Iterator
+from unittest.mock import patch
+
 import numpy as np
 import pytest
 import tensorflow as tf
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from keras import ops
 from sklearn.metrics import (
     accuracy_score,
@@ -12,7 +17,9 @@ from sklearn.metrics import (
     precision_score,
     recall_score,
 )
+from tensorflow.python.framework import kernels, op_def_registry
 
+from rayseg.models import metrics
 from rayseg.models.metrics import (
     BINS,
     SIZE,
@@ -171,3 +178,79 @@ def test_counts_compile_with_fixed_shapes() -> None:
     compiled = tf.function(lambda *inputs: counts(*inputs, 0.5), jit_compile=True)
     weight = np.ones(2, np.float32)
     assert np.array_equal(compiled(mask, probability, weight), counts(mask, probability, weight, 0.5))
+
+
+def integers(mask: np.ndarray, probability: np.ndarray, weight: np.ndarray, threshold: float) -> np.ndarray:
+    """What `counts` gives, in numpy's int64."""
+    channels = probability.shape[-1]
+    valid = np.broadcast_to(weight[:, None, None] > 0, mask.shape)
+    made = []
+    for index in range(1, max(channels, 2)):
+        truth = mask == index if channels > 1 else mask > 0
+        of_class = probability[..., index if channels > 1 else 0]
+        taken = probability.argmax(axis=-1) == index if channels > 1 else of_class >= np.float32(threshold)
+        made += [np.count_nonzero(part & valid) for part in (taken & truth, taken & ~truth, ~taken & truth)]
+        for side in (~truth, truth):
+            made += np.bincount(bins(of_class[side & valid]).astype(int), minlength=BINS).tolist()
+    return np.array(made, np.int64)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    rows=st.integers(1, 4),
+    size=st.integers(1, 9),
+    channels=st.sampled_from([1, 2, 4]),
+    at_once=st.integers(1, 50),
+    seed=st.integers(0, 99),
+)
+def test_counts_are_the_integers_of_numpy_whatever_is_added_up_at_once(
+    rows: int, size: int, channels: int, at_once: int, seed: int
+) -> None:
+    random = np.random.default_rng(seed)
+    mask = random.integers(0, channels + 1, (rows, size, size)).astype(np.uint8)
+    probability = np.stack([network(mask == index, 3, seed + index) for index in range(channels)], axis=-1)
+    weight = random.integers(0, 2, rows).astype(np.float32)
+    with patch.object(metrics, "_EXACT", at_once):
+        made = counts(mask, probability, weight, 0.4).numpy()
+    np.testing.assert_array_equal(made, integers(mask, probability, weight, 0.4))
+
+
+def test_counts_are_exact_beyond_the_whole_numbers_of_float32() -> None:
+    side = 4097
+    mask = np.ones((1, side, side), np.uint8)
+    mask[0, 0, :3] = 0
+    probability = np.full((1, side, side, 1), 0.9, np.float32)
+    probability[0, 0, :5] = 0.1
+    made = counts(mask, probability, np.ones(1, np.float32), 0.5).numpy()
+    assert made[:3].tolist() == [side**2 - 5, 0, 2]
+    assert side**2 - 5 > 2**24
+    assert made[3:].sum() == side**2
+    assert made[3:].max() == side**2 - 5, "one bin has nearly all"
+    # Batch after batch, as validation does it: 2**33 pixels and some.
+    assert (tf.constant(made) * 512 + made).numpy()[0] == 513 * (side**2 - 5)
+
+
+def on_the_host(graph: tf.Graph) -> Iterator[str]:
+    """Nodes whose results a GPU leaves in the memory of the host, by what TensorFlow has registered for any device."""
+    for node in graph.as_graph_def().node:
+        if node.op == "Const":  # known before the first batch
+            continue
+        results = {argument.name for argument in op_def_registry.get(node.op).output_arg}
+        for kernel in kernels.get_registered_kernels_for_op(node.op).kernel:
+            fits = all(node.attr[one.name].type in one.allowed_values.list.type for one in kernel.constraint)
+            if kernel.device_type == "DEFAULT" and fits and results & set(kernel.host_memory_arg):
+                yield f"{node.op} {node.name}"
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_nothing_of_a_batch_is_counted_on_the_host(channels: int) -> None:
+    signature = [
+        tf.TensorSpec((2, 8, 8), tf.uint8),
+        tf.TensorSpec((2, 8, 8, channels), tf.float32),
+        tf.TensorSpec((2,), tf.float32),
+    ]
+    graph = tf.function(lambda *inputs: counts(*inputs, 0.5), autograph=False).get_concrete_function(*signature).graph
+    assert {"UnsortedSegmentSum", "Sum"} <= {node.op for node in graph.as_graph_def().node}
+    assert list(on_the_host(graph)) == []
+    numbers = tf.function(lambda x: x + x, autograph=False).get_concrete_function(tf.TensorSpec((8,), tf.int32))
+    assert "AddV2 add" in on_the_host(numbers.graph), "else this would say nothing"

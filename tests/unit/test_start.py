@@ -1,5 +1,6 @@
 """Where weights start: what the driver brings into a run's folder is what a worker's network gets."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,7 @@ def test_workers_take_a_pretrained_encoder_from_the_folder(discs: str, tmp_path:
         ({"num_workers": (1, 9)}, "batch_size"),
         ({"num_workers": (1, 4), "accumulation": 3}, "batch_size"),
         ({"num_workers": (1, 2), "gpus_per_worker": 0.5}, "gpus_per_worker"),
+        ({"feed_threads": 0}, "feed_threads"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused_by_name(discs: str, changes: dict[str, Any], key: str) -> None:
@@ -149,6 +151,21 @@ def test_the_number_of_workers_is_one_or_the_least_and_the_most(
     settings = configuration.load(TrainConfig, "train", None, given)
     assert (settings.least_workers, settings.most_workers, settings.elastic) == (least, most, text.startswith("["))
     assert configuration.build(TrainConfig, configuration.plain(settings)) == settings
+
+
+def test_a_gpu_is_fed_by_as_many_threads_as_the_worker_has_cpus_and_by_four_at_least(discs: str) -> None:
+    assert config(discs, cpus_per_worker=8).feed_threads_per_worker == 1
+    assert config(discs, cpus_per_worker=8, gpus_per_worker=1).feed_threads_per_worker == 8
+    assert config(discs, gpus_per_worker=1).feed_threads_per_worker == 4
+    assert config(discs, gpus_per_worker=1, feed_threads=2).feed_threads_per_worker == 2
+
+
+def test_a_run_that_was_fed_by_tasks_can_be_repeated(discs: str, tracking_uri: str) -> None:
+    run_id = record.begin(config(discs, tracking_uri=tracking_uri, seed=5), describe(discs), {})
+    kept = json.loads(runs.read_bytes(tracking_uri, run_id, record.CONFIG_FILE))
+    kept["train"]["feed_tasks"] = 4
+    runs.log_bytes(tracking_uri, run_id, record.CONFIG_FILE, json.dumps(kept).encode())
+    assert record.to_repeat(config(discs, tracking_uri=tracking_uri, reproduce=run_id)).seed == 5
 
 
 def test_a_rate_is_scaled_to_the_batch(discs: str) -> None:

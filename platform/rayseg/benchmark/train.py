@@ -1,9 +1,10 @@
-"""Training: the platform against bare Keras with the same network, batch and cores; two workers against one."""
+"""Training: the platform against bare Keras with the same network, batch and cores; two workers; the feed alone."""
 
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from rayseg.benchmark import inputs
 from rayseg.benchmark.data import figure
 from rayseg.benchmark.watch import greatest
 from rayseg.data.augment import Augment
+from rayseg.data.feed import batches
+from rayseg.data.prepared import describe
 from rayseg.models.presets import NetworkConfig
 from rayseg.training.settings import TrainConfig, TrainResult
 from rayseg.training.trainer import fit
@@ -22,6 +25,8 @@ from rayseg.training.trainer import fit
 _ROWS, _SIZE, _BATCH = 256, 128, 8
 _EPOCHS = 3  # the first one traces and warms up, and does not count
 _MODEL = NetworkConfig(preset="unet-small")
+_FED_ROWS, _FED_SIZE, _FED_BATCH = 1024, 256, 32
+_TINY_SIZE = 8  # so few pixels that what a row costs is the interpreter's work, which threads cannot share
 # The same network and loss, images and masks in memory, Keras's own loop; seconds of each epoch and peak memory.
 _BARE = """
 import json, sys, time
@@ -53,7 +58,43 @@ print(json.dumps([Clock.seconds, int(peak.split()[1]) / 1024]))
 
 
 def measure(folder: Path, repeats: int) -> dict[str, Any]:
-    """All figures of the suite; `folder` is for its files.
+    """All figures of the suite; `folder` is for its files."""
+    return _feeding(folder, repeats) | _training(folder, repeats)
+
+
+def _feeding(folder: Path, repeats: int) -> dict[str, Any]:
+    """Rows a second of CPU time that one thread of the feed makes of a set in the page cache.
+
+    So many cores feed so many times as much, but no more than `feed.rows_per_s_of_one_interpreter`.
+    """
+    augments = {"plain": None, "augmented": Augment()}
+    figures = {}
+    for name, size in (("rows_per_s_and_core", _FED_SIZE), ("rows_per_s_of_one_interpreter", _TINY_SIZE)):
+        uri = inputs.prepared_set(folder / f"fed{size}", _FED_ROWS, size)
+        for kind, augment in augments.items():
+            rates = [_fed_rows_per_cpu_s(uri, augment, epoch) for epoch in range(repeats + 1)]
+            figures[f"feed.{name}.{kind}"] = figure(rates[1:])
+    return figures
+
+
+def _fed_rows_per_cpu_s(prepared: str, augment: Augment | None, epoch: int) -> float:
+    began = time.process_time()
+    feed = batches(
+        describe(prepared),
+        "train",
+        global_batch=_FED_BATCH,
+        rank=0,
+        world_size=1,
+        seed=1,
+        epoch=epoch,
+        augment=augment,
+    )
+    rows = sum(len(batch.image) for batch in feed)
+    return rows / (time.process_time() - began)
+
+
+def _training(folder: Path, repeats: int) -> dict[str, Any]:
+    """The platform against bare Keras.
 
     A repeat is a run of each kind, one after the other, so that a busier minute meets them all.
     """

@@ -13,7 +13,7 @@ import ray
 import ray.data
 from tqdm import tqdm
 
-from rayseg import logs, meters
+from rayseg import cluster, logs, meters
 from rayseg.data.labels import Labels
 from rayseg.evaluation.cases import Tolerance
 from rayseg.evaluation.scorer import SCORED, Scorer
@@ -67,6 +67,7 @@ class _Actor:
         told: Mapping[str, str],
     ) -> None:
         logs.adopt(told)
+        cluster.keep_to_grant()  # none is asked for
         with tempfile.TemporaryDirectory() as folder:
             for place, files in enumerate(ray.get(bundles)):
                 Path(folder, str(place)).mkdir()

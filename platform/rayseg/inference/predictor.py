@@ -7,7 +7,6 @@ as JSON: how a bundle is verified, and measured, in a clean process.
 import base64
 import io
 import json
-import os
 import re
 import statistics
 import sys
@@ -26,7 +25,7 @@ from PIL import Image
 from rayseg.ahead import mapped
 from rayseg.data.stacks import alone, along, usable
 from rayseg.dicom.reading import Slice, read_slice
-from rayseg.models.engine import Compiled, Engine, compile_openvino, compile_tensorflow
+from rayseg.models.engine import Compiled, Engine, compile_openvino, compile_tensorflow, has_gpu
 from rayseg.records import Reason, Reject
 from rayseg.tracking.bundle import Bundle, decide, describe, load, load_keras, mask_sha256
 
@@ -210,11 +209,6 @@ class Predictor:
             for bundle, made_NHWK in zip(self.bundles, of_models_NHWK, strict=True)
         ]
         return found[0] if len(found) == 1 else np.mean(found, axis=0)
-
-
-def has_gpu() -> bool:
-    """Whether this process may use a GPU that TensorFlow knows; does not import TensorFlow."""
-    return os.environ.get("CUDA_VISIBLE_DEVICES", "all") not in ("", "-1") and Path("/dev/nvidiactl").exists()
 
 
 def _check_alike(bundles: Sequence[Bundle]) -> None:

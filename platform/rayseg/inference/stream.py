@@ -14,11 +14,11 @@ import pyarrow as pa
 import ray
 import ray.data
 
-from rayseg import logs
+from rayseg import cluster, logs
 from rayseg.inference.plan import unpacked_series
 from rayseg.inference.predictor import Mirror, Predictor
 from rayseg.inference.series import Task, segment_series
-from rayseg.models.engine import Engine
+from rayseg.models.engine import Engine, require_gpu
 from rayseg.records import LEDGER, REJECTS
 from rayseg.tracking.bundle import KERAS_FILE
 
@@ -92,6 +92,8 @@ class _Segmenter:
         self, bundles: "ray.ObjectRef[list[_Files]]", task: Task, workers: Workers, told: Mapping[str, str]
     ) -> None:
         logs.adopt(told)
+        if cluster.keep_to_grant():
+            require_gpu(workers.engine, "segment.gpus_per_actor")
         self._task = task
         self._threads = ThreadPoolExecutor(workers.cpus, "series")
         with tempfile.TemporaryDirectory() as folder:

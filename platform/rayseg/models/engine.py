@@ -5,6 +5,7 @@ no TensorFlow: it starts in a second and takes a tenth of the memory.
 """
 
 import contextlib
+import os
 import sys
 import tempfile
 import threading
@@ -26,13 +27,14 @@ if TYPE_CHECKING:
 Forward = Callable[[np.ndarray], np.ndarray]
 
 _GPU_BATCH = 16
+_DRIVER = Path("/dev/nvidiactl")  # of NVIDIA
 
 
 @dataclass(frozen=True)
 class Engine:
     """Which engine runs the network, and how exactly.
 
-    name: `auto` is TensorFlow where there is a GPU, else OpenVINO.
+    name: `auto` is TensorFlow where it sees a GPU (`has_gpu`), else OpenVINO.
     precision: `screened` runs every slice in bfloat16 and those where something may be found once more in float32, so
         that masks are float32's and slices with nothing cost half; where the processor has no bfloat16 it is `float32`.
     """
@@ -56,6 +58,28 @@ class Compiled:
     exact: Forward
     screen: Forward | None
     description: str  # engine with its version, and precision
+
+
+def has_gpu() -> bool:
+    """Whether TensorFlow sees a GPU here; a task or actor of Ray sees what it was given (`cluster.keep_to_grant`).
+
+    TensorFlow is only imported, which takes seconds, where something says that there may be one.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible in ("", "-1") or (visible is None and not _DRIVER.exists()):
+        return False
+    import tensorflow as tf
+
+    return bool(tf.config.list_physical_devices("GPU"))
+
+
+def require_gpu(engine: Engine, key: str) -> None:
+    """Raises ValueError where `key` asked for a GPU, Ray gave one, and the engine would not run on it."""
+    if engine.name != "openvino" and not has_gpu():
+        raise ValueError(
+            f"{key}: Ray gave a GPU, and TensorFlow sees none there: install the GPU build on the GPU nodes (the extra "
+            f"gpu in place of cpu), see that nvidia-smi lists the GPU there, or run on CPUs with {key}=0"
+        )
 
 
 def convert(model: "keras.Model") -> Network:
@@ -126,6 +150,9 @@ def compile_tensorflow(model: "keras.Model", precision: str, threads: int = 1) -
     """
     import tensorflow as tf
 
+    from rayseg.models import numerics
+
+    numerics.settle()
     with contextlib.suppress(RuntimeError):
         tf.config.threading.set_intra_op_parallelism_threads(threads)
         tf.config.threading.set_inter_op_parallelism_threads(1)

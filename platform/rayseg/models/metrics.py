@@ -1,11 +1,11 @@
 """Metrics as counts, to be added up over batches and workers and divided once.
 
-Validation adds up the `counts` of its batches, in float64 or int64, where they stay exact, and over its workers;
-`scores` divides the sums. All of it is pooled: the pixels of all samples count together. Values per case come from
+Validation adds up the `counts` of its batches, in float64, where they stay exact, and over its workers; `scores`
+divides the sums. All of it is pooled: the pixels of all samples count together. Values per case come from
 `evaluation.scores`, which knows the cases.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,10 +14,17 @@ from keras import ops
 from rayseg.models.histograms import BINS, GREATEST, LEAST, LOGIT, average_precision
 
 SIZE = 3 + 2 * BINS  # counts of a class
+_EXACT = 2**24  # float32 has all whole numbers up to this one
 
 
 def counts(mask_NHW: Any, probability_NHWC: Any, weight_N: Any, threshold: float) -> Any:
-    """Everything that `scores` needs of a batch, for each foreground class.
+    """Everything that `scores` needs of a batch, for each foreground class, counted where the network runs.
+
+    All of it is in floats: TensorFlow's GPU kernels for int32, but for the scatter, take their numbers to the host.
+    The floats are whole numbers, and exact. Zeros and ones are added up in float32, at most 2**24 of them at a time:
+    in whatever order, every sum on the way is a whole number of at most 2**24, which float32 has. From there on it is
+    float64, which has all up to 2**53. The places of the scatter are below 2 x BINS x classes, and of up to 255 classes
+    below 2**24, too.
 
     Args:
         mask_NHW: class indices, 0 is background; of one class, everything else is foreground.
@@ -26,17 +33,18 @@ def counts(mask_NHW: Any, probability_NHWC: Any, weight_N: Any, threshold: float
         threshold: one class: at least this probability counts as found. Of several the most probable class does.
 
     Returns:
-        int32 (classes x SIZE,): of each class pixels found, wrongly found and missed, then the pixels that are not of
-        it by bins of its probability, then those that are. Exact for batches below 2**31 pixels.
+        float64 (classes x SIZE,): of each class pixels found, wrongly found and missed, then the pixels that are not of
+        it by bins of its probability, then those that are.
     """
     channels = probability_NHWC.shape[-1]
+    mask_NHW = ops.cast(mask_NHW, "float32")
     if channels == 1:
         confusion_K3 = ops.expand_dims(confusion(mask_NHW, probability_NHWC, weight_N, threshold), 0)
         truth_NHWK, probability_NHWK = ops.expand_dims(mask_NHW > 0, -1), probability_NHWC
     else:
         confusion_K3 = confusion_by_class(mask_NHW, probability_NHWC, weight_N)
-        index_NHW1 = ops.expand_dims(ops.cast(mask_NHW, "int32"), -1)
-        truth_NHWK, probability_NHWK = index_NHW1 == ops.arange(1, channels), probability_NHWC[..., 1:]
+        classes = np.arange(1, channels, dtype=np.float32)
+        truth_NHWK, probability_NHWK = ops.expand_dims(mask_NHW, -1) == classes, probability_NHWC[..., 1:]
     histograms_KB = _histograms(truth_NHWK, probability_NHWK, weight_N)
     return ops.reshape(ops.concatenate([confusion_K3, histograms_KB], axis=1), (-1,))
 
@@ -76,7 +84,7 @@ def confusion(mask_NHW: Any, probability_NHWC: Any, weight_N: Any, threshold: fl
         threshold: between 0 and 1.
 
     Returns:
-        int32 (3,): exact for batches below 2**31 pixels.
+        float64 (3,), exact as `counts` says.
     """
     return _counts(mask_NHW > 0, probability_NHWC[..., 0] >= threshold, weight_N)
 
@@ -90,10 +98,10 @@ def confusion_by_class(mask_NHW: Any, probability_NHWC: Any, weight_N: Any) -> A
         weight_N: 0 for padding.
 
     Returns:
-        int32 (classes, 3).
+        float64 (classes, 3).
     """
-    found_NHW = ops.argmax(probability_NHWC, axis=-1)
-    index_NHW = ops.cast(mask_NHW, found_NHW.dtype)
+    found_NHW = ops.cast(ops.argmax(probability_NHWC, axis=-1), "float32")
+    index_NHW = ops.cast(mask_NHW, "float32")
     classes = range(1, probability_NHWC.shape[-1])
     return ops.stack([_counts(index_NHW == index, found_NHW == index, weight_N) for index in classes])
 
@@ -102,7 +110,8 @@ def _counts(truth_NHW: Any, found_NHW: Any, weight_N: Any) -> Any:
     valid_N11 = ops.reshape(weight_N, (-1, 1, 1)) > 0
 
     def count(pixels_NHW: Any) -> Any:
-        return ops.sum(ops.cast(ops.logical_and(pixels_NHW, valid_N11), "int32"))
+        ones = ops.reshape(ops.cast(ops.logical_and(pixels_NHW, valid_N11), "float32"), (-1,))
+        return sum(ops.cast(ops.sum(ones[piece]), "float64") for piece in _pieces(ones))
 
     return ops.stack(
         [
@@ -114,17 +123,26 @@ def _counts(truth_NHW: Any, found_NHW: Any, weight_N: Any) -> Any:
 
 
 def _histograms(truth_NHWK: Any, probability_NHWK: Any, weight_N: Any) -> Any:
-    """As `histograms.histograms`, on the device, of each class and both in one: int32 (classes, 2 x BINS)."""
+    """As `histograms.histograms`, on the device, of each class and both in one: float64 (classes, 2 x BINS)."""
     probability_NHWK = ops.clip(ops.cast(probability_NHWK, "float32"), LEAST, GREATEST)
     logit_NHWK = ops.log(probability_NHWK) - ops.log1p(-probability_NHWK)
-    bin_NHWK = ops.cast((logit_NHWK + LOGIT) * (BINS / (2 * LOGIT)), "int32")
+    bin_NHWK = ops.floor((logit_NHWK + LOGIT) * (BINS / (2 * LOGIT)))
     # Clipped, not trusted: what is not a number has no bin, and must not end the run here.
-    bin_NHWK = ops.clip(bin_NHWK, 0, BINS - 1)
+    bin_NHWK = ops.where(bin_NHWK >= 1, ops.minimum(bin_NHWK, BINS - 1), 0.0)
     classes = probability_NHWK.shape[-1]
-    index_NHWK = bin_NHWK + BINS * ops.cast(truth_NHWK, "int32") + 2 * BINS * ops.arange(classes)
-    valid_NHWK = ops.broadcast_to(ops.reshape(ops.cast(weight_N > 0, "int32"), (-1, 1, 1, 1)), ops.shape(index_NHWK))
-    flat = [ops.reshape(values, (-1,)) for values in (valid_NHWK, index_NHWK)]
-    return ops.reshape(ops.segment_sum(*flat, 2 * BINS * classes), (classes, 2 * BINS))
+    first_K = 2 * BINS * np.arange(classes, dtype=np.float32)
+    index_NHWK = bin_NHWK + BINS * ops.cast(truth_NHWK, "float32") + first_K
+    valid_NHWK = ops.broadcast_to(ops.reshape(ops.cast(weight_N > 0, "float32"), (-1, 1, 1, 1)), index_NHWK.shape)
+    valid, index = (ops.reshape(values, (-1,)) for values in (valid_NHWK, index_NHWK))
+    sums = [
+        ops.segment_sum(valid[piece], ops.cast(index[piece], "int32"), 2 * BINS * classes) for piece in _pieces(index)
+    ]
+    return ops.reshape(sum(ops.cast(one, "float64") for one in sums), (classes, 2 * BINS))
+
+
+def _pieces(flat: Any) -> Iterator[slice]:
+    """Of a batch, as a rank has it, one."""
+    return (slice(first, first + _EXACT) for first in range(0, flat.shape[0], _EXACT))
 
 
 def _scores(numbers: np.ndarray) -> dict[str, float | None]:

@@ -122,13 +122,12 @@ class Learner:
         Of one class without a given threshold they are those at `val/threshold`, the one of the best Dice, which the
         model would be registered with: what is best, of epochs and of trials, is judged by it.
         """
-        totals = np.zeros(2 + SIZE * len(self._names))
+        totals: Any = tf.zeros((2 + SIZE * len(self._names),), tf.float64)
         with contextlib.closing(self._feed("val", 0, shuffle=False)) as feed:
             for batch in feed:
-                sums, counted = self._val_step(*batch)
-                totals += np.concatenate([sums.numpy(), counted.numpy()])
+                totals += self._val_step(*batch)  # not fetched here either
                 self._beat()
-        loss, rows, *counted = self._over_ranks(totals.tolist())
+        loss, rows, *counted = self._over_ranks(totals.numpy().tolist())
         summed = np.asarray(counted)
         threshold: dict[str, float | None] = {}
         if len(self._names) == 1 and self._config.threshold is None:
@@ -201,9 +200,9 @@ class Learner:
             epoch=epoch,
             shuffle=shuffle,
             augment=self._config.augment if split == "train" else None,
-            tasks=self._config.feed_tasks_per_worker,
             first=first,
             parts=self._config.accumulation,
+            threads=self._config.feed_threads_per_worker,
         )
 
     def _compiled_update(self) -> Callable[..., Any]:
@@ -257,12 +256,14 @@ class Learner:
         losses = [weight * self._loss(mask_NHW, output) for weight, output in zip(weights, outputs, strict=True)]
         return tf.add_n(losses) / sum(weights)
 
-    def _judge(self, image_NHWC: tf.Tensor, mask_NHW: tf.Tensor, weight_N: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    def _judge(self, image_NHWC: tf.Tensor, mask_NHW: tf.Tensor, weight_N: tf.Tensor) -> tf.Tensor:
+        """Sums of the loss and of the weights, then `metrics.counts`: float64, to be added up on the device."""
         outputs = self.model(image_NHWC, training=False)
         probability_NHWC = outputs[0] if isinstance(outputs, list) else outputs
         loss_N = self._loss(mask_NHW, probability_NHWC)
         sums = tf.stack([tf.reduce_sum(loss_N * weight_N), tf.reduce_sum(weight_N)])
-        return sums, counts(mask_NHW, probability_NHWC, weight_N, self._config.threshold or DEFAULT_THRESHOLD)
+        counted = counts(mask_NHW, probability_NHWC, weight_N, self._config.threshold or DEFAULT_THRESHOLD)
+        return tf.concat([tf.cast(sums, tf.float64), counted], axis=0)
 
     def _over_ranks(self, values: list[float]) -> list[float]:
         """The values summed over the ranks; in float64, so counts stay exact."""

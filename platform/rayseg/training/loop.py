@@ -20,9 +20,10 @@ import ray.train
 import tensorflow as tf
 from ray.train.collective import barrier
 
+from rayseg import cluster, logs, meters, storage
 from rayseg import config as configuration
-from rayseg import logs, meters, storage
 from rayseg.data.prepared import describe
+from rayseg.models import numerics
 from rayseg.models.encoders import encoder_layers
 from rayseg.training import start
 from rayseg.training.callbacks import recall, remembered, rules, writers
@@ -59,6 +60,7 @@ def train_worker(job: dict[str, Any]) -> dict[str, Any]:
     rank, ranks = context.get_world_rank(), context.get_world_size()
     _set_up(config, rank, logging.WARNING if job["quiet"] else logging.INFO)
     attempts = _count_attempt(job["folder"]) if rank == 0 else 0
+    cluster.keep_to_grant()
     devices = tf.config.list_physical_devices("GPU")
     if config.gpus_per_worker and _any_lacks_gpu(job["folder"], rank, lacks=not devices):
         return {"attempts": attempts, "diverged": None, "no_gpu": True}
@@ -70,6 +72,7 @@ def train_worker(job: dict[str, Any]) -> dict[str, Any]:
         tempfile.TemporaryDirectory(prefix="rayseg-outputs-") as outputs,
     ):
         learner = Learner(config, describe(config.prepared), rank, ranks, watchdog.beat)
+        _settle(config, learner.model, on_gpu=bool(devices))
         state = State.load(job["folder"], Path(outputs), learner.model)
         if state is None:
             start.set_initial(learner.model, job["folder"])
@@ -222,6 +225,19 @@ def _told(config: TrainConfig, devices: list[Any]) -> str:
         return f"the CPU, {max(1, int(config.cpus_per_worker))} threads"
     names = (tf.config.experimental.get_device_details(one).get("device_name", "a GPU") for one in devices)
     return ", ".join(map(str, names))
+
+
+def _settle(config: TrainConfig, model: keras.Model, on_gpu: bool) -> None:
+    undetermined = numerics.undetermined(model, config.jit_compile) if on_gpu else None
+    numerics.settle(undetermined)
+    if undetermined:
+        logger.warning(
+            "TF32 is off; ops are not deterministic, as TensorFlow has no such kernel for gradients of %s: a run that "
+            "goes on or is repeated ends with other last bits",
+            undetermined,
+        )
+    else:
+        logger.info("TF32 is off, ops are deterministic")
 
 
 def _count_attempt(folder: str) -> int:

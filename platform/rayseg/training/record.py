@@ -95,6 +95,7 @@ def to_repeat(config: TrainConfig) -> TrainConfig:
     """
     assert config.reproduce is not None, "asked for"
     kept = json.loads(runs.read_bytes(config.tracking_uri, config.reproduce, CONFIG_FILE))
+    kept["train"].pop("feed_tasks", None)  # of older runs: how they were fed, which changed no batch
     places = {name: getattr(config, name) for name in ("prepared", "storage") if getattr(config, name)}
     here = {"tracking_uri": config.tracking_uri, "reproduce": config.reproduce}
     return configuration.build(TrainConfig, kept["train"] | places | here)

@@ -10,6 +10,7 @@ from rayseg.models.presets import NetworkConfig
 from rayseg.tracking import limits
 
 DEFAULT_THRESHOLD = 0.5  # of the scores on validation while no other is known
+_GPU_FEED_THREADS = 4  # at least
 
 
 @dataclass(frozen=True)
@@ -90,9 +91,9 @@ class TrainConfig:
     tensorboard: bool = False  # keeps TensorBoard's event files with the run
     seed: int = 1
 
-    # Ray Data's tasks that read and augment for each worker, 0 for a thread of the worker itself. By default 4 where it
-    # has a GPU to keep busy; a forward pass on the CPU is so much slower than one thread that more only cost.
-    feed_tasks: int | None = None
+    # Threads of each worker that read and augment. By default one: a forward pass on the CPU is far slower. With
+    # a GPU to keep busy as many as `cpus_per_worker`, and 4 at least.
+    feed_threads: int | None = None
     # [least, most]: the run takes as many workers as the cluster has room for, and goes on with more or fewer.
     num_workers: int | tuple[int, int] = 2
     cpus_per_worker: float = 1.0
@@ -139,8 +140,8 @@ class TrainConfig:
         if 0 < self.gpus_per_worker < 1 < self.most_workers:
             # What adds up gradients between GPUs (NCCL) takes one process a GPU.
             raise ValueError("train.gpus_per_worker: workers of one run take a whole GPU each; set 1, or num_workers=1")
-        if self.feed_tasks is not None and self.feed_tasks < 0:
-            raise ValueError(f"train.feed_tasks: 0 or more expected, got {self.feed_tasks}")
+        if self.feed_threads is not None and self.feed_threads < 1:
+            raise ValueError(f"train.feed_threads: a positive number expected, got {self.feed_threads}")
         for key in ("threshold", "ema_momentum"):
             if getattr(self, key) is not None and not 0 < getattr(self, key) < 1:
                 raise ValueError(f"train.{key}: a number between 0 and 1 expected, got {getattr(self, key)}")
@@ -182,11 +183,11 @@ class TrainConfig:
         return {"CPU": self.cpus_per_worker} | ({"GPU": self.gpus_per_worker} if self.gpus_per_worker else {})
 
     @property
-    def feed_tasks_per_worker(self) -> int:
-        """`feed_tasks`, or what stands for it by default."""
-        if self.feed_tasks is not None:
-            return self.feed_tasks
-        return 4 if self.gpus_per_worker else 0
+    def feed_threads_per_worker(self) -> int:
+        """`feed_threads`, or what stands for it by default."""
+        if self.feed_threads is not None:
+            return self.feed_threads
+        return max(_GPU_FEED_THREADS, int(self.cpus_per_worker)) if self.gpus_per_worker else 1
 
     @property
     def scaled_learning_rate(self) -> float:

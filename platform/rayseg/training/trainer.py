@@ -25,6 +25,7 @@ from rayseg.data import synthetic
 from rayseg.data.prepared import PreparedSet, describe
 from rayseg.data.range import measure
 from rayseg.data.split import LEAK_COLUMNS, SPLITS, check_leak
+from rayseg.models import numerics
 from rayseg.models.encoders import encoder_layers
 from rayseg.models.losses import loss_function
 from rayseg.models.network import portable
@@ -69,7 +70,7 @@ def fit(config: TrainConfig, trial: Trial | None = None, callbacks: Sequence[Use
     if config.reproduce:
         config = absolute(record.to_repeat(config))
     prepared = describe(config.prepared)
-    check(config, prepared)
+    with_what = check(config, prepared)
     cluster.require("train", config.bundle, config.least_workers, KEYS)
     if config.reproduce:
         record.check_repeatable(config, prepared)
@@ -79,7 +80,7 @@ def fit(config: TrainConfig, trial: Trial | None = None, callbacks: Sequence[Use
     if run_id is None:
         for begun in runs.tagged(config.tracking_uri, config.experiment, trial.tags) if trial else ():
             runs.discard(config.tracking_uri, begun)  # its driver was lost before it could note it
-        run_id = record.begin(config, prepared, trial.tags if trial else {})
+        run_id = record.begin(config, prepared, with_what | (trial.tags if trial else {}))
         storage.write_json(unfinished, {"run_id": run_id})
     else:
         logger.info("train: goes on with the unfinished run %s", run_id)
@@ -110,8 +111,8 @@ def absolute(config: TrainConfig) -> TrainConfig:
     )
 
 
-def check(config: TrainConfig, prepared: PreparedSet) -> None:
-    """Raises ValueError where such a run cannot begin, see `fit`."""
+def check(config: TrainConfig, prepared: PreparedSet) -> dict[str, str]:
+    """What it will be computed with, see `numerics`; raises ValueError where such a run cannot begin, see `fit`."""
     for split, share in (("train", "the rest"), ("val", "prepare.split.val")):
         if not prepared.rows[split]:
             raise ValueError(f"train.prepared: the set has no rows in split {split}; prepare with more for {share}")
@@ -135,6 +136,7 @@ def check(config: TrainConfig, prepared: PreparedSet) -> None:
             f"of batch_size (in `accumulation` parts), and {uneven[0]} have none of {config.batch_size}; give other "
             "numbers, another batch_size, or another model.normalization (group)"
         )
+    return numerics.told(model, config.jit_compile, config.gpus_per_worker > 0)
 
 
 def _unfinished(uri: str, tracking_uri: str) -> str | None:
