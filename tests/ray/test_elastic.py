@@ -28,8 +28,8 @@ from rayseg.training.trainer import TrainConfig, fit
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
 EPOCHS = 3
-# Of weights, with group normalisation: that of other numbers of workers in test_train.py.
-TOLERANCE = 2e-3
+# Of weights, with group normalisation: Adam turns rounding into steps of its own. Losses are equal to 1e-4.
+TOLERANCE = 5e-3
 CPUS = 3  # of a worker: one on the cluster's own node of four, and one on each that joins
 
 
