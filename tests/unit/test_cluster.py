@@ -10,6 +10,7 @@ import ray
 import yaml
 
 from rayseg import cluster
+from rayseg.grant import keep_to_grant
 from rayseg.training.settings import TrainConfig
 
 ROOT = Path(__file__).parents[2]
@@ -126,5 +127,5 @@ def test_a_machines_gpus_are_hidden_from_who_was_given_none(
 
     monkeypatch.setattr(ray, "get_runtime_context", Context)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")  # as Ray sets it for who was given that one
-    assert cluster.keep_to_grant() is bool(ids)
+    assert keep_to_grant() is bool(ids)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == visible
