@@ -16,8 +16,9 @@ import ray
 from ray import serve
 from ray.serve.schema import LoggingConfig
 
-from rayseg import build, cluster, logs
+from rayseg import build, logs
 from rayseg.dicom.reading import Slice, read_slice
+from rayseg.grant import keep_to_grant
 from rayseg.inference.predictor import Judgement
 from rayseg.inference.quality import look
 from rayseg.models.engine import Engine, require_gpu
@@ -73,7 +74,7 @@ class ModelReplica:
         from serving.swap import Shadowing, Versions
 
         logs.adopt({"stage": "serve"})
-        if ray.is_initialized() and cluster.keep_to_grant():
+        if ray.is_initialized() and keep_to_grant():
             require_gpu(engine, "serve.gpus_per_replica")
         self._replica, threads = _place()
         self._versions = Versions(

@@ -65,17 +65,6 @@ def connect() -> None:
     logger.info("started a Ray cluster on this machine with %s CPUs", ray.cluster_resources().get("CPU"))
 
 
-def keep_to_grant() -> bool:
-    """Whether Ray has given this task or actor a GPU. Where it has not, it hides the machine's from it.
-
-    To be called before anything looks for one: Ray leaves all of them visible to whoever asks for none.
-    """
-    granted = bool(ray.get_runtime_context().get_accelerator_ids().get("GPU"))
-    if not granted:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    return granted
-
-
 def leave() -> None:
     """Ends the private cluster, where this process has started one: no line of its workers comes after this."""
     if _private:

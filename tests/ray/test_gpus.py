@@ -19,8 +19,8 @@ ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import json, sys
 import ray
-from rayseg import cluster
 from rayseg.config import build
+from rayseg.grant import keep_to_grant
 from rayseg.training.settings import TrainConfig
 from rayseg.training.trainer import fit
 ray.init(address="local", num_cpus=3, num_gpus=2, include_dashboard=False, object_store_memory=200_000_000)
@@ -28,7 +28,7 @@ ray.init(address="local", num_cpus=3, num_gpus=2, include_dashboard=False, objec
 def grant():
     import os
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
-    return visible, cluster.keep_to_grant(), os.environ["CUDA_VISIBLE_DEVICES"]
+    return visible, keep_to_grant(), os.environ["CUDA_VISIBLE_DEVICES"]
 
 told = {}
 if sys.argv[2:]:

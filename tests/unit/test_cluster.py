@@ -16,6 +16,7 @@ from ray.train.v2._internal.state.util import is_actor_alive
 from ray.util.state.exception import RayStateApiException
 
 from rayseg import cluster
+from rayseg.grant import keep_to_grant
 from rayseg.models.presets import NetworkConfig
 from rayseg.training import record, trainer
 from rayseg.training.settings import TrainConfig
@@ -200,5 +201,5 @@ def test_a_machines_gpus_are_hidden_from_who_was_given_none(
 
     monkeypatch.setattr(ray, "get_runtime_context", Context)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")  # as Ray sets it for who was given that one
-    assert cluster.keep_to_grant() is bool(ids)
+    assert keep_to_grant() is bool(ids)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == visible

@@ -5,7 +5,7 @@ training: decompression, OpenCV and numpy let go of the interpreter's lock, and 
 rows are read. Augmentation is drawn from (seed, epoch, row), so it follows the rows.
 
 Why not Ray Data: what a batch is made of was cleaned, scaled and dealt by Ray Data's tasks when the set was prepared.
-What is left a row is a millisecond; through tasks it took five, and seconds at the start of each epoch.
+What is left takes a millisecond a row; through tasks it took two to five, and seconds at the start of each epoch.
 """
 
 import io

@@ -13,10 +13,11 @@ import ray
 import ray.data
 from tqdm import tqdm
 
-from rayseg import cluster, logs, meters
+from rayseg import logs, meters
 from rayseg.data.labels import Labels
 from rayseg.evaluation.cases import Tolerance
 from rayseg.evaluation.scorer import SCORED, Scorer
+from rayseg.grant import keep_to_grant
 from rayseg.inference.predictor import Mirror, Predictor
 from rayseg.models.engine import Engine
 
@@ -67,7 +68,7 @@ class _Actor:
         told: Mapping[str, str],
     ) -> None:
         logs.adopt(told)
-        cluster.keep_to_grant()  # none is asked for
+        keep_to_grant()  # none is asked for
         with tempfile.TemporaryDirectory() as folder:
             for place, files in enumerate(ray.get(bundles)):
                 Path(folder, str(place)).mkdir()

@@ -14,7 +14,8 @@ import pyarrow as pa
 import ray
 import ray.data
 
-from rayseg import cluster, logs
+from rayseg import logs
+from rayseg.grant import keep_to_grant
 from rayseg.inference.plan import unpacked_series
 from rayseg.inference.predictor import Mirror, Predictor
 from rayseg.inference.series import Task, segment_series
@@ -92,7 +93,7 @@ class _Segmenter:
         self, bundles: "ray.ObjectRef[list[_Files]]", task: Task, workers: Workers, told: Mapping[str, str]
     ) -> None:
         logs.adopt(told)
-        if cluster.keep_to_grant():
+        if keep_to_grant():
             require_gpu(workers.engine, "segment.gpus_per_actor")
         self._task = task
         self._threads = ThreadPoolExecutor(workers.cpus, "series")

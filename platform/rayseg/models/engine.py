@@ -61,7 +61,7 @@ class Compiled:
 
 
 def has_gpu() -> bool:
-    """Whether TensorFlow sees a GPU here; a task or actor of Ray sees what it was given (`cluster.keep_to_grant`).
+    """Whether TensorFlow sees a GPU here; a task or actor of Ray sees what it was given (`rayseg.grant`).
 
     TensorFlow is only imported, which takes seconds, where something says that there may be one.
     """

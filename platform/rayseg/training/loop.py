@@ -20,9 +20,10 @@ import ray.train
 import tensorflow as tf
 from ray.train.collective import barrier
 
-from rayseg import cluster, logs, meters, storage
 from rayseg import config as configuration
+from rayseg import logs, meters, storage
 from rayseg.data.prepared import describe
+from rayseg.grant import keep_to_grant
 from rayseg.models import numerics
 from rayseg.models.encoders import encoder_layers
 from rayseg.training import start
@@ -60,7 +61,7 @@ def train_worker(job: dict[str, Any]) -> dict[str, Any]:
     rank, ranks = context.get_world_rank(), context.get_world_size()
     _set_up(config, rank, logging.WARNING if job["quiet"] else logging.INFO)
     attempts = _count_attempt(job["folder"]) if rank == 0 else 0
-    cluster.keep_to_grant()
+    keep_to_grant()
     devices = tf.config.list_physical_devices("GPU")
     if config.gpus_per_worker and _any_lacks_gpu(job["folder"], rank, lacks=not devices):
         return {"attempts": attempts, "diverged": None, "no_gpu": True}
