@@ -16,13 +16,15 @@ from rayseg.config import plain
 from rayseg.data.labels import Labels
 from rayseg.data.prepared import PreparedSet
 from rayseg.data.preprocess import Preprocess
+from rayseg.data.range import Known
 from rayseg.dicom.reading import Slice
 from rayseg.evaluation import cases
 from rayseg.evaluation import publish as publish_module
 from rayseg.evaluation.cases import Tolerance
 from rayseg.evaluation.publish import Artifacts, add_to_card, publish, set_tag
 from rayseg.evaluation.record import Record
-from rayseg.evaluation.scorer import Scorer, read_truth
+from rayseg.evaluation.scorer import Scorer
+from rayseg.inference.heldout import read_truth
 from rayseg.inference.predictor import Judgement
 from rayseg.records import Reason, Reject
 from rayseg.tracking import card, registry, runs
@@ -37,6 +39,7 @@ class Painted:
     def __init__(self, classes: int) -> None:
         self.neighbours, self._classes = 0, classes
         self.bundle = type("Bundle", (), {"preprocess": Preprocess()})
+        self.known = Known()
 
     def judge_stack(self, stack: Sequence[Slice | Reject | None]) -> Judgement | Reject:
         (slice,) = stack
@@ -156,7 +159,7 @@ def test_tables_pictures_report_and_metrics_of_one_class(
     assert "not a medical device" in page
     assert "http://" not in page and "https://" not in page  # noqa: PT018
     assert all(words in page for words in ("dice_pooled", "hd95_px_per_case", f"2. {titles[4]}", "nothing to find"))
-    assert page.count("data:image/png;base64,") == 2 + 2  # two charts, two cases
+    assert page.count("data:image/png;base64,") == 3 + 2  # three charts, two cases
 
 
 def test_several_classes_are_told_one_by_one_and_together(tmp_path: Path, tracking: str) -> None:

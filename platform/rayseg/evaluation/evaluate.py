@@ -21,13 +21,14 @@ from typing import Any, Literal
 from rayseg import cluster
 from rayseg import config as configuration
 from rayseg.data import prepared as prepared_sets
+from rayseg.data.conformal import VolumeErrors
 from rayseg.data.prepared import PreparedSet
 from rayseg.evaluation import checks
 from rayseg.evaluation.cases import Tolerance
 from rayseg.evaluation.publish import add_to_card, publish
 from rayseg.evaluation.record import Record
-from rayseg.evaluation.scorer import COLUMNS
 from rayseg.evaluation.scoring import CPUS_PER_ACTOR, score
+from rayseg.inference.heldout import COLUMNS
 from rayseg.inference.predictor import Mirror
 from rayseg.tracking import bundle as bundles
 from rayseg.tracking import registry, runs
@@ -135,7 +136,8 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
             f"{config.max_reject_fraction}: {reasons}; are the source objects still where they were prepared from?"
         )
 
-    findings = record.findings(resamples=config.resamples, min_patients=config.min_patients)
+    errors = configuration.build(VolumeErrors, described[0].get("volumes", {})) if config.alone else VolumeErrors()
+    findings = record.findings(resamples=config.resamples, min_patients=config.min_patients, errors=errors)
     versions = [version for _, version in fetched]
     doubts = _doubts(config, versions, described, record.of_patient)
     with _run(config, versions) as run_id:
