@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from rayseg.data.conformal import VolumeErrors
+from rayseg.data.range import Known, Range
 from rayseg.evaluation import failures as found_failures
 from rayseg.evaluation.failures import Covered, curve, failures
 from rayseg.evaluation.metrics import columns_of
@@ -90,3 +91,22 @@ def test_patients_are_counted_whose_volume_lies_within_the_interval() -> None:
     told = failures(cases, classes, VolumeErrors((1.5, None, 2.5), (30, 18, 30)), **OPTIONS)
     assert told.covered == {"a": Covered(1, 2), "foreground": Covered(2, 3)}
     assert failures(cases, classes, VolumeErrors(), **OPTIONS).covered == {}
+
+
+def test_several_models_are_judged_by_what_validation_was_like_for_them() -> None:
+    """Of 20 patients one has nothing found: a crumb of one member, and no entropy to speak of."""
+    hits = [*range(50, 69), 0]
+    cases = table(
+        {"a": [*found_of(hits[:-1]), Counts(tn=100)]},
+        suspicion_fragments=[*(float(hit) for hit in hits[:-1]), 99.0],
+        suspicion_entropy=[*(hit / 100 for hit in hits[:-1]), 0.0],
+        suspicion_pairwise_dice=[*(1 - hit / 100 for hit in hits[:-1]), 1.0],
+        volume_error_mm=[*(float(hit) for hit in hits[:-1]), None],
+        foreground_error_mm=[*(float(hit) for hit in hits[:-1]), None],
+    )
+    classes = {"a": columns_of(cases, "a")}
+    trained = Range(modalities=("CT",), pieces=1, entropy_bits=0.1)
+    measured = Range(modalities=("CT",), pieces=68, entropy_bits=0.68, pairwise_dice=0.5)
+    known = found_failures.known_of(cases, classes, trained, volumes=True)
+    assert known == Known(measured, VolumeErrors((68.0, 68.0), (19, 19)))
+    assert found_failures.known_of(cases, classes, trained, volumes=False) == Known(measured)

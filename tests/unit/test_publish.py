@@ -13,10 +13,11 @@ from PIL import Image
 
 from rayseg import storage
 from rayseg.config import plain
+from rayseg.data.conformal import VolumeErrors
 from rayseg.data.labels import Labels
 from rayseg.data.prepared import PreparedSet
 from rayseg.data.preprocess import Preprocess
-from rayseg.data.range import Known
+from rayseg.data.range import Known, Range
 from rayseg.dicom.reading import Slice
 from rayseg.evaluation import cases
 from rayseg.evaluation import publish as publish_module
@@ -27,7 +28,7 @@ from rayseg.evaluation.scorer import Scorer
 from rayseg.inference.heldout import read_truth
 from rayseg.inference.predictor import Judgement
 from rayseg.records import Reason, Reject
-from rayseg.tracking import card, registry, runs
+from rayseg.tracking import card, judged, registry, runs
 
 SIDE = 16
 OPTIONS = {"resamples": 100, "min_patients": 3}
@@ -316,3 +317,19 @@ def test_truth_is_empty_without_a_mask_and_refused_on_another_grid(tmp_path: Pat
     refused = read_truth(row, other, Labels())
     assert isinstance(refused, Reject)
     assert refused.reason is Reason.MASK_MISMATCH
+
+
+def test_what_several_are_judged_by_is_found_by_who_they_are(tracking: str) -> None:
+    first, second, third = (
+        registry.ModelVersion("m", number, f"models:/m/{number}", runs.start(tracking, "judged", number), number)
+        for number in "123"
+    )
+    one, later = (
+        Known(Range(modalities=("CT",), pairwise_dice=dice), VolumeErrors((1.0, 1.0), (19, 19))) for dice in (0.5, 0.6)
+    )
+    assert judged.find(tracking, [first, second], None) is None
+    for known in (one, later):
+        judged.keep(tracking, runs.start(tracking, "judged", "evaluate"), [first, second], None, known)
+    assert judged.find(tracking, [first, second], None) == later
+    for versions, mirror in (([first, third], None), ([first, second], "both"), ([first], None)):
+        assert judged.find(tracking, versions, mirror) is None

@@ -9,15 +9,17 @@ than that of the risk itself; the excess is what lies above that one (e-AURC).
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pyarrow as pa
 
+from rayseg.data import conformal
 from rayseg.data.conformal import VolumeErrors
+from rayseg.data.range import Known, Range
 from rayseg.evaluation.cases import SUSPICION
 from rayseg.evaluation.metrics import Columns, Estimate
-from rayseg.evaluation.statistics import interval
+from rayseg.evaluation.statistics import Statistic, interval
 from rayseg.records import QualityFlag
 
 
@@ -116,6 +118,36 @@ def curve(suspicion: np.ndarray, risk: np.ndarray, indices: np.ndarray | None = 
     return (accepted / np.arange(1, drawn.shape[-1] + 1)).reshape(indices.shape)
 
 
+def known_of(table: pa.Table, classes: Mapping[str, Columns], trained: Range | None, *, volumes: bool) -> Known:
+    """What a predictor that was evaluated on validation is to be judged by.
+
+    Args:
+        table, classes: as `failures` has them.
+        trained: what the models were trained on, which an evaluation does not tell.
+        volumes: whether series are whole, so that volumes are those of the patients.
+    """
+    columns = next(iter(classes.values()))
+    something = sum(one["tp"] + one["fp"] for one in classes.values()) > 0
+
+    def of_flag(flag: QualityFlag) -> np.ndarray:
+        values: np.ndarray = columns[f"{SUSPICION}{flag}"][something]
+        return values[np.isfinite(values)]
+
+    pieces, bits, disagreed = (
+        of_flag(flag) for flag in (QualityFlag.FRAGMENTS, QualityFlag.ENTROPY, QualityFlag.PAIRWISE_DICE)
+    )
+    measured = replace(
+        trained or Range(),
+        pieces=int(pieces.max(initial=0)),
+        entropy_bits=round(float(bits.max()), 4) if len(bits) else None,
+        pairwise_dice=round(1 - float(disagreed.max()), 4) if len(disagreed) else None,
+    )
+    if not volumes:
+        return Known(measured)
+    apart_mm = [*(one["volume_error_mm"] for one in classes.values()), columns["foreground_error_mm"]]
+    return Known(measured, conformal.errors([one[np.isfinite(one)].tolist() for one in apart_mm]))
+
+
 def _detector(suspicion: np.ndarray, risk: np.ndarray, resamples: int) -> Detector:
     def area(indices: np.ndarray) -> np.ndarray:
         return curve(suspicion, risk, indices).mean(axis=-1)
@@ -123,13 +155,12 @@ def _detector(suspicion: np.ndarray, risk: np.ndarray, resamples: int) -> Detect
     def excess(indices: np.ndarray) -> np.ndarray:
         return area(indices) - curve(risk, risk, indices).mean(axis=-1)
 
-    everybody = np.arange(len(risk))
-    estimates = []
-    for statistic in (area, excess):
+    def estimate(statistic: Statistic) -> Estimate:
         ends = interval(statistic, len(risk), resamples=resamples) if resamples else None
-        value = float(statistic(everybody))
-        estimates.append(Estimate(value) if ends is None else Estimate(value, ends.low, ends.high))
-    return Detector(*estimates, curve(suspicion, risk))
+        value = float(statistic(np.arange(len(risk))))
+        return Estimate(value) if ends is None else Estimate(value, ends.low, ends.high)
+
+    return Detector(estimate(area), estimate(excess), curve(suspicion, risk))
 
 
 def _covered(classes: Mapping[str, Columns], errors: VolumeErrors) -> dict[str, Covered]:

@@ -150,8 +150,8 @@ def _metrics(record: Record, findings: Findings) -> dict[str, float]:
     if findings.background_dice is not None:
         told["background_dice"] = findings.background_dice
     failures = findings.failures
-    for flag, one in failures.detectors.items():
-        for name, estimate in ((f"aurc_{flag}", one.aurc), (f"eaurc_{flag}", one.excess)):
+    for flag, detector in failures.detectors.items():
+        for name, estimate in ((f"aurc_{flag}", detector.aurc), (f"eaurc_{flag}", detector.excess)):
             ends = {"": estimate.value, "_low": estimate.low, "_high": estimate.high}
             told |= {f"{name}{end}": value for end, value in ends.items() if value is not None}
     if failures.at_random is not None and failures.optimum is not None:

@@ -9,9 +9,10 @@ import pyarrow as pa
 from rayseg import config
 from rayseg.data.conformal import VolumeErrors
 from rayseg.data.labels import Labels
+from rayseg.data.range import Known, Range
 from rayseg.evaluation import cases, metrics, subgroups
 from rayseg.evaluation.calibration import BINS
-from rayseg.evaluation.failures import Failures, failures
+from rayseg.evaluation.failures import Failures, failures, known_of
 from rayseg.evaluation.metrics import Estimate
 
 _KEPT = ("cases", "largest", "wrongest")
@@ -94,6 +95,12 @@ class Record:
             subgroups.groups(table, names, **options),
             failures(table, dict(zip(names, classes, strict=True)), errors, **options),
         )
+
+    def known(self, trained: Range | None, *, volumes: bool) -> Known:
+        """What the models are to be judged by, if this is of validation: see `failures.known_of`."""
+        table = self.table()
+        classes = {name: metrics.columns_of(table, name) for name in self.labels.names}
+        return known_of(table, classes, trained, volumes=volumes)
 
     def columns(self, table: pa.Table) -> list[metrics.Columns]:
         """Of each class `metrics.columns_of`, and beside them the sums by probability."""
