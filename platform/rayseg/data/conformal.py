@@ -15,7 +15,7 @@ exchangeable with those of others.
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -46,7 +46,7 @@ class VolumeErrors:
 
     radius_mm: tuple[float | None, ...] = ()
     patients: tuple[int, ...] = ()
-    percent: int = field(default=PERCENT)
+    percent: int = PERCENT
 
     def of_class(self, value: int, volume_ml: float | None) -> Interval | None:
         """The interval around a series' volume of the class of this value in label maps."""

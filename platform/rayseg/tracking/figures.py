@@ -259,7 +259,7 @@ def risk_coverage(curves: Mapping[str, np.ndarray], oracle: np.ndarray, at_rando
     axes.set(xlim=(0, 1), ylim=(0, None))
     axes.set_xlabel("share of patients accepted, the least suspect first", fontsize=9, color=_FAINT)
     axes.set_ylabel("mean of 1 \u2212 Dice over them", fontsize=9, color=_FAINT)
-    axes.legend(frameon=False, fontsize=8, loc="upper left", title="area", title_fontsize=8)
+    figure.legend(frameon=False, fontsize=8, loc="outside right upper", title="area under it", title_fontsize=8)
     return _png(figure)
 
 
