@@ -163,7 +163,8 @@ def suspicion(known: Range | None, slices: Sequence[Look], volume_ml: float | No
         numbers[QualityFlag.INTENSITY] = max(beyond)
     if (dice := pairwise_dice(slices)) is not None:
         numbers[QualityFlag.PAIRWISE_DICE] = 1 - dice
-    return {flag: float(number) for flag, number in sorted(numbers.items()) if number is not None}
+    # Rounded, so that what only the order of additions tells apart is equally suspect.
+    return {flag: round(float(number), 9) for flag, number in sorted(numbers.items()) if number is not None}
 
 
 def describe(flags: Mapping[QualityFlag, str]) -> str | None:

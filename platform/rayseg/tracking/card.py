@@ -201,7 +201,7 @@ def _shortened(card: Card) -> Iterator[Card]:
     yield card
     card = replace(card, preprocess={}, label_settings={}, model={})
     yield card
-    yield replace(card, evaluations=tuple(replace(one, classes={}) for one in card.evaluations))
+    yield replace(card, evaluations=tuple(replace(one, classes={}, failures=Failures()) for one in card.evaluations))
 
 
 def whole(card: Card) -> str:
@@ -271,8 +271,10 @@ def _failures(one: Evaluation) -> Iterator[str]:
         yield ""
         yield f"### {one.split}: which flags find failures"
         yield ""
-        yield "Area under the risk-coverage curve, risk being 1 - Dice of a patient; lower is better: at random "
-        yield f"{failures.at_random:.4g}, at best {failures.optimum:.4g}."
+        yield (
+            "Area under the risk-coverage curve, risk being 1 - Dice of a patient; lower is better: at random "
+            f"{failures.at_random:.4g}, at best {failures.optimum:.4g}."
+        )
         yield ""
         yield from _table(("flag",), [((flag,), ends) for flag, ends in failures.aurc.items()])
     if failures.covered:
