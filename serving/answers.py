@@ -3,7 +3,7 @@
 import base64
 import dataclasses
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from PIL import Image
@@ -36,11 +36,18 @@ class Quality(BaseModel):
 
     flags: list[str]
     detail: str | None
+    entropy_bits: float | None = Field(description="the mean over the pixels found; null where there are none")
+    pairwise_dice: float | None = Field(description="of an ensemble's members, or of mirror images; null of one model")
 
     @classmethod
-    def of(cls, flags: Mapping[QualityFlag, str]) -> "Quality":
+    def of(cls, flags: Mapping[QualityFlag, str], looks: Sequence[quality.Look]) -> "Quality":
         """What the bulk job's ledger has."""
-        return cls(flags=[flag.value for flag in flags], detail=quality.describe(flags))
+        return cls(
+            flags=[flag.value for flag in flags],
+            detail=quality.describe(flags),
+            entropy_bits=_four(quality.entropy(looks)),
+            pairwise_dice=_four(quality.pairwise_dice(looks)),
+        )
 
 
 class Preview(BaseModel):
@@ -148,7 +155,7 @@ def measure(result: Segmented, timings_ms: dict[str, float], preview: Preview | 
         foreground_pixels=foreground,
         area_mm2=area(foreground),
         labels=labels,
-        quality=Quality.of(flags),
+        quality=Quality.of(flags, [result.look]),
         model=result.model.name,
         version=result.model.version,
         digest=result.model.digest,
@@ -170,6 +177,10 @@ def preview(source: Slice, mask: np.ndarray, preprocess: Preprocess) -> Preview:
 def overlay(source: Slice, mask: np.ndarray, preprocess: Preprocess) -> bytes:
     """PNG of the slice with the model's intensities and the outlines of what was found."""
     return overlay_png(_grey(source, preprocess), mask)
+
+
+def _four(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)
 
 
 def _grey(source: Slice, preprocess: Preprocess) -> np.ndarray:

@@ -8,6 +8,7 @@ import numpy as np
 from pydantic import BaseModel, Field
 
 from rayseg import config
+from rayseg.data.conformal import VolumeErrors
 from rayseg.dicom import nifti
 from rayseg.geometry.grid import Geometry
 from rayseg.geometry.stack import stack
@@ -24,6 +25,9 @@ from serving.messages import Masked, ModelInfo
 from serving.upload import Series
 
 MOST_LESIONS = 100
+_INTERVAL = (
+    "of the 95 % interval, by patients of validation; null where they are too few, or the client chose the threshold"
+)
 
 
 class LabelVolume(BaseModel):
@@ -33,6 +37,8 @@ class LabelVolume(BaseModel):
     name: str
     pixels: int
     volume_ml: float | None = Field(description="null where the positions tell no volume")
+    volume_low_ml: float | None = Field(description=_INTERVAL)
+    volume_high_ml: float | None = Field(description="its other end")
 
 
 class Lesion(BaseModel):
@@ -54,6 +60,8 @@ class SeriesAnswer(BaseModel):
     slices: int = Field(description="with a mask")
     foreground_pixels: int
     volume_ml: float | None = Field(description="of the foreground; null where the positions tell no volume")
+    volume_low_ml: float | None = Field(description=_INTERVAL)
+    volume_high_ml: float | None = Field(description="its other end")
     labels: list[LabelVolume]
     lesions: list[Lesion] = Field(description=f"the largest first, {MOST_LESIONS} at most")
     lesion_count: int
@@ -139,8 +147,17 @@ def measure(found: Found, timings_ms: dict[str, float]) -> SeriesAnswer:
     model, geometries, masks_SHW = found.model, found.geometries, np.stack(found.masks)
     counts = np.stack([np.bincount(mask.ravel(), minlength=len(model.labels) + 1) for mask in masks_SHW])
 
-    def volume(pixels: np.ndarray) -> float | None:
-        return _rounded(volume_ml(pixels.tolist(), geometries))
+    # A mask by another threshold has other errors.
+    errors = model.volumes if found.threshold is None else VolumeErrors()
+
+    def volume(pixels: np.ndarray, value: int | None = None) -> dict[str, float | None]:
+        exact_ml = volume_ml(pixels.tolist(), geometries)
+        interval = errors.of_foreground(exact_ml) if value is None else errors.of_class(value, exact_ml)
+        return {
+            "volume_ml": _rounded(exact_ml),
+            "volume_low_ml": _rounded(None if interval is None else interval.low_ml),
+            "volume_high_ml": _rounded(None if interval is None else interval.high_ml),
+        }
 
     classes = range(1, len(model.labels) + 1)
     lesions = sorted((one for value in classes for one in lesions_of(masks_SHW, value)), key=lambda one: -one.pixels)
@@ -149,14 +166,14 @@ def measure(found: Found, timings_ms: dict[str, float]) -> SeriesAnswer:
         columns=masks_SHW.shape[2],
         slices=len(masks_SHW),
         foreground_pixels=int(counts[:, 1:].sum()),
-        volume_ml=volume(counts[:, 1:].sum(axis=1)),
+        **volume(counts[:, 1:].sum(axis=1)),
         labels=[
-            LabelVolume(value=value, name=name, pixels=int(counts[:, value].sum()), volume_ml=volume(counts[:, value]))
+            LabelVolume(value=value, name=name, pixels=int(counts[:, value].sum()), **volume(counts[:, value], value))
             for value, name in enumerate(model.labels, start=1)
         ],
         lesions=_with_diameters(found, masks_SHW, lesions[:MOST_LESIONS]),
         lesion_count=len(lesions),
-        quality=Quality.of(found.flags),
+        quality=Quality.of(found.flags, found.looks),
         rejected=found.rejected,
         detail=found.series.detail,
         model=model.name,

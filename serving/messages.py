@@ -6,6 +6,7 @@ from typing import Literal, Protocol, get_args
 
 import numpy as np
 
+from rayseg.data.conformal import VolumeErrors
 from rayseg.data.preprocess import Preprocess
 from rayseg.data.range import Range
 from rayseg.dicom.reading import Slice
@@ -33,6 +34,7 @@ class ModelInfo:
     engine: str = ""  # that runs it, with its version and precision
     settings: Engine = field(default_factory=Engine)  # as it was configured: part of what names a mask
     range: Range | None = None  # what it was trained on, to judge inputs by
+    volumes: VolumeErrors = VolumeErrors()  # noqa: RUF009, it is frozen
 
 
 @dataclass(frozen=True)

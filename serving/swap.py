@@ -269,6 +269,7 @@ class Versions:
             engine=predictor.engine,
             settings=self._engine,
             range=bundle.range,
+            volumes=bundle.volumes,
         )
         logger.info("%s version %s is ready", version.name, version.version)
         return Loaded(info, predictor, example_sha256, time.time())

@@ -62,6 +62,7 @@ class QualityFlag(StrEnum):
     VOLUME = "volume"  # a series with far more foreground than any of the training set
     FRAGMENTS = "fragments"  # a slice whose foreground lies in far more pieces than any of validation
     ENTROPY = "entropy"  # the model is less sure of what it found than with any patient of validation
+    PAIRWISE_DICE = "pairwise_dice"  # several models, or mirror images, agree less than with any patient of validation
 
 
 # The masks of an image, none or several; `label` is what the `{label}` of the layout's pattern has in its path. A
@@ -178,6 +179,18 @@ NOT_MADE = pa.list_(
     )
 )
 
+# The volumes of a series by class, with their 95 % intervals; null as in the columns of the same names.
+CLASS_VOLUMES = pa.list_(
+    pa.struct(
+        [
+            ("label", pa.string()),
+            ("volume_ml", pa.float64()),
+            ("volume_low_ml", pa.float64()),
+            ("volume_high_ml", pa.float64()),
+        ]
+    )
+)
+
 # One row per series of an archive run; an image file (PNG, JPEG, TIFF) is one by itself, under its `instance_key`.
 LEDGER = pa.schema(
     [
@@ -194,6 +207,12 @@ LEDGER = pa.schema(
         ("rejected_slices", pa.int32()),
         ("foreground_pixels", pa.int64()),
         ("volume_ml", pa.float64()),  # null where positions do not give a slice distance
+        # The 95 % interval of it, see `data.conformal`; null where there is none.
+        ("volume_low_ml", pa.float64()),
+        ("volume_high_ml", pa.float64()),
+        ("class_volumes", CLASS_VOLUMES),  # empty where the series is rejected; null in ledgers of earlier versions
+        ("entropy_bits", pa.float64()),  # the mean over the pixels found; null where there are none
+        ("pairwise_dice", pa.float64()),  # of an ensemble's members, or of mirror images; null of a model alone
         ("flags", pa.list_(pa.string())),  # `QualityFlag` values, sorted; null where the series is rejected
         ("flags_detail", pa.string()),  # null where there are none
         ("input_digest", pa.string()),  # of the objects that were to be segmented, by URI, frame and ETag

@@ -11,6 +11,7 @@ const FLAGS = {
   volume: "More found than in any scan of training",
   fragments: "Many small pieces found",
   entropy: "The model is less sure than usual",
+  pairwise_dice: "The models agree less than usual",
 };
 const at = id => document.getElementById(id);
 const number = (value, digits) => value.toLocaleString("en", { maximumFractionDigits: digits });
@@ -31,6 +32,14 @@ function size(volume_ml, area_mm2, pixels, slices) {
 function total({ volume_ml, foreground_pixels, lesions, slices }) {
   const areas = lesions.map(lesion => lesion.area_mm2);
   return size(volume_ml, areas.includes(null) ? null : areas.reduce((sum, area) => sum + area, 0), foreground_pixels, slices);
+}
+
+/** A line for each volume that has an interval: of all that was found, and of each class where there are several. */
+function intervals({ labels, slices, ...whole }) {
+  const ends = (name, { volume_low_ml: low, volume_high_ml: high }) => low == null ? [] :
+    [["volume", name, "95 %"].filter(Boolean).join(", "), [low, high].map(ml => number(ml, ml < 10 ? 2 : 1)).join(" to ") + " mL"];
+  const of = [["", whole], ...(labels.length > 1 ? labels.map(label => [label.name, label]) : [])];
+  return slices > 1 ? of.map(([name, one]) => ends(name, one)).filter(row => row.length) : [];
 }
 
 export function dot(value) {
@@ -81,6 +90,7 @@ function details(answer, { spacing, known }, name, seconds) {
     ["file", name],
     ["size", [answer.columns, answer.rows, ...(answer.slices > 1 ? [answer.slices] : [])].join(" × ")],
     ["voxel", known ? `${spacing.map(mm => number(mm, 2)).join(" × ")} mm` : "not told"],
+    ...intervals(answer),
     ["model", `${answer.model} ${answer.version}`],
     ["engine", answer.engine],
     ["segmented in", segment < 1000 ? `${number(segment, 0)} ms` : `${number(segment / 1000, 1)} s`],

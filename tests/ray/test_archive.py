@@ -32,7 +32,7 @@ from rayseg.data.range import Range
 from rayseg.dicom import segmentation
 from rayseg.evaluation.diff import DiffConfig, diff
 from rayseg.inference import ledger, report
-from rayseg.inference.archive import SegmentConfig, SegmentResult, _config_digest, segment
+from rayseg.inference.archive import SegmentConfig, SegmentResult, _config_digest, _settings, segment
 from rayseg.inference.plan import Estimate
 from rayseg.inference.postprocess import Postprocess
 from rayseg.inference.predictor import Prediction, Predictor
@@ -412,7 +412,8 @@ def test_a_missing_manifest_or_model_is_named(archive: SegmentConfig) -> None:
 
 def test_a_store_that_refuses_to_write_rejects_the_series(archive: SegmentConfig) -> None:
     Path(archive.output).mkdir()
-    Path(archive.output, f"brain-v1-{_config_digest(archive)[:8]}").write_bytes(b"a file where a folder is needed")
+    digest = _config_digest(archive, _settings(archive, None))
+    Path(archive.output, f"brain-v1-{digest[:8]}").write_bytes(b"a file where a folder is needed")
     with pytest.raises(ValueError, match="write_failed 24"):
         segment(archive)
     assert {row["reason"] for row in ledger.read(archive.output).to_pylist()} == {"write_failed"}

@@ -182,6 +182,9 @@ def test_an_ensemble_and_mirror_images_have_a_run_of_their_own_to_compare(world:
     assert run.info.run_name == "evaluate-bright-v1+shifted-v1-mirror-columns"
     assert run.info.experiment_id == client.get_run(world.run_id).info.experiment_id
     assert (run.info.status, run.data.metrics["test/dice_pooled"]) == ("FINISHED", result.dice_pooled)
+    assert 0 <= run.data.metrics["test/aurc_optimum"] <= run.data.metrics["test/aurc_pairwise_dice"] <= 1
+    assert "test/aurc_pairwise_dice" not in client.get_run(world.run_id).data.metrics, "one model has no members"
+    assert "test/aurc_entropy" in client.get_run(world.run_id).data.metrics
     assert json.loads(run.data.tags["rayseg.models"]) == {world.model_uri: world.run_id, shifted.uri: trained}
     assert len(run.inputs.model_inputs) == 2
     assert "tracking_uri" not in run.data.params

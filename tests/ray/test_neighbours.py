@@ -29,7 +29,8 @@ from rayseg.dicom import segmentation
 from rayseg.dicom.reading import Slice, read_slice
 from rayseg.evaluation import evaluate
 from rayseg.evaluation.cases import Tolerance
-from rayseg.evaluation.scorer import COLUMNS, Judged, Scorer
+from rayseg.evaluation.scorer import Scorer
+from rayseg.inference.heldout import COLUMNS, Judged
 from rayseg.inference.predictor import Prediction, Predictor
 from rayseg.inference.series import Task, segment_series
 from rayseg.models.network import build_network

@@ -16,8 +16,10 @@ import pytest
 from PIL import Image
 
 from rayseg.data import synthetic
+from rayseg.data.conformal import VolumeErrors
 from rayseg.data.labels import Labels
 from rayseg.data.preprocess import Preprocess, Window
+from rayseg.data.range import Known, Range
 from rayseg.dicom.reading import Slice, read_slice
 from rayseg.dicom.segmentation import decode
 from rayseg.inference import predictor as predictor_module
@@ -201,6 +203,46 @@ def test_mirror_images_and_models_are_averaged(network_64: Trained) -> None:
     judged = predictor.judge_stack([slice])
     assert not isinstance(judged, Reject)
     np.testing.assert_allclose(judged.probabilities_KHW[0], np.mean(expected, axis=0), atol=1e-5)
+    # The members of an ensemble are its models, by the threshold of all of them.
+    assert len(judged.members) == 2
+    for mask, probability in zip(judged.members, expected, strict=True):
+        assert np.mean(mask != (probability >= 0.4)) < 2e-3
+
+
+def test_the_members_of_one_model_are_its_mirror_images(network_64: Trained) -> None:
+    slice, model, preprocess = slices()[2], network_64.model, network_64.preprocess
+    made, threshold = engine.convert(model), network_64.threshold
+    bundles = [bundle.Bundle(made, preprocess, Labels(), threshold, "", b"")]
+    compiled = [engine.compile_openvino(made, "screened")]
+    judged = Predictor(bundles, compiled, "columns").judge_stack([slice])
+    assert not isinstance(judged, Reject)
+    image = preprocess.apply(slice)
+    plain, mirrored = model.predict(np.stack([image, image[:, ::-1]]), verbose=0)[..., 0]
+    for mask, probability in zip(judged.members, (plain, mirrored[:, ::-1]), strict=True):
+        assert mask.any()
+        assert (
+            np.mean(mask != (preprocess.restore(np.ascontiguousarray(probability), *slice.shape) >= threshold)) < 2e-3
+        )
+    alone = Predictor(bundles, compiled).judge_stack([slice])
+    assert not isinstance(alone, Reject)
+    assert list(alone.members) == []
+    nothing = Predictor(bundles, compiled, "both").judge_stack([slice], threshold=0.999)
+    assert not isinstance(nothing, Reject)
+    assert [mask.any() for mask in nothing.members] == [False] * 4
+
+
+def test_several_are_not_judged_by_what_validation_was_like_for_the_first() -> None:
+    one = engine.Network(b"", b"")
+    known = Range(modalities=("CT",), pieces=3, entropy_bits=0.2, volume_ml=9.0)
+    bundles = [
+        bundle.Bundle(one, Preprocess(size=(64, 64)), Labels(), 0.5, "", b"", known, VolumeErrors((1.0, 1.0), (19, 19)))
+    ]
+    compiled = [engine.Compiled(np.asarray, None, "none")]
+    assert Predictor(bundles, compiled).known == Known(known, VolumeErrors((1.0, 1.0), (19, 19)))
+    for several in (Predictor(bundles * 2, compiled * 2), Predictor(bundles, compiled, "columns")):
+        assert several.known == Known(Range(modalities=("CT",), volume_ml=9.0))
+    theirs = Known(Range(pairwise_dice=0.7), VolumeErrors((2.0, 2.0), (20, 20)))
+    assert Predictor(bundles * 2, compiled * 2, known=theirs).known == theirs
 
 
 def test_models_of_other_classes_are_no_ensemble() -> None:

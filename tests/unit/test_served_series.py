@@ -21,12 +21,14 @@ from PIL import Image
 from scipy import ndimage
 
 from rayseg.data import synthetic
+from rayseg.data.conformal import VolumeErrors
 from rayseg.dicom import segmentation
 from rayseg.inference.outputs import settings_digest
 from rayseg.inference.postprocess import Postprocess
 from rayseg.inference.predictor import Predictor
 from rayseg.inference.series import Task, segment_series
 from rayseg.models.engine import Engine
+from rayseg.tracking import bundle
 from rayseg.tracking.registry import ModelVersion
 from serving import routes
 from serving.replica import ModelReplica
@@ -35,6 +37,7 @@ from serving.upload import Limits
 from tests import bundles
 
 LEVEL = 150
+RADIUS_MM = 1.5  # how far volumes of the model in use are off
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +53,9 @@ def tracking_uri(folder: Path) -> str:
 @pytest.fixture(scope="module")
 def model(folder: Path, tracking_uri: str) -> ModelVersion:
     bundles.register(tracking_uri, "tiny", bundles.write_bundle(folder / "flat", LEVEL), "flat")
-    return bundles.register(tracking_uri, "tiny", bundles.write_bundle(folder / "deep", LEVEL, neighbours=1), "deep")
+    deep = bundles.write_bundle(folder / "deep", LEVEL, neighbours=1)
+    bundle.calibrate(deep, VolumeErrors((RADIUS_MM, RADIUS_MM), (19, 19)))
+    return bundles.register(tracking_uri, "tiny", deep, "deep")
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +157,22 @@ def test_figures_are_those_of_the_masks(client: TestClient, series: list[Path], 
     assert (told["rejected"], told["version"]) == ({}, "2")
     assert "modality" in told["quality"]["flags"]
     assert "modality: CT, not MR" in told["quality"]["detail"]
+    assert told["quality"]["pairwise_dice"] is None, "one model has nobody to agree with"
+    assert 0 <= told["quality"]["entropy_bits"] <= 1
+
+
+def test_volumes_have_the_interval_of_the_model_in_use(client: TestClient, series: list[Path]) -> None:
+    data = zipped(shuffled(series))
+    told = post(client, data).json()
+    radius_mm = np.cbrt(1000 * told["volume_ml"] * 3 / (4 * np.pi))
+    ends_ml = [4 / 3 * np.pi * (radius_mm + step) ** 3 / 1000 for step in (-RADIUS_MM, RADIUS_MM)]
+    for of in (told, told["labels"][0]):
+        assert [of["volume_low_ml"], of["volume_high_ml"]] == pytest.approx(ends_ml, abs=2e-3)
+    # Other masks than those of the model's own threshold have other errors, and another model has none that are known.
+    for other in ({"threshold": 0.4}, {"model": "flat"}):
+        told = post(client, data, **other).json()
+        assert told["volume_ml"] > 0
+        assert (told["volume_low_ml"], told["labels"][0]["volume_high_ml"]) == (None, None)
 
 
 def test_a_picture_of_one_slice_has_its_neighbours(

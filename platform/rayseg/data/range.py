@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from rayseg.data.conformal import VolumeErrors
 from rayseg.data.prepared import PreparedSet
 from rayseg.data.preprocess import Preprocess
 from rayseg.dicom.reading import Slice
@@ -44,6 +45,15 @@ class Range:
     volume_ml: float | None = None  # the greatest of a series on its own grid, as inference measures it
     pieces: int | None = None  # the most that the model finds in a validation slice, see `pieces`
     entropy_bits: float | None = None  # the greatest mean of a validation patient, see `entropy_bits`
+    pairwise_dice: float | None = None  # of several members: the least of a validation patient, see `data.agreement`
+
+
+@dataclass(frozen=True)
+class Known:
+    """What a predictor's inputs, predictions and volumes are judged by."""
+
+    range: Range | None = None
+    volumes: VolumeErrors = VolumeErrors()  # noqa: RUF009, it is frozen
 
 
 def facts(slice: Slice, image_HWC: np.ndarray, preprocess: Preprocess) -> dict[str, Any]:

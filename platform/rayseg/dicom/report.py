@@ -30,7 +30,11 @@ _FINDINGS = {
     QualityFlag.VOLUME: Code("volume", _SCHEME, "Segmented volume implausibly large"),
     QualityFlag.FRAGMENTS: Code("fragments", _SCHEME, "Segmentation in implausibly many pieces"),
     QualityFlag.ENTROPY: Code("entropy", _SCHEME, "Segmentation unusually uncertain"),
+    QualityFlag.PAIRWISE_DICE: Code("pairwise_dice", _SCHEME, "Models unusually at odds about the segmentation"),
 }
+# TID 310 has the range of uncertainty to either side (CID 225) and may be extended: how many lie within it has no code.
+_WITHIN = Code("volume_coverage", _SCHEME, "Of patients like those of validation the range has the truth of")
+_PERCENT = 95
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ class Measured:
 
     volume_ml: float | None  # None where positions do not give one
     largest: Lesion | None  # by volume; None where nothing was found
+    interval_ml: tuple[float, float] | None = None  # 95 %, around the volume; None where it is not known
 
 
 def encode(
@@ -59,7 +64,8 @@ def encode(
 ) -> bytes | Reject:
     """A Comprehensive 3D SR about the segments of a DICOM Segmentation that `segmentation.encode` made.
 
-    A segment has a measurement group with its volume and, where it holds any lesion, a second one with volume and
+    A segment has a measurement group with its volume, which has the distances to the ends of its interval among its
+    properties (TID 310), and, where it holds any lesion, a second one with volume and
     diameter of the largest, tracked under a name and UID of its own.
 
     Args:
@@ -115,7 +121,8 @@ def _encoded(
             source_series=sr.SourceSeriesForSegmentation(source_series),
         )
         code = finding(label)
-        groups.append(_group(label, code, segment, [*identity, number], _volume(values.volume_ml), evaluations))
+        volume = _volume(values.volume_ml, values.interval_ml)
+        groups.append(_group(label, code, segment, [*identity, number], volume, evaluations))
         if values.largest is not None:
             diameter_mm = round(values.largest.max_diameter_mm, 3)
             measurements = [
@@ -169,7 +176,27 @@ def _group(
     )
 
 
-def _volume(volume_ml: float | None) -> list[sr.Measurement]:
+def _volume(volume_ml: float | None, interval_ml: tuple[float, float] | None = None) -> list[sr.Measurement]:
     if volume_ml is None:
         return []
-    return [sr.Measurement(codes.SCT.Volume, round(1000 * volume_ml, 3), codes.UCUM.CubicMillimeter)]
+    properties = None if interval_ml is None else _uncertainty(volume_ml, *interval_ml)
+    volume_mm3 = round(1000 * volume_ml, 3)
+    return [sr.Measurement(codes.SCT.Volume, volume_mm3, codes.UCUM.CubicMillimeter, properties=properties)]
+
+
+def _uncertainty(volume_ml: float, low_ml: float, high_ml: float) -> sr.MeasurementProperties:
+    """How far above and below the volume the interval ends. highdicom's own arguments would leave the unit out."""
+    properties = sr.MeasurementProperties()
+    for name, value, unit in (
+        (codes.SCT.RangeOfUpperMeasurementUncertainty, 1000 * (high_ml - volume_ml), codes.UCUM.CubicMillimeter),
+        (codes.SCT.RangeOfLowerMeasurementUncertainty, 1000 * (volume_ml - low_ml), codes.UCUM.CubicMillimeter),
+        (_WITHIN, _PERCENT, codes.UCUM.Percent),
+    ):
+        item = sr.NumContentItem(
+            name=sr.CodedConcept(*name),
+            value=round(value, 3),
+            unit=unit,
+            relationship_type=sr.RelationshipTypeValues.HAS_PROPERTIES,
+        )
+        properties.append(item)
+    return properties

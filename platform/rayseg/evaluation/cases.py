@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
+from rayseg.data import conformal
 from rayseg.evaluation.calibration import Probabilities
 from rayseg.evaluation.lesions import Lesions, lesions
 from rayseg.evaluation.scores import Counts, counts
@@ -25,7 +26,10 @@ from rayseg.evaluation.surfaces import Grid, distances, together
 from rayseg.geometry import planes
 from rayseg.geometry.grid import Geometry
 from rayseg.geometry.volume import volume_ml, voxels_mm3
+from rayseg.records import QualityFlag
 
+SUSPICION = "suspicion_"
+_WITHOUT_NUMBER = (QualityFlag.MODALITY, QualityFlag.BODY_PART)
 PARQUET, CSV = "cases.parquet", "cases.csv"  # below the split's folder in the model's run
 
 # A row for each patient and class, in order of both. README defines the metrics; null is undefined or not known.
@@ -60,10 +64,15 @@ CASES = pa.schema(
         ("lesion_f1", pa.float64()),
         ("truth_ml", pa.float64()),  # volumes; null where a slice has no place, or one alone no thickness
         ("predicted_ml", pa.float64()),
+        # Of the series that is farthest off, see `data.conformal`; null where a volume is not known.
+        ("volume_error_mm", pa.float64()),
+        ("foreground_error_mm", pa.float64()),  # of all classes together
         ("modality", pa.string()),  # what subgroups go by: of most of the patient's slices; null for image files
         ("scanner", pa.string()),  # its maker and model, likewise
         ("pixel_spacing_mm", pa.float64()),  # the mean of that between rows and that between columns, over the slices
         ("slice_distance_mm", pa.float64()),  # the median within volumes; null without any
+        # What the patient's slices have of each flag with a number, see `quality.suspicion`; null where not known.
+        *((f"{SUSPICION}{flag}", pa.float64()) for flag in QualityFlag if flag not in _WITHOUT_NUMBER),
     ]
 )
 
@@ -139,7 +148,7 @@ class Case:
         self._tolerance = tolerance
         self.counts, self.lesions, self.probabilities = Counts(), Lesions(), Probabilities.nothing()
         self._surfaces: dict[str, list[float]] = defaultdict(list)
-        self._volumes_ml: list[tuple[float | None, float | None]] = []
+        self.volumes_ml: list[tuple[float | None, float | None]] = []  # of each series, predicted and true
 
     def add_series(self, made: Sequence[Image], index: int) -> None:
         """Adds the class `index` of all images that one series makes; of slices without a place, of each by itself."""
@@ -156,9 +165,9 @@ class Case:
         known = [place for image in made for place in image.places]
         places = [place for place in known if place is not None and place.image_position_mm is not None]
         if len(places) < len(true):
-            self._volumes_ml.append((None, None))
+            self.volumes_ml.append((None, None))
         else:
-            self._volumes_ml.append((volume_ml(true, places), volume_ml(predicted, places)))
+            self.volumes_ml.append((volume_ml(predicted, places), volume_ml(true, places)))
 
     def _add_surfaces(self, prediction: np.ndarray, truth: np.ndarray, grid: Grid) -> None:
         unit = grid.unit
@@ -173,8 +182,7 @@ class Case:
     def row(self) -> dict[str, Any]:
         """The metrics among the columns of `CASES`."""
         surfaces = [f"{name}_{unit}" for name in ("hd95", "assd", "nsd") for unit in ("mm", "px")]
-        volumes_ml = list(zip(*self._volumes_ml, strict=True)) or [(None,), (None,)]
-        truth_ml, predicted_ml = (None if None in values else sum(values) for values in volumes_ml)
+        predicted_ml, truth_ml = conformal.total_ml(self.volumes_ml) if self.volumes_ml else (None, None)
         return {
             **dataclasses.asdict(self.counts),
             **{name: getattr(self.counts, name) for name in ("dice", "iou", "precision", "recall", "accuracy")},
@@ -184,6 +192,7 @@ class Case:
             "lesion_f1": self.lesions.f1,
             "truth_ml": truth_ml,
             "predicted_ml": predicted_ml,
+            "volume_error_mm": conformal.farthest_mm(self.volumes_ml),
         }
 
 

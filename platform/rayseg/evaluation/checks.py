@@ -60,8 +60,13 @@ def clean_process(
     return checks
 
 
-def no_leak(tracking_uri: str, version: ModelVersion, patients: Collection[str]) -> Check:
-    """That it was trained or validated on none of the patients who test it; nor the models that it started from."""
+def no_leak(
+    tracking_uri: str, version: ModelVersion, patients: Collection[str], held_out_by: Collection[str] = ("test",)
+) -> Check:
+    """That it was trained or validated on none of the patients who test it; nor the models that it started from.
+
+    `held_out_by` names the splits whose patients may test: `val`, too, for what validation is to tell.
+    """
     test = set(patients)
     trained: dict[str, str] = {}  # by patient: the model
     held_out: set[str] = set()
@@ -75,7 +80,7 @@ def no_leak(tracking_uri: str, version: ModelVersion, patients: Collection[str])
             detail = f"it cannot be told whom {ancestor.uri} was trained on: its run has no split.csv"
             return Check("no leak", False, detail, {"test_patients": len(test)})
         for row in csv.DictReader(io.StringIO(table)):
-            if row["split"] == "test":
+            if row["split"] in held_out_by:
                 held_out.add(row["patient_key"])
             else:
                 trained.setdefault(row["patient_key"], ancestor.uri)

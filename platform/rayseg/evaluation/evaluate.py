@@ -21,16 +21,18 @@ from typing import Any, Literal
 from rayseg import cluster
 from rayseg import config as configuration
 from rayseg.data import prepared as prepared_sets
+from rayseg.data.conformal import VolumeErrors
 from rayseg.data.prepared import PreparedSet
+from rayseg.data.range import Range
 from rayseg.evaluation import checks
 from rayseg.evaluation.cases import Tolerance
 from rayseg.evaluation.publish import add_to_card, publish
 from rayseg.evaluation.record import Record
-from rayseg.evaluation.scorer import COLUMNS
 from rayseg.evaluation.scoring import CPUS_PER_ACTOR, score
+from rayseg.inference.heldout import COLUMNS
 from rayseg.inference.predictor import Mirror
 from rayseg.tracking import bundle as bundles
-from rayseg.tracking import registry, runs
+from rayseg.tracking import judged, registry, runs
 from rayseg.tracking.version import ModelVersion, together
 
 logger = logging.getLogger(__name__)
@@ -99,7 +101,8 @@ class EvaluateResult:
 def evaluate(config: EvaluateConfig) -> EvaluateResult:
     """Scores a registered model on a split; everything goes to the MLflow run that trained it, and its card is renewed.
 
-    With `ensemble` or `mirror` everything goes to a run of its own, and no card is touched.
+    With `ensemble` or `mirror` everything goes to a run of its own, and no card is touched. On validation that run
+    then has what the segment job judges these models by, see `tracking.judged`.
 
     Raises:
         ValueError: no such set or model, a split without rows, labels that are not the model's, models that are no
@@ -135,9 +138,13 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
             f"{config.max_reject_fraction}: {reasons}; are the source objects still where they were prepared from?"
         )
 
-    findings = record.findings(resamples=config.resamples, min_patients=config.min_patients)
     versions = [version for _, version in fetched]
-    doubts = _doubts(config, versions, described, record.of_patient)
+    errors = _volume_errors(config, versions, described[0])
+    findings = record.findings(resamples=config.resamples, min_patients=config.min_patients, errors=errors)
+    leaks = _leaks(config, versions, record.of_patient)
+    doubts = leaks + _doubts(versions, described)
+    for doubt in doubts:
+        logger.warning("evaluate: %s", doubt)
     with _run(config, versions) as run_id:
         artifacts = publish(
             config.tracking_uri,
@@ -151,6 +158,10 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
             worst=config.worst,
             doubts=doubts,
         )
+        if config.split == "val" and not config.alone and not leaks:
+            trained = described[0]["range"] and configuration.build(Range, described[0]["range"])
+            known = record.known(trained, volumes=not held_out.limited)
+            judged.keep(config.tracking_uri, run_id, versions, config.mirror, known)
     if config.alone:
         add_to_card(config.tracking_uri, versions[0], held_out, record, findings, tolerance=str(config.tolerance))
     metrics = {name: one.value for name, one in findings.together.items()}
@@ -194,24 +205,36 @@ def _check_fits(version: ModelVersion, description: Mapping[str, Any], held_out:
         raise ValueError(f"evaluate: {version.uri} finds {found}, the prepared set is of {held_out.labels.names}")
 
 
-def _doubts(
-    config: EvaluateConfig,
-    versions: Sequence[ModelVersion],
-    described: Sequence[Mapping[str, Any]],
-    patients: Collection[str],
-) -> list[str]:
-    """Tells of models that were trained on patients who test them, or of which that is not known; of shifted labels."""
-    leaks = [checks.no_leak(config.tracking_uri, version, patients) for version in versions if config.split == "test"]
-    doubts = [check.detail for check in leaks if not check.passed]
-    doubts += [
+def _leaks(config: EvaluateConfig, versions: Sequence[ModelVersion], patients: Collection[str]) -> list[str]:
+    """Tells of models that were trained on patients who test them, or of which that is not known.
+
+    Validation of one model alone is what its training says. Several are measured by patients new to all of them.
+    """
+    if config.split == "train" or (config.split == "val" and config.alone):
+        return []
+    held_out_by = ("test", config.split)
+    found = [checks.no_leak(config.tracking_uri, one, patients, held_out_by) for one in versions]
+    return [check.detail for check in found if not check.passed]
+
+
+def _doubts(versions: Sequence[ModelVersion], described: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Tells of models whose labels are shifted."""
+    return [
         f"{version.uri} was trained on masks with mask_filter nearest: where slices shrink by an even factor its "
         "labels lie half a source pixel up and to the left"
         for version, description in zip(versions, described, strict=True)
         if bundles.preprocess_of(description).mask_filter == "nearest"
     ]
-    for doubt in doubts:
-        logger.warning("evaluate: %s", doubt)
-    return doubts
+
+
+def _volume_errors(
+    config: EvaluateConfig, versions: Sequence[ModelVersion], description: Mapping[str, Any]
+) -> VolumeErrors:
+    """Of one model what its bundle says, of several what their own evaluation on validation has found."""
+    if config.alone:
+        return configuration.build(VolumeErrors, description.get("volumes", {}))
+    known = judged.find(config.tracking_uri, versions, config.mirror)
+    return VolumeErrors() if known is None else known.volumes
 
 
 def _told(config: EvaluateConfig, versions: Sequence[ModelVersion]) -> str:

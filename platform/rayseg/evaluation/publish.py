@@ -17,10 +17,11 @@ from rayseg.data.prepared import PreparedSet
 from rayseg.data.preprocess import Preprocess
 from rayseg.dicom.reading import read_slice
 from rayseg.evaluation import cases, report
+from rayseg.evaluation.failures import Failures
 from rayseg.evaluation.metrics import Columns, Estimate
 from rayseg.evaluation.record import Findings, Record
-from rayseg.evaluation.scorer import read_truth
 from rayseg.evaluation.scores import Counts
+from rayseg.inference.heldout import read_truth
 from rayseg.records import Reject
 from rayseg.tracking import card, figures, runs
 from rayseg.tracking.registry import ModelVersion
@@ -79,7 +80,8 @@ def publish(
     if record.rejects:
         keep(_REJECTS, _rejects_table(record.rejects))
     charts = _charts(columns, findings)
-    for chart in charts:
+    risk_chart = _risk_chart(findings.failures)
+    for chart in [*charts, *filter(None, [risk_chart])]:
         keep(f"{chart.name}.png", chart.png)
 
     def drawn(shown: Sequence[dict[str, Any]], slice: str, name: str) -> list[report.Picture]:
@@ -98,7 +100,7 @@ def publish(
     page = report.Report(
         model=model, doubts=doubts, split=split, patients=record.patients, slices=record.slices,
         rejects=len(record.rejects), tolerance=tolerance, findings=findings, charts=charts, worst=pictures["worst"],
-        cases=_worst_first(table),
+        cases=_worst_first(table), risk_chart=risk_chart,
     )  # fmt: skip
     artifacts = Artifacts(
         cases_table=keep(cases.CSV, cases.to_csv(table)),
@@ -147,6 +149,16 @@ def _metrics(record: Record, findings: Findings) -> dict[str, float]:
     told |= {"slices": record.slices, "rejected": len(record.rejects), "cases": record.patients}
     if findings.background_dice is not None:
         told["background_dice"] = findings.background_dice
+    failures = findings.failures
+    for flag, detector in failures.detectors.items():
+        for name, estimate in ((f"aurc_{flag}", detector.aurc), (f"eaurc_{flag}", detector.excess)):
+            ends = {"": estimate.value, "_low": estimate.low, "_high": estimate.high}
+            told |= {f"{name}{end}": value for end, value in ends.items() if value is not None}
+    if failures.at_random is not None and failures.optimum is not None:
+        told |= {"aurc_at_random": failures.at_random, "aurc_optimum": failures.optimum}
+    for label, of in failures.covered.items():
+        suffix = f"/{label}" if len(failures.covered) > 1 else ""
+        told |= {f"volume_covered{suffix}": of.covered, f"volume_covered_of{suffix}": of.patients}
     return {f"{record.split}/{name}": value for name, value in told.items()}
 
 
@@ -173,6 +185,15 @@ def _charts(columns: Mapping[str, Columns], findings: Findings) -> list[report.P
     sums = {name: of_class["reliability"].sum(axis=0, dtype=np.float64) for name, of_class in columns.items()}
     charts.append(report.Picture("reliability", "How far probabilities can be believed", figures.reliability(sums)))
     return charts
+
+
+def _risk_chart(failures: Failures) -> report.Picture | None:
+    """None where there is nothing to draw: no patients, or no failures."""
+    if not failures.detectors or not failures.at_random:
+        return None
+    curves = {str(flag): one.risks for flag, one in failures.detectors.items()}
+    png = figures.risk_coverage(curves, failures.oracle, failures.at_random)
+    return report.Picture("risk-coverage", f"Risk of the least suspect patients: {failures.patients} patients", png)
 
 
 def _ranked(record: Record) -> list[dict[str, Any]]:
@@ -255,6 +276,12 @@ def _evaluation(record: Record, held_out: PreparedSet, findings: Findings, toler
         tolerance=tolerance,
         metrics={name: _ends(one) for name, one in findings.together.items()},
         classes={name: {key: _ends(one) for key, one in of.items()} for name, of in findings.classes.items()},
+        failures=card.Failures(
+            {str(flag): _ends(one.aurc) for flag, one in findings.failures.detectors.items()},
+            findings.failures.at_random,
+            findings.failures.optimum,
+            {name: (of.covered, of.patients) for name, of in findings.failures.covered.items()},
+        ),
         groups=[
             card.Group(
                 group.name,

@@ -1,15 +1,18 @@
 """What an evaluation keeps of the patients while they come in, and what they come to together."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from rayseg import config
+from rayseg.data.conformal import VolumeErrors
 from rayseg.data.labels import Labels
+from rayseg.data.range import Known, Range
 from rayseg.evaluation import cases, metrics, subgroups
 from rayseg.evaluation.calibration import BINS
+from rayseg.evaluation.failures import Failures, failures, known_of
 from rayseg.evaluation.metrics import Estimate
 
 _KEPT = ("cases", "largest", "wrongest")
@@ -24,6 +27,7 @@ class Findings:
     classes: dict[str, dict[str, Estimate]]
     background_dice: float | None
     groups: list[subgroups.Group]
+    failures: Failures = field(default_factory=Failures)
 
 
 class Record:
@@ -68,11 +72,20 @@ class Record:
         rows = [row for _, patient in sorted(self.of_patient.items()) for row in patient["cases"]]
         return pa.Table.from_pylist(rows, schema=cases.CASES)
 
-    def findings(self, *, resamples: int, min_patients: int) -> Findings:
-        """All metrics with their intervals; see `metrics` and `subgroups`."""
+    def findings(
+        self,
+        *,
+        resamples: int,
+        min_patients: int,
+        errors: VolumeErrors = VolumeErrors(),  # noqa: B008, it is frozen
+    ) -> Findings:
+        """All metrics with their intervals; see `metrics`, `subgroups` and `failures`.
+
+        `errors` are what the model's bundle says of its volumes.
+        """
         table, names = self.table(), self.labels.names
         classes = self.columns(table)
-        options = {"resamples": resamples, "min_patients": min_patients}
+        options: dict[str, int] = {"resamples": resamples, "min_patients": min_patients}
         together = metrics.estimates(classes, **options)
         single = {name: metrics.estimates([of], **options) for name, of in zip(names, classes, strict=True)}
         return Findings(
@@ -80,7 +93,14 @@ class Record:
             single if len(names) > 1 else {names[0]: together},
             metrics.background_dice(classes),
             subgroups.groups(table, names, **options),
+            failures(table, dict(zip(names, classes, strict=True)), errors, **options),
         )
+
+    def known(self, trained: Range | None, *, volumes: bool) -> Known:
+        """What the models are to be judged by, if this is of validation: see `failures.known_of`."""
+        table = self.table()
+        classes = {name: metrics.columns_of(table, name) for name in self.labels.names}
+        return known_of(table, classes, trained, volumes=volumes)
 
     def columns(self, table: pa.Table) -> list[metrics.Columns]:
         """Of each class `metrics.columns_of`, and beside them the sums by probability."""

@@ -43,6 +43,7 @@ class Report:
     charts: Sequence[Picture]
     worst: Sequence[Picture]
     cases: Sequence[Mapping[str, str]]  # rows of cases.csv
+    risk_chart: Picture | None = None
 
 
 def render(report: Report) -> str:

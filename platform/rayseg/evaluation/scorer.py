@@ -3,28 +3,25 @@
 import hashlib
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from rayseg import storage
+from rayseg.data import conformal
 from rayseg.data.labels import Labels
-from rayseg.data.manifest import read_failure
-from rayseg.data.masks import truth
-from rayseg.dicom.reading import Slice, read_slice
+from rayseg.data.range import Range
 from rayseg.evaluation.calibration import Probabilities
 from rayseg.evaluation.cases import CASES, Case, Image, Tolerance, images, slice_distance_mm
 from rayseg.evaluation.scores import Counts, counts
 from rayseg.geometry.grid import Geometry
+from rayseg.inference import quality
+from rayseg.inference.heldout import COLUMNS, HeldOut, Judged
 from rayseg.inference.predictor import Predictor
-from rayseg.records import PREPARED, Reason, Reject
+from rayseg.records import PREPARED, QualityFlag, Reject
 
-COLUMNS = ("row_id", "patient_key", "series_key", "uri", "frame", "masks", "neighbours")  # of a prepared set's rows
 _REJECT = pa.struct([(name, pa.string()) for name in ("row_id", "patient_key", "reason", "detail")])
 # A slice to make a picture of: `tp` to `tn` of all its classes together, `prediction` its label map (uint8, rows x
 # columns, zlib).
@@ -54,71 +51,26 @@ SCORED = pa.schema(
 )
 
 
-@dataclass(frozen=True, eq=False)
-class Judged:
-    """A slice with its label maps, uint8 (rows, columns), and probabilities (channels, rows, columns)."""
-
-    slice: Slice
-    prediction: np.ndarray
-    truth: np.ndarray
-    probabilities: np.ndarray
-
-    @property
-    def place(self) -> Geometry | None:
-        """Where the slice lies, as far as its object says."""
-        if self.slice.geometry is not None or self.slice.header is None:
-            return self.slice.geometry
-        return self.slice.header.geometry
-
-
 class Scorer:
     """Scores patients with one model. What it holds at a time are the label maps of one series that has positions."""
 
     def __init__(self, predictor: Predictor, labels: Labels, tolerance: Tolerance) -> None:
-        self._predictor, self._labels, self._tolerance = predictor, labels, tolerance
-        self._object: tuple[str, bytes] = ("", b"")  # the last one: the next slice may be another frame of it
-        # The next row's stack has all but one of these slices.
-        self._slice = lru_cache(maxsize=2 * predictor.neighbours + 1)(self._read)
+        self._labels, self._tolerance, self._range = labels, tolerance, predictor.known.range
+        self._held_out = HeldOut(predictor, labels)
 
     def score(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """A row of `SCORED`, of all rows of a patient; those of a series stand together."""
-        return _Patient(self._labels, self._tolerance).finished(rows, self.judged)
+        return _Patient(self._labels, self._tolerance, self._range).finished(rows, self.judged)
 
     def judged(self, row: dict[str, Any]) -> Judged | Reject:
         """What the model makes of a row of a prepared set, beside the truth."""
-        try:
-            return self._judged(row)
-        except FileNotFoundError:
-            return Reject(Reason.NOT_FOUND)
-        except OSError as error:
-            return Reject(Reason.READ_FAILED, type(error).__name__)
-
-    def _judged(self, row: dict[str, Any]) -> Judged | Reject:
-        neighbours, around = self._predictor.neighbours, row["neighbours"]
-        middle = len(around) // 2
-        stack = [*around[middle - neighbours : middle], row, *around[middle : middle + neighbours]]
-        result = self._predictor.judge_stack(
-            [None if one is None else self._slice(one["uri"], one["frame"]) for one in stack]
-        )
-        if isinstance(result, Reject):
-            return result
-        true = read_truth(row, result.slice, self._labels)
-        if isinstance(true, Reject):
-            return true
-        return Judged(result.slice, result.mask, true, result.probabilities_KHW)
-
-    def _read(self, uri: str, frame: int | None) -> Slice | Reject:
-        try:
-            if self._object[0] != uri:
-                self._object = uri, storage.read(uri)
-        except OSError as error:
-            return read_failure(error)
-        return read_slice(self._object[1], frame, self._predictor.bundle.preprocess.color)
+        return self._held_out.judged(row)
 
 
 class _Patient:
-    def __init__(self, labels: Labels, tolerance: Tolerance) -> None:
-        self._labels = labels
+    def __init__(self, labels: Labels, tolerance: Tolerance, known: Range | None) -> None:
+        self._labels, self._known = labels, known
+        self._looks: list[quality.Look] = []
         self._cases = [Case(tolerance) for _ in labels.names]
         self._images = 0
         self._row_ids: list[str] = []
@@ -149,12 +101,17 @@ class _Patient:
             "pixel_spacing_mm": _mean(self._spacings_mm),
             "slice_distance_mm": _mean(self._distances_mm),
         }
+        foreground_ml = [conformal.total_ml(of) for of in zip(*(case.volumes_ml for case in self._cases), strict=True)]
+        told = {
+            "foreground_error_mm": conformal.farthest_mm(foreground_ml),
+            **{f"suspicion_{flag}": number for flag, number in self._suspicion(foreground_ml).items()},
+        }
         slices = {"patient_key": patient_key, "slices": len(self._row_ids), "images": self._images}
         named = zip(self._labels.names, self._cases, strict=True) if self._row_ids else ()
         sums = [case.probabilities for case in self._cases]
         return {
             "patient_key": patient_key,
-            "cases": [{**slices, "class": name, **case.row(), **subgroups} for name, case in named],
+            "cases": [{**slices, "class": name, **case.row(), **subgroups, **told} for name, case in named],
             "negative": [one.negative.tobytes() for one in sums],
             "positive": [one.positive.tobytes() for one in sums],
             "reliability": [one.reliability.tobytes() for one in sums],
@@ -163,6 +120,11 @@ class _Patient:
             "rejects": self._rejects,
             **{name: self._shown.get(name, (None, None))[1] for name in ("largest", "wrongest")},
         }
+
+    def _suspicion(self, volumes_ml: Sequence[tuple[float | None, float | None]]) -> dict[QualityFlag, float]:
+        """Of all slices as one series; the volume is the greatest of a series."""
+        known_ml = [predicted for predicted, _ in volumes_ml if predicted is not None]
+        return quality.suspicion(self._known, self._looks, max(known_ml, default=None)) if self._looks else {}
 
     def _slices(
         self, series: Iterator[dict[str, Any]], judged: Callable[[dict[str, Any]], Judged | Reject]
@@ -176,6 +138,7 @@ class _Patient:
                 continue
             self._row_ids.append(row["row_id"])
             self._truths.append(digest_of(found.truth))
+            self._looks.append(found.look)
             several = len(found.probabilities) > 1
             for index, case in enumerate(self._cases, start=1):
                 probability = found.probabilities[index if several else 0]
@@ -216,16 +179,6 @@ class _Patient:
 def digest_of(classes: np.ndarray) -> str:
     """32 hexadecimal digits of true classes, uint8 (rows, columns): others where a pixel or the size is another."""
     return hashlib.blake2b(classes.tobytes(), digest_size=16, person=repr(classes.shape).encode()[:16]).hexdigest()
-
-
-def read_truth(row: Mapping[str, Any], slice: Slice, labels: Labels) -> np.ndarray | Reject:
-    """The true classes of a slice, uint8 (rows, columns), by `masks` and `frame` of its prepared row.
-
-    Raises:
-        OSError: a mask cannot be read.
-    """
-    masks = [(storage.read(mask["uri"]), mask["label"]) for mask in row["masks"]]
-    return truth(masks, slice.shape, labels, slice.header, row["frame"], slice.geometry)
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -17,6 +17,7 @@ from rayseg import cluster, storage
 from rayseg import config as configuration
 from rayseg.data.catalog import CatalogConfig, catalog
 from rayseg.data.layouts import Layout
+from rayseg.data.range import Known
 from rayseg.inference import delivery, ledger, plan, report, stream
 from rayseg.inference.outputs import SEGMENTATIONS, Profile, settings_digest
 from rayseg.inference.plan import Estimate, Plan
@@ -26,8 +27,8 @@ from rayseg.inference.progress import Progress
 from rayseg.inference.refusals import Refusals
 from rayseg.inference.series import Task
 from rayseg.models.engine import Engine
-from rayseg.tracking import registry, runs
-from rayseg.tracking.version import together
+from rayseg.tracking import judged, registry, runs
+from rayseg.tracking.version import ModelVersion, together
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +124,9 @@ def segment(config: SegmentConfig) -> SegmentResult:
     fetched = [registry.fetch(config.tracking_uri, uri) for uri in (config.model_uri, *config.ensemble)]
     folders, versions = [folder for folder, _ in fetched], [version for _, version in fetched]
     model = together(versions)
-    digest = _config_digest(config)
+    known = _known(config, versions)
+    settings = _settings(config, known)
+    digest = _config_digest(config, settings)
     task = Task(
         storage.join(output, f"{model.name}-v{model.version}-{digest[:8]}"),
         model,
@@ -132,10 +135,10 @@ def segment(config: SegmentConfig) -> SegmentResult:
         config.postprocess,
         config.nothing_found == "write",
         config.pacs,
-        _settings(config),
+        settings,
     )
-    known = ledger.rows_of(output, model.digest, digest)
-    latest = {row["series_key"]: row for row in known.select(["series_key", *plan.KNOWN]).to_pylist()}
+    told = ledger.rows_of(output, model.digest, digest)
+    latest = {row["series_key"]: row for row in told.select(["series_key", *plan.KNOWN]).to_pylist()}
     retry = config.retry == "rejected"
     planned = plan.make(
         manifest,
@@ -167,9 +170,9 @@ def segment(config: SegmentConfig) -> SegmentResult:
             {"rayseg.kind": "archive", "rayseg.model_version": model.uri},
             [one.run_id for one in versions],
         ) as run_id:
-            found = _segmented(planned, task, folders, output, config, run_id)
+            found = _segmented(planned, task, folders, output, config, known, run_id)
     made = {row["series_key"]: row for row in found if row["verdict"] == "segmented"}
-    done = {row["series_key"]: row for row in known.to_pylist() if row["series_key"] in planned.done}
+    done = {row["series_key"]: row for row in told.to_pylist() if row["series_key"] in planned.done}
     rejected = len(unusable) + len(found) - len(made)
     page = storage.join(output, report.NAME)
     if found or not storage.exists(page):  # with nothing to do that of the run before stays
@@ -201,9 +204,23 @@ def _cataloged(config: SegmentConfig, output: str) -> str:
     return manifest
 
 
-def _config_digest(config: SegmentConfig) -> str:
+def _config_digest(config: SegmentConfig, settings: str) -> str:
     """Of what decides about a series' files."""
-    return configuration.digest([_settings(config), list(config.profiles), config.nothing_found, config.pacs, VERSION])
+    return configuration.digest([settings, list(config.profiles), config.nothing_found, config.pacs, VERSION])
+
+
+def _known(config: SegmentConfig, versions: Sequence[ModelVersion]) -> Known | None:
+    """What several models, or mirror images, are judged by, where they were evaluated on validation; else None."""
+    if not config.ensemble and config.mirror is None:
+        return None  # the bundle tells
+    known = judged.find(config.tracking_uri, versions, config.mirror)
+    if known is None:
+        logger.warning(
+            "segment: these models together, or with mirror images, were not evaluated on validation: entropy, pieces "
+            "and pairwise Dice are judged by fixed limits, and volumes have no interval; the evaluate job with "
+            "split=val and the same model_uri, ensemble and mirror measures it"
+        )
+    return known
 
 
 def _asked(config: SegmentConfig, model_uri: str) -> dict[str, Any]:
@@ -217,16 +234,26 @@ def _asked(config: SegmentConfig, model_uri: str) -> dict[str, Any]:
     return {key: value for key, value in asked.items() if key != "tracking_uri"}
 
 
-def _settings(config: SegmentConfig) -> str:
-    return settings_digest(config.postprocess, config.engine, config.mirror)
+def _settings(config: SegmentConfig, known: Known | None) -> str:
+    settings = settings_digest(config.postprocess, config.engine, config.mirror)
+    if not config.ensemble and config.mirror is None:
+        return settings
+    # Flags and intervals stand in the files, too; those of one model are part of its digest.
+    return configuration.digest([settings, None if known is None else configuration.plain(known)])
 
 
 def _segmented(
-    planned: Plan, task: Task, folders: Sequence[Path], output: str, config: SegmentConfig, run_id: str
+    planned: Plan,
+    task: Task,
+    folders: Sequence[Path],
+    output: str,
+    config: SegmentConfig,
+    known: Known | None,
+    run_id: str,
 ) -> list[dict[str, Any]]:
     """Segments what is to do, writes the ledger's rows and returns them; the plan counts the refusals."""
     workers = stream.Workers(
-        config.concurrency, config.cpus_per_actor, config.gpus_per_actor, config.engine, config.mirror
+        config.concurrency, config.cpus_per_actor, config.gpus_per_actor, config.engine, config.mirror, known
     )
     rows: list[dict[str, Any]] = []
     waiting: list[dict[str, Any]] = []

@@ -13,6 +13,7 @@ from PIL import Image
 from scipy import ndimage
 
 from rayseg import config as configuration
+from rayseg.data.conformal import VolumeErrors
 from rayseg.dicom import report, segmentation
 from rayseg.dicom.sources import KEYWORDS
 from rayseg.geometry.grid import Geometry
@@ -79,6 +80,7 @@ class Segmented:
     volume: bytes | None = None  # `volume.header` of a NIfTI volume
     probabilities: Sequence[np.ndarray] | None = None  # uint8 (rows, columns, classes), 255 is certain; if asked for
     pictures: Sequence[tuple[int, bytes]] = ()  # number of a slice, PNG; where asked for
+    errors: VolumeErrors = VolumeErrors()  # noqa: RUF009, it is frozen
 
 
 def settings_digest(postprocess: Postprocess, engine: Engine, mirror: str | None) -> str:
@@ -261,7 +263,9 @@ class _Making:
             key=lambda one: one.pixels if voxels is None else one.volume_ml(voxels),
             default=None,
         )
+        interval = self.series.errors.of_class(value, whole_ml)
+        ends_ml = None if interval is None else (interval.low_ml, interval.high_ml)
         if largest is None:
-            return report.Measured(whole_ml, None)
+            return report.Measured(whole_ml, None, ends_ml)
         lesion_ml = None if voxels is None else largest.volume_ml(voxels)
-        return report.Measured(whole_ml, report.Lesion(lesion_ml, largest.diameter_mm(place)))
+        return report.Measured(whole_ml, report.Lesion(lesion_ml, largest.diameter_mm(place)), ends_ml)

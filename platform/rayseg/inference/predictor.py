@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +23,7 @@ import pandas as pd
 from PIL import Image
 
 from rayseg.ahead import mapped
+from rayseg.data.range import Known
 from rayseg.data.stacks import alone, along, usable
 from rayseg.dicom.reading import Slice, read_slice
 from rayseg.models.engine import Compiled, Engine, compile_openvino, compile_tensorflow, has_gpu
@@ -57,11 +58,18 @@ class Judgement(Prediction):
 
     image_HWC: np.ndarray
     _probabilities_KHW: Callable[[], np.ndarray]
+    _members: Callable[[], Sequence[np.ndarray]] = list
+    classes: int = 1  # of the model
 
     @cached_property
     def probabilities_KHW(self) -> np.ndarray:
         """Float32 (channels, rows, columns) on the slice's own grid, of the one class, or of background and several."""
         return self._probabilities_KHW()
+
+    @cached_property
+    def members(self) -> Sequence[np.ndarray]:
+        """The masks, as the mask, of each model of an ensemble, or of each mirror image of one model; else none."""
+        return self._members()
 
 
 class Predictor:
@@ -73,7 +81,12 @@ class Predictor:
     """
 
     def __init__(
-        self, bundles: Sequence[Bundle], compiled: Sequence[Compiled], mirror: Mirror | None = None, threads: int = 1
+        self,
+        bundles: Sequence[Bundle],
+        compiled: Sequence[Compiled],
+        mirror: Mirror | None = None,
+        threads: int = 1,
+        known: Known | None = None,
     ) -> None:
         assert bundles
         assert len(bundles) == len(compiled)
@@ -83,6 +96,8 @@ class Predictor:
         self.engine = compiled[0].description
         self._compiled = tuple(compiled)
         self._flips = _FLIPS[mirror]
+        self._several = len(bundles) > 1 or mirror is not None
+        self._known = known
         self._ahead = threads + 1  # so that all are busy while a result is taken
         self._pool = ThreadPoolExecutor(threads, "slices")  # begins none before it is used
         _check_alike(bundles)
@@ -94,8 +109,9 @@ class Predictor:
         engine: Engine = Engine(),  # noqa: B008, it is frozen
         threads: int = 1,
         mirror: Mirror | None = None,
+        known: Known | None = None,
     ) -> "Predictor":
-        """The Predictor of the bundles in `bundle_dirs`.
+        """The Predictor of the bundles in `bundle_dirs`; `known` is of these together, as they were evaluated.
 
         Raises:
             ValueError: there is no sound bundle in one of them, or they are not of the same classes.
@@ -105,12 +121,26 @@ class Predictor:
             compiled = [compile_tensorflow(load_keras(folder), engine.precision, threads) for folder in bundle_dirs]
         else:
             compiled = [compile_openvino(bundle.network, engine.precision, threads) for bundle in bundles]
-        return cls(bundles, compiled, mirror, threads)
+        return cls(bundles, compiled, mirror, threads, known)
 
     @property
     def neighbours(self) -> int:
         """How many slices the model looks at on each side of the one that it segments."""
         return self.bundle.preprocess.neighbours
+
+    @property
+    def known(self) -> Known:
+        """What to judge by: what the bundle knows, of several models or mirror images what was measured of these.
+
+        Where that was not measured, the first model's bundle tells what it was trained on; what its own predictions
+        were like on validation says nothing of averaged ones, whose volumes have no interval either.
+        """
+        if not self._several:
+            return Known(self.bundle.range, self.bundle.volumes)
+        if self._known is not None:
+            return self._known
+        first = self.bundle.range
+        return Known(first and replace(first, pieces=None, entropy_bits=None, pairwise_dice=None))
 
     def predict(self, slices: Sequence[Slice]) -> list[np.ndarray]:
         """One uint8 label map (rows, columns) a slice, on the slice's own grid.
@@ -191,24 +221,47 @@ class Predictor:
         made = [screen(image) for screen, image in zip(screens, inputs_NHWC, strict=True)] if screens else []
         slice, image_HWC = stack[len(stack) // 2], images[self.bundle.preprocess]
         assert slice is not None
+        classes = len(self.bundle.labels.names)
         if made and not any(_may_find(probabilities, threshold) for probabilities in made):
             # Few want to know by how much nothing was found.
-            return Judgement(slice, np.zeros(slice.shape, np.uint8), image_HWC, lambda: self._average(made, stack))
+            nothing = np.zeros(slice.shape, np.uint8)
+            count = len(self.bundles) if len(self.bundles) > 1 else len(self._flips)
+            members = [nothing] * (count if self._several else 0)
+            return Judgement(slice, nothing, image_HWC, lambda: self._average(made, stack), lambda: members, classes)
         exact = [compiled.exact(image) for compiled, image in zip(self._compiled, inputs_NHWC, strict=True)]
         probabilities_KHW = self._average(exact, stack)
-        return Judgement(slice, decide(probabilities_KHW, threshold), image_HWC, lambda: probabilities_KHW)
+        mask = decide(probabilities_KHW, threshold)
+        return Judgement(
+            slice, mask, image_HWC, lambda: probabilities_KHW, lambda: self._members(exact, stack, threshold), classes
+        )
 
     def _flipped(self, image_HWC: np.ndarray) -> np.ndarray:
         return np.stack([np.flip(image_HWC, axes) for axes in self._flips])
 
     def _average(self, of_models_NHWK: Sequence[np.ndarray], stack: Sequence[Slice | None]) -> np.ndarray:
-        found = [
+        found = self._of_models(of_models_NHWK, stack)
+        return found[0] if len(found) == 1 else np.mean(found, axis=0)
+
+    def _of_models(self, of_models_NHWK: Sequence[np.ndarray], stack: Sequence[Slice | None]) -> list[np.ndarray]:
+        return [
             bundle.restore(
                 np.mean([np.flip(one, axes) for one, axes in zip(made_NHWK, self._flips, strict=True)], axis=0), stack
             )
             for bundle, made_NHWK in zip(self.bundles, of_models_NHWK, strict=True)
         ]
-        return found[0] if len(found) == 1 else np.mean(found, axis=0)
+
+    def _members(
+        self, of_models_NHWK: Sequence[np.ndarray], stack: Sequence[Slice | None], threshold: float
+    ) -> list[np.ndarray]:
+        """See `Judgement.members`; all by the one threshold that decides about the mean."""
+        if not self._several:
+            return []
+        if len(self.bundles) > 1:
+            apart = self._of_models(of_models_NHWK, stack)
+        else:
+            flipped = zip(of_models_NHWK[0], self._flips, strict=True)
+            apart = [self.bundle.restore(np.flip(one, axes), stack) for one, axes in flipped]
+        return [decide(one, threshold) for one in apart]
 
 
 def _check_alike(bundles: Sequence[Bundle]) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rayseg.data.agreement import Agreement
 from rayseg.data.preprocess import Preprocess
 from rayseg.data.range import Range, entropy_bits, facts, pieces
 from rayseg.inference.predictor import Judgement
@@ -28,6 +29,8 @@ _PIECES_FACTOR, _LEAST_PIECES = 2, 20
 # its own kind had 0.21 bits, two series of the same kind from elsewhere 0.23 and 0.38, two of FLAIR 0.38 and 0.53.
 _ENTROPY_FACTOR = 1.5
 _MOST_ENTROPY_BITS = 0.81  # where validation is not known: odds of three to one, on average, are no finding
+_DISAGREEMENT_FACTOR = 1.5  # of what the least agreement of validation lacks to 1
+_LEAST_PAIRWISE_DICE = 0.5  # where validation is not known
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class Look:
     pixel_share: float  # a pixel's share of the network's picture
     share: float = 0.0  # the mask's
     pieces: int = 0  # of the mask
+    agreement: Agreement | None = None  # of the masks of an ensemble's members, or of mirror images
 
     def of(self, mask: np.ndarray) -> "Look":
         """The same slice with the mask, uint8 (rows, columns), that postprocessing has made of the model's."""
@@ -64,6 +68,7 @@ def look(preprocess: Preprocess, judged: Judgement) -> Look:
         entropy_bits=bits,
         entropy_pixels=pixels,
         pixel_share=float(np.prod(preprocess.scale(*judged.slice.shape)) / np.prod(preprocess.size)),
+        agreement=Agreement.of(judged.members, judged.classes) if judged.members else None,
     ).of(judged.mask)
 
 
@@ -106,11 +111,60 @@ def judge(known: Range | None, slices: Sequence[Look], volume_ml: float | None =
     most, allowed = max(one.pieces for one in slices), max(_LEAST_PIECES, _PIECES_FACTOR * (known.pieces or 0))
     if most > allowed:
         found[QualityFlag.FRAGMENTS] = f"{most} pieces in a slice, over {allowed}"
-    pixels = sum(one.entropy_pixels for one in slices)
     limit = _MOST_ENTROPY_BITS if known.entropy_bits is None else _ENTROPY_FACTOR * known.entropy_bits
-    if pixels and (mean := sum(one.entropy_bits for one in slices) / pixels) > limit:
+    if (mean := entropy(slices)) is not None and mean > limit:
         found[QualityFlag.ENTROPY] = f"{mean:.2f} bits a pixel found, over {limit:.2f}"
+    least = known.pairwise_dice
+    limit = _LEAST_PAIRWISE_DICE if least is None else 1 - _DISAGREEMENT_FACTOR * (1 - least)
+    # Where nothing is found a crumb of one member would be no agreement at all.
+    if mean is not None and (dice := pairwise_dice(slices)) is not None and dice < limit:
+        found[QualityFlag.PAIRWISE_DICE] = f"{dice:.2f} between members, below {limit:.2f}"
     return dict(sorted(found.items()))
+
+
+def entropy(slices: Sequence[Look]) -> float | None:
+    """Bits, the mean over all pixels found in a series; None where there are none."""
+    pixels = sum(one.entropy_pixels for one in slices)
+    return sum(one.entropy_bits for one in slices) / pixels if pixels else None
+
+
+def pairwise_dice(slices: Sequence[Look]) -> float | None:
+    """How far the members agree on a series, as one volume, see `data.agreement`; None of one model."""
+    agreements = [one.agreement for one in slices if one.agreement is not None]
+    return sum(agreements[1:], agreements[0]).dice if agreements else None
+
+
+def suspicion(known: Range | None, slices: Sequence[Look], volume_ml: float | None = None) -> dict[QualityFlag, float]:
+    """How far each flag is from being raised or beyond, whatever its limit: more is more suspect. As `judge` has it.
+
+    Only flags with a number, and those for which all that is needed is known. Where nothing is found its entropy is 0.
+    """
+    known = known or Range()
+    numbers: dict[QualityFlag, float | None] = {
+        QualityFlag.AREA: max(one.share for one in slices),
+        QualityFlag.VOLUME: volume_ml,
+        QualityFlag.FRAGMENTS: max(one.pieces for one in slices),
+        QualityFlag.ENTROPY: entropy(slices) or 0.0,
+    }
+    spacings_mm = [mm for one in slices for mm in one.spacing_mm or ()]
+    if known.spacing_mm and spacings_mm:
+        numbers[QualityFlag.SPACING] = float(
+            max(np.log(known.spacing_mm[0] / min(spacings_mm)), np.log(max(spacings_mm) / known.spacing_mm[1]))
+        )
+    beyond = [
+        max(usual[0] - median, median - usual[1]) / _margin(usual)
+        for values, usual in (
+            ([one.intensity_mean for one in slices], known.intensity_mean),
+            ([one.intensity_sd for one in slices], known.intensity_sd),
+        )
+        if usual is not None and (median := float(np.median(values))) is not None
+    ]
+    if beyond:
+        numbers[QualityFlag.INTENSITY] = max(beyond)
+    if (dice := pairwise_dice(slices)) is not None:
+        numbers[QualityFlag.PAIRWISE_DICE] = 1 - dice
+    # Rounded, so that what only the order of additions tells apart is equally suspect.
+    return {flag: round(float(number), 9) for flag, number in sorted(numbers.items()) if number is not None}
 
 
 def describe(flags: Mapping[QualityFlag, str]) -> str | None:
@@ -126,6 +180,10 @@ def _outside(name: str, values: Sequence[float], usual: tuple[float, float] | No
     if usual is None:
         return ""
     median = float(np.median(values))
-    margin = max(_INTENSITY_MARGIN * (usual[1] - usual[0]), _LEAST_INTENSITY_MARGIN)
+    margin = _margin(usual)
     low, high = usual[0] - margin, usual[1] + margin
     return "" if low <= median <= high else f"{name} {median:.0f}, not {low:.0f} to {high:.0f} of 255"
+
+
+def _margin(usual: tuple[float, float]) -> float:
+    return max(_INTENSITY_MARGIN * (usual[1] - usual[0]), _LEAST_INTENSITY_MARGIN)

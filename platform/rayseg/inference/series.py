@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pydicom
 
+from rayseg.data.conformal import Interval, VolumeErrors
 from rayseg.data.preprocess import Preprocess
 from rayseg.data.stacks import along
 from rayseg.geometry.grid import Geometry
@@ -120,6 +121,7 @@ def ledger_row(task: Task, series_key: str, patient_key: str | None, reject: Rej
         "slices": 0,
         "rejected_slices": 0,
         "foreground_pixels": 0,
+        "class_volumes": [],
         "outputs": [],
         "not_made": [],
     }
@@ -166,10 +168,11 @@ def _make(
         except ValueError as error:
             return Reject(Reason.MISSING_ATTRIBUTE, str(error))
         looks = [one.of(mask) for one, mask in zip(series.looks, masks, strict=True)]
-        series = dataclasses.replace(series, masks=masks, looks=looks)
+        # The errors are those of the model's own masks.
+        series = dataclasses.replace(series, masks=masks, looks=looks, errors=VolumeErrors())
     foreground = [int(np.count_nonzero(mask)) for mask in series.masks]
     volume = volume_ml(foreground, series.geometries)
-    flags = quality.judge(predictor.bundle.range, series.looks, volume)
+    flags = quality.judge(predictor.known.range, series.looks, volume)
     made: list[File] = []
     not_made: dict[str, Reject] = {}
     if any(foreground) or task.write_empty:
@@ -190,7 +193,10 @@ def _make(
         "detail": "; ".join(file.warning for file in made if file.warning) or None,
         "slices": len(series.masks),
         "foreground_pixels": sum(foreground),
-        "volume_ml": volume,
+        **_with_interval(volume, series.errors.of_foreground(volume)),
+        "class_volumes": _of_classes(series, predictor.bundle.labels.names),
+        "entropy_bits": quality.entropy(series.looks),
+        "pairwise_dice": quality.pairwise_dice(series.looks),
         "flags": [flag.value for flag in flags],
         "flags_detail": quality.describe(flags),
         "outputs": outputs,
@@ -247,7 +253,26 @@ def _segmented(
         sources.volume,
         probabilities or None,
         pictures,
+        predictor.known.volumes,
     )
+
+
+def _of_classes(series: Segmented, labels: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows of `records.CLASS_VOLUMES`."""
+    rows = []
+    for value, label in enumerate(labels, start=1):
+        pixels = [int(np.count_nonzero(mask == value)) for mask in series.masks]
+        volume = volume_ml(pixels, series.geometries)
+        rows.append({"label": label, **_with_interval(volume, series.errors.of_class(value, volume))})
+    return rows
+
+
+def _with_interval(volume: float | None, interval: Interval | None) -> dict[str, float | None]:
+    return {
+        "volume_ml": volume,
+        "volume_low_ml": None if interval is None else interval.low_ml,
+        "volume_high_ml": None if interval is None else interval.high_ml,
+    }
 
 
 def _as_bytes(probabilities_KHW: np.ndarray) -> np.ndarray:

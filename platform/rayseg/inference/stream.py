@@ -15,6 +15,7 @@ import ray
 import ray.data
 
 from rayseg import logs
+from rayseg.data.range import Known
 from rayseg.grant import keep_to_grant
 from rayseg.inference.plan import unpacked_series
 from rayseg.inference.predictor import Mirror, Predictor
@@ -47,6 +48,7 @@ class Workers:
     gpus: float = 0.0  # of each; without any it runs on the CPU
     engine: Engine = field(default_factory=Engine)
     mirror: Mirror | None = None
+    known: Known | None = None  # of several models or mirror images, what they are judged by
 
 
 def rows(
@@ -105,7 +107,11 @@ class _Segmenter:
                 for name, content in files.items():
                     content.tofile(places[-1] / name)
             self._predictor = Predictor.load(
-                *places, engine=workers.engine, threads=workers.cpus, mirror=workers.mirror
+                *places,
+                engine=workers.engine,
+                threads=workers.cpus,
+                mirror=workers.mirror,
+                known=workers.known,
             )
 
     def __call__(self, batch: pa.Table) -> pa.Table:

@@ -1,7 +1,7 @@
 """Bundles: a model with all that inference needs, in one folder.
 
 `model.keras`, the same network as OpenVINO reads it (`model.xml`, `model.bin`), `bundle.json` (preprocess, labels,
-threshold, range, digest, what masks the example and the golden slices gave), `example.dcm` and `golden-N.dcm`.
+threshold, range, volumes, digest, what masks the example and the golden slices gave), `example.dcm` and `golden-N.dcm`.
 """
 
 import hashlib
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rayseg import config
+from rayseg.data.conformal import VolumeErrors
 from rayseg.data.labels import Labels
 from rayseg.data.preprocess import Preprocess
 from rayseg.data.range import Range
@@ -41,8 +42,10 @@ class Bundle:
         (N, height, width, 1 + classes) of the background and several.
     threshold: a pixel is of the one class where its probability, back on the slice's grid, is at least this. Of
         several classes it is of the most probable one there, the background among them.
-    digest: SHA-256 over weights, preprocess, labels, threshold, range and the example's mask; file times do not count.
+    digest: SHA-256 over weights, preprocess, labels, threshold, range, volumes and the example's mask; file times
+        do not count.
     range: what the model was trained on, to judge inputs by; None where nobody said.
+    volumes: how far its volumes are off, see `calibrate`; of no class where nobody said.
     """
 
     network: Network = field(repr=False)
@@ -52,6 +55,7 @@ class Bundle:
     digest: str
     example: bytes = field(repr=False)
     range: Range | None = None
+    volumes: VolumeErrors = VolumeErrors()  # noqa: RUF009, it is frozen
 
     def probabilities(self, stack: Sequence[Slice | None], forward: Forward) -> np.ndarray:
         """The one way from a slice to its probabilities: float32 (channels, rows, columns) on the slice's own grid.
@@ -160,6 +164,14 @@ def save(
     return Bundle(network, preprocess, labels, threshold, digest, example, known)
 
 
+def calibrate(bundle_dir: str | Path, volumes: VolumeErrors) -> None:
+    """Notes in a bundle how far its volumes are off; its masks, which that was measured by, stay as they are."""
+    folder = Path(bundle_dir)
+    description = describe(folder) | {"volumes": config.plain(volumes)}
+    description["digest"] = _digest(description)
+    (folder / _DESCRIPTION_FILE).write_text(json.dumps(description, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
 def load(bundle_dir: str | Path) -> Bundle:
     """Reads a bundle, without its Keras model; raises ValueError where there is none, or it is damaged."""
     folder = Path(bundle_dir)
@@ -175,6 +187,7 @@ def load(bundle_dir: str | Path) -> Bundle:
         description["digest"],
         (folder / EXAMPLE_FILE).read_bytes(),
         description["range"] and config.build(Range, description["range"]),
+        config.build(VolumeErrors, description.get("volumes", {})),
     )
 
 
@@ -236,4 +249,5 @@ def _digest(description: dict[str, Any]) -> str:
     Of the values as they were written: a bundle made before a setting existed does not name it.
     """
     of = ("format", "weights_sha256", "preprocess", "labels", "threshold", "range", "example_mask_sha256")
-    return config.digest({key: description[key] for key in of})
+    later = {key: description[key] for key in ("volumes",) if key in description}
+    return config.digest({key: description[key] for key in of} | later)

@@ -8,7 +8,7 @@ model of many classes leaves tables out; the run has the whole card.
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rayseg import config
@@ -102,6 +102,16 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Failures:
+    """How well quality's numbers find failed segmentations, and how often intervals of volumes hold the truth."""
+
+    aurc: dict[str, Ends] = field(default_factory=dict)  # by flag: area under the risk-coverage curve
+    at_random: float | None = None
+    optimum: float | None = None
+    covered: dict[str, tuple[int, int]] = field(default_factory=dict)  # by class: patients covered, of how many
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """A split's scores on the slices' own grid. Metrics are by name, as in MLflow without the split."""
 
@@ -114,6 +124,7 @@ class Evaluation:
     metrics: dict[str, Ends]
     classes: dict[str, dict[str, Ends]]
     groups: list[Group]
+    failures: Failures = field(default_factory=Failures)
 
 
 @dataclass(frozen=True)
@@ -166,7 +177,8 @@ def add_evaluation(tracking_uri: str, version: ModelVersion, evaluation: Evaluat
 def render(card: Card) -> str:
     """The card as Markdown of at most `limits.DESCRIPTION` characters: as much of `whole` as a registry's column holds.
 
-    Tables of subgroups go first, then validation by class, settings, and scores by class; the card says so.
+    Tables of subgroups go first, then those of flags, validation by class, settings, and scores by class; the card says
+    so.
     """
     text = whole(card)
     for shorter in _shortened(card):
@@ -180,12 +192,15 @@ def _shortened(card: Card) -> Iterator[Card]:
     """The card with ever less."""
     card = replace(card, evaluations=tuple(replace(one, groups=[]) for one in card.evaluations))
     yield card
+    without = tuple(replace(one, failures=replace(one.failures, aurc={})) for one in card.evaluations)
+    card = replace(card, evaluations=without)
+    yield card
     of_all_classes = {name: value for name, value in card.validation.items() if name.count("/") == 1}
     card = replace(card, validation=of_all_classes)
     yield card
     card = replace(card, preprocess={}, label_settings={}, model={})
     yield card
-    yield replace(card, evaluations=tuple(replace(one, classes={}) for one in card.evaluations))
+    yield replace(card, evaluations=tuple(replace(one, classes={}, failures=Failures()) for one in card.evaluations))
 
 
 def whole(card: Card) -> str:
@@ -237,6 +252,7 @@ def _evaluation(one: Evaluation) -> str:
             if metric in of_class
         ]
         lines += ["", f"### {one.split} by class", "", *_table(("class", "metric"), rows)]
+    lines += _failures(one)
     if one.groups:
         members = [
             ((group.name, f"{group.by}: {group.group}", str(group.patients)), group.metrics["dice_per_case"])
@@ -246,6 +262,24 @@ def _evaluation(one: Evaluation) -> str:
         lines += ["", f"### {one.split} by subgroup, dice_per_case", ""]
         lines += _table(("class", "group", "patients"), members)
     return "\n".join([*lines, ""])
+
+
+def _failures(one: Evaluation) -> Iterator[str]:
+    failures = one.failures
+    if failures.aurc and failures.at_random is not None and failures.optimum is not None:
+        yield ""
+        yield f"### {one.split}: which flags find failures"
+        yield ""
+        yield (
+            "Area under the risk-coverage curve, risk being 1 - Dice of a patient; lower is better: at random "
+            f"{failures.at_random:.4g}, at best {failures.optimum:.4g}."
+        )
+        yield ""
+        yield from _table(("flag",), [((flag,), ends) for flag, ends in failures.aurc.items()])
+    if failures.covered:
+        yield ""
+        told = ", ".join(f"{name} {covered} of {of}" for name, (covered, of) in failures.covered.items())
+        yield f"Patients whose true volume lies in its 95 % interval: {told}."
 
 
 def _table(head: Sequence[str], rows: Sequence[tuple[Sequence[str], Ends]]) -> Iterator[str]:

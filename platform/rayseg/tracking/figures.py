@@ -242,6 +242,27 @@ def reliability(sums: Mapping[str, np.ndarray]) -> bytes:
     return _png(figure)
 
 
+def risk_coverage(curves: Mapping[str, np.ndarray], oracle: np.ndarray, at_random: float) -> bytes:
+    """The mean risk of the share of patients that is least suspect, by each of several orders.
+
+    Args:
+        curves: by name, (patients,) risks of the least suspect one, two, ... patients.
+        oracle: the same by the risk itself.
+        at_random: the mean risk.
+    """
+    figure, axes = _chart(4.6)
+    shares = np.arange(1, len(oracle) + 1) / len(oracle)
+    axes.axhline(at_random, color="#8a94a3", linewidth=1, linestyle=":", label="at random")
+    axes.plot(shares, oracle, color="#8a94a3", linewidth=1, linestyle="--", label="best possible")
+    for name, risks in sorted(curves.items(), key=lambda one: float(np.mean(one[1]))):
+        axes.plot(shares, risks, linewidth=1.5, label=f"{name} {np.mean(risks):.3f}")
+    axes.set(xlim=(0, 1), ylim=(0, None))
+    axes.set_xlabel("share of patients accepted, the least suspect first", fontsize=9, color=_FAINT)
+    axes.set_ylabel("mean of 1 \u2212 Dice over them", fontsize=9, color=_FAINT)
+    figure.legend(frameon=False, fontsize=8, loc="outside right upper", title="area under it", title_fontsize=8)
+    return _png(figure)
+
+
 def _chart(height_in: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(6.2, height_in), dpi=_DPI, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)

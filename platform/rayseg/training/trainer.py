@@ -25,6 +25,7 @@ from rayseg.data import synthetic
 from rayseg.data.prepared import PreparedSet, describe
 from rayseg.data.range import measure
 from rayseg.data.split import LEAK_COLUMNS, SPLITS, check_leak
+from rayseg.inference import calibrate
 from rayseg.models import numerics
 from rayseg.models.encoders import encoder_layers
 from rayseg.models.losses import loss_function
@@ -245,6 +246,7 @@ def _conclude(
             example, *golden = (synthetic.slice_bytes(seed, size) for seed, size in ((0, 64), (1, 96), (2, 128)))
             known = dataclasses.replace(measure(prepared), pieces=looked.pieces, entropy_bits=looked.entropy_bits)
             bundle.save(saved, model, prepared.preprocess, prepared.labels, threshold, example, golden, known)
+            bundle.calibrate(saved, calibrate.volume_errors(saved, prepared))
             version = registry.register(config.tracking_uri, run_id, saved, config.registered_model, text)
     reproduced = record.repeated(config, state, run_id) if config.reproduce else None
     interruptions = dataclasses.asdict(Interruptions.of(folder))
