@@ -25,6 +25,15 @@ class Findings:
     background_dice: float | None
     groups: list[subgroups.Group]
 
+    @property
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """Of the metrics over all classes that have one."""
+        return {
+            name: (one.low, one.high)
+            for name, one in self.together.items()
+            if one.low is not None and one.high is not None
+        }
+
 
 class Record:
     """The scores of one model on one split, by patient; rows may come in any order."""

@@ -53,16 +53,9 @@ Segments {labels} in CT or MR slices. The form of this card follows Mitchell et 
 
 - Network: `{model}`
 - {epochs} epochs, batch {batch_size}, learning rate {rate:.3g} ({schedule}), {precision}, seed {seed}.
-- The weights are those of epoch {best_epoch}.
+- {weights}
 
-## Scores on validation
-
-On the validation patients, which chose the epoch{chose}, all pixels together, at the network's size:
-
-| | value |
-|---|---|
-{scores}
-
+{validation}
 {evaluations}
 ## How to reproduce
 
@@ -70,6 +63,15 @@ MLflow run `{run_id}` holds the whole configuration, the split, the code's diges
 
     python -m jobs.train --set reproduce={run_id}
     python -m jobs.evaluate --set model_uri=... --set prepared=... --set split=test
+"""
+_VALIDATION = """\
+## Scores on validation
+
+On the validation patients, which chose the epoch{chose}, all pixels together, at the network's size:
+
+| | value |
+|---|---|
+{scores}
 """
 _UNTESTED = """\
 ## Scores on held-out patients
@@ -141,6 +143,7 @@ class Card:
     seed: int
     validation: dict[str, float]
     evaluations: tuple[Evaluation, ...] = ()  # one a split
+    members: str = ""  # of a model that is several together: what they are, in words
 
 
 def log(tracking_uri: str, card: Card) -> str:
@@ -212,11 +215,17 @@ def whole(card: Card) -> str:
         schedule=card.schedule,
         precision=card.precision,
         seed=card.seed,
-        best_epoch=card.best_epoch,
-        chose=" and the threshold" if single and card.threshold_chosen else "",
-        scores="\n".join(f"| {name} | {value:.4f} |" for name, value in card.validation.items()),
+        weights=card.members or f"The weights are those of epoch {card.best_epoch}.",
+        validation="" if card.members else _validation(card),
         evaluations=told or _UNTESTED,
         run_id=card.run_id,
+    )
+
+
+def _validation(card: Card) -> str:
+    return _VALIDATION.format(
+        chose=" and the threshold" if len(card.labels) == 1 and card.threshold_chosen else "",
+        scores="\n".join(f"| {name} | {value:.4f} |" for name, value in card.validation.items()),
     )
 
 
