@@ -4,7 +4,6 @@ import dataclasses
 import json
 import logging
 import math
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,28 +12,14 @@ from ray.train import UserCallback
 
 from rayseg import cluster, logs, storage
 from rayseg import config as configuration
+from rayseg.crossvalidation.progress import Clock, Epochs
 from rayseg.data.prepared import PreparedSet
 from rayseg.training import trainer
 from rayseg.training.settings import TrainConfig, TrainResult, Trial
 
 logger = logging.getLogger(__name__)
 
-_LOOK_S, _SPEAK_S = 2.0, 30.0
-
-
-class _Epochs:
-    """An actor that knows how many epochs each fold has behind it, of those since this start."""
-
-    def __init__(self) -> None:
-        self._done: dict[int, int] = {}
-
-    def note(self, fold: int) -> None:
-        """One more."""
-        self._done[fold] = self._done.get(fold, 0) + 1
-
-    def done(self) -> dict[int, int]:
-        """By fold."""
-        return self._done
+_LOOK_S = 2.0
 
 
 class _Tell(UserCallback):
@@ -82,11 +67,11 @@ def train(
     room = cluster.room(base.bundle) / base.num_workers
     abreast = len(sets) if math.isinf(room) else max(1, int(room))
     abreast = min(abreast, concurrent or abreast)
-    epochs = ray.remote(num_cpus=0)(_Epochs).remote()  # type: ignore[arg-type]
+    epochs = ray.remote(num_cpus=0)(Epochs).remote()  # type: ignore[arg-type]
     task = ray.remote(num_cpus=0, max_retries=0, max_calls=1)(logs.carried(_train_fold))
     waiting = [fold for fold in range(len(sets)) if fold not in ended]
     running: dict[Any, int] = {}
-    clock = _Clock(base.epochs, len(waiting), len(sets))
+    clock = Clock(base.epochs, len(waiting), len(sets))
     try:
         while waiting or running:
             while waiting and len(running) < abreast:
@@ -114,41 +99,8 @@ def train(
                     raise kind(f"crossvalidate: fold {fold}: {told['failure']}")
                 storage.write_json(storage.join(folder, f"fold-{fold}.json"), told["result"])
                 ended[fold] = TrainResult(**told["result"])
-                clock.ended(fold, ended[fold], len(ended))
+                clock.ended(fold, ended[fold].val_dice, ended[fold].best_epoch, len(ended))
     finally:
         for reference in running:
             ray.cancel(reference, force=True)
     return [ended[fold] for fold in range(len(sets))]
-
-
-class _Clock:
-    """Says how far all folds are, and how long the rest would take at the pace of this start."""
-
-    def __init__(self, epochs: int, waiting: int, folds: int) -> None:
-        self._epochs, self._folds = epochs, folds
-        self._total = epochs * waiting
-        self._earlier: set[int] | None = None
-        self._done = 0
-        self._began = self._spoken = time.monotonic()
-
-    def look(self, done: dict[int, int], ended: set[int]) -> None:
-        """Takes notice of epochs by fold; a fold that stopped early has all of them behind it."""
-        self._earlier = set(ended) if self._earlier is None else self._earlier
-        whole = ended - self._earlier
-        self._done = self._epochs * len(whole) + sum(epochs for fold, epochs in done.items() if fold not in whole)
-        if time.monotonic() - self._spoken > _SPEAK_S:
-            self._spoken = time.monotonic()
-            logger.info("crossvalidate: %d of %d epochs of all folds%s", self._done, self._total, self._left())
-
-    def ended(self, fold: int, result: TrainResult, count: int) -> None:
-        """Says what a fold's training gave."""
-        scored = "no score" if result.val_dice is None else f"validation Dice {result.val_dice:.4f}"
-        logger.info(
-            "crossvalidate: fold %d: %s in epoch %d; %d of %d folds trained%s",
-            fold, scored, result.best_epoch, count, self._folds, self._left(),
-        )  # fmt: skip
-
-    def _left(self) -> str:
-        if not self._done or self._done >= self._total:
-            return ""
-        return f", about {(time.monotonic() - self._began) / self._done * (self._total - self._done):.0f} s left"
