@@ -85,6 +85,7 @@ def test_a_killed_cross_validation_goes_on_and_scores_everybody_once(tmp_path: P
 
     result = crossvalidate(load(CrossValidateConfig, None, recipe))
 
+    assert result.doubts == []
     assert not first.exists(), "checkpoints and marks are gone"
     assert mlflow.get_run(of_first.run_id).info.end_time == ended_ms, "a fold that had ended is left alone"
     children = runs.tagged(uri, "rayseg", {"mlflow.parentRunId": result.run_id})

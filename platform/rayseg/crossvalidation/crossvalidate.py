@@ -82,6 +82,7 @@ class CrossValidateResult:
     intervals: dict[str, tuple[float, float]]  # 95 %, by patient
     folds: list[Fold]
     rejected: int
+    doubts: list[str]  # what speaks against the scores: weights to start from that have seen who is held out
     cases_table: str  # URI of a CSV in the run: counts and scores of each patient
     report: str  # URI of an HTML file in the run
     seconds: float
@@ -105,7 +106,9 @@ def crossvalidate(config: CrossValidateConfig) -> CrossValidateResult:
     folder = storage.join(base.storage, f"{base.name}-folds-{key}-{run_id[:8]}")
     try:
         trained = training.train(base, sets, folder, run_id, config.crossvalidate.concurrent)
-        record, folds = scores.scored(base.tracking_uri, sets, trained, config.crossvalidate.mirror)
+        record, folds, doubts = scores.scored(
+            base.tracking_uri, sets, trained, config.crossvalidate.mirror, config.prepare.max_reject_fraction
+        )
         findings = record.findings(resamples=2000, min_patients=5)
         artifacts = publish(
             base.tracking_uri,
@@ -117,6 +120,7 @@ def crossvalidate(config: CrossValidateConfig) -> CrossValidateResult:
             tolerance=str(Tolerance()),
             overlays=6,
             worst=10,
+            doubts=doubts,
         )
         scores.publish_folds(base.tracking_uri, run_id, folds)
         told = evaluation(record, sets[0], findings, str(Tolerance()))
@@ -127,7 +131,7 @@ def crossvalidate(config: CrossValidateConfig) -> CrossValidateResult:
     runs.finish(base.tracking_uri, run_id, "FINISHED")
     storage.delete(unfinished)
     storage.delete_tree(folder)  # checkpoints
-    return _result(run_id, version, record, findings, folds, artifacts, time.monotonic() - began)
+    return _result(run_id, version, record, findings, folds, doubts, artifacts, time.monotonic() - began)
 
 
 def _prepared(config: CrossValidateConfig, fold: int) -> PreparedSet:
@@ -164,6 +168,7 @@ def _result(
     record: Record,
     findings: Findings,
     folds: list[Fold],
+    doubts: list[str],
     artifacts: Artifacts,
     seconds: float,
 ) -> CrossValidateResult:
@@ -181,6 +186,7 @@ def _result(
         intervals=findings.intervals,
         folds=folds,
         rejected=len(record.rejects),
+        doubts=doubts,
         cases_table=artifacts.cases_table,
         report=artifacts.report,
         seconds=seconds,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from rayseg import cluster
 from rayseg.data.prepared import PreparedSet
-from rayseg.evaluation import metrics
+from rayseg.evaluation import checks, metrics
 from rayseg.evaluation.cases import Tolerance
 from rayseg.evaluation.record import Record
 from rayseg.evaluation.scorer import COLUMNS
@@ -41,19 +41,27 @@ class Fold:
 
 
 def scored(
-    tracking_uri: str, sets: Sequence[PreparedSet], trained: Sequence[TrainResult], mirror: Mirror | None
-) -> tuple[Record, list[Fold]]:
-    """All patients, each by the model that never saw them; and each fold by itself.
+    tracking_uri: str,
+    sets: Sequence[PreparedSet],
+    trained: Sequence[TrainResult],
+    mirror: Mirror | None,
+    max_reject_fraction: float,
+) -> tuple[Record, list[Fold], list[str]]:
+    """All patients, each by the model that never saw them; each fold by itself; and what speaks against the scores.
+
+    That is weights that training began from (`init_from`) and that have seen who is held out.
 
     Raises:
-        ValueError: no row of a fold can be read.
+        ValueError: no row of a fold can be read, or too many of all folds cannot.
     """
-    together, folds = Record(SPLIT, sets[0].labels), []
+    together = Record(SPLIT, sets[0].labels)
+    folds: list[Fold] = []
+    doubts: list[str] = []
     room = cluster.room({"CPU": CPUS_PER_ACTOR})
     actors = max(1, int(min(room, _MOST_ACTORS)))
     for fold, (prepared, result) in enumerate(zip(sets, trained, strict=True)):
         rows = prepared.read_rows("test", COLUMNS)
-        bundle_dir, _ = registry.fetch(tracking_uri, result.model_uri)
+        bundle_dir, version = registry.fetch(tracking_uri, result.model_uri)
         alone = Record(SPLIT, prepared.labels)
         for row in score(rows, [bundle_dir], prepared.labels, Tolerance(), mirror, min(actors, rows.num_rows)):
             together.add(row)
@@ -62,6 +70,10 @@ def scored(
             raise ValueError(
                 f"crossvalidate: no row of fold {fold} can be read; are the source objects still where they were?"
             )
+        leak = checks.no_leak(tracking_uri, version, alone.of_patient)
+        if not leak.passed:
+            doubts.append(f"fold {fold}: {leak.detail}")
+            logger.warning("crossvalidate: %s", doubts[-1])
         pooled = float(metrics.value_of(metrics.METRICS["dice_pooled"], alone.columns(alone.table())))
         folds.append(
             Fold(
@@ -70,7 +82,13 @@ def scored(
             )
         )  # fmt: skip
         logger.info("crossvalidate: fold %d: pooled Dice %.4f on %d held-out patients", fold, pooled, alone.patients)
-    return together, folds
+    rejected, rows_in_all = len(together.rejects), len(together.rejects) + together.slices
+    if rejected > max_reject_fraction * rows_in_all:
+        raise ValueError(
+            f"crossvalidate: {rejected} of {rows_in_all} held-out rows rejected, over prepare.max_reject_fraction "
+            f"{max_reject_fraction}; are the source objects still where they were prepared from?"
+        )
+    return together, folds, doubts
 
 
 def publish_folds(tracking_uri: str, run_id: str, folds: Sequence[Fold]) -> None:
