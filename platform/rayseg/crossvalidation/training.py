@@ -67,7 +67,7 @@ def train(
     room = cluster.room(base.bundle) / base.num_workers
     abreast = len(sets) if math.isinf(room) else max(1, int(room))
     abreast = min(abreast, concurrent or abreast)
-    epochs = ray.remote(num_cpus=0)(Epochs).remote()  # type: ignore[arg-type]
+    epochs = ray.remote(num_cpus=0)(Epochs).remote()
     task = ray.remote(num_cpus=0, max_retries=0, max_calls=1)(logs.carried(_train_fold))
     waiting = [fold for fold in range(len(sets)) if fold not in ended]
     running: dict[Any, int] = {}
