@@ -83,7 +83,7 @@ def test_a_killed_cross_validation_goes_on_and_scores_everybody_once(tmp_path: P
     (of_first,) = mlflow.search_model_versions("name = 'squares-folds'")
     ended_ms = mlflow.get_run(of_first.run_id).info.end_time
 
-    result = crossvalidate(load(CrossValidateConfig, None, recipe))
+    result = crossvalidate(load(CrossValidateConfig, None, recipe, ["crossvalidate.concurrent=2"]))
 
     assert result.doubts == []
     assert not first.exists(), "checkpoints and marks are gone"

@@ -100,7 +100,9 @@ def crossvalidate(config: CrossValidateConfig) -> CrossValidateResult:
     base = trainer.absolute(config.train)
     cluster.require("train", base.bundle, base.num_workers, trainer.KEYS)
     sets = [_prepared(config, fold) for fold in range(config.crossvalidate.folds)]
-    key = configuration.digest([configuration.plain(config), [one.digest for one in sets]])[:12]
+    # How many train at once changes nothing of what comes out: a start with another number goes on.
+    same = dataclasses.replace(config, crossvalidate=dataclasses.replace(config.crossvalidate, concurrent=None))
+    key = configuration.digest([configuration.plain(same), [one.digest for one in sets]])[:12]
     unfinished = storage.join(base.storage, f"{base.name}-folds-{key}.unfinished.json")
     run_id = _begin(config, base, unfinished)
     folder = storage.join(base.storage, f"{base.name}-folds-{key}-{run_id[:8]}")
