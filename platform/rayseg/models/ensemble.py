@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
-import numpy as np
 from keras import layers, ops
 
 from rayseg.models.network import portable
@@ -39,8 +38,6 @@ def mean(models: Sequence[keras.Model], flips: Sequence[tuple[int, ...]] = ((),)
 
 
 def _flipped(values_NHWC: Any, axes: tuple[int, ...]) -> Any:
-    # By places: OpenVINO reads no TensorFlow operation that `ops.flip` comes to (ReverseV2).
-    for axis in axes:
-        last = values_NHWC.shape[axis + 1] - 1
-        values_NHWC = ops.take(values_NHWC, np.arange(last, -1, -1), axis=axis + 1)
+    for axis in axes:  # one after the other: OpenVINO reads no reversal of several axes at once
+        values_NHWC = ops.flip(values_NHWC, axis + 1)
     return values_NHWC
