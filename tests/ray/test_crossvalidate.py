@@ -122,6 +122,10 @@ def test_a_killed_cross_validation_goes_on_and_scores_everybody_once(tmp_path: P
     card = runs.read_bytes(uri, result.run_id, "model_card.md").decode()
     assert "The mean of 3 networks and their mirror images" in card
     assert "Judge it on a test set that no fold saw" in card
+    again = tmp_path / "crossvalidation.json"
+    again.write_bytes(runs.read_bytes(uri, result.run_id, again.name))
+    assert again.name in card
+    assert load(CrossValidateConfig, None, again).prepare == config.prepare, "an artifact that is a recipe"
 
 
 def kill_when(recipe: Path, folder: Path, pattern: str) -> None:

@@ -43,6 +43,7 @@ def register(
         card,
         name=card.name.replace(f"{base.registered_model}-folds", base.registered_model),
         run_id=run_id,
+        rows={"all folds": sum(prepared.rows.values())},
         threshold=threshold,
         validation={},
         evaluations=(scores,),

@@ -61,9 +61,10 @@ Segments {labels} in CT or MR slices. The form of this card follows Mitchell et 
 
 MLflow run `{run_id}` holds the whole configuration, the split, the code's digest and the environment:
 
-    python -m jobs.train --set reproduce={run_id}
+    {again}
     python -m jobs.evaluate --set model_uri=... --set prepared=... --set split=test
 """
+_FOLDS_AGAIN = "python -m jobs.crossvalidate --config crossvalidation.json"  # an artifact of the run, JSON is YAML
 _VALIDATION = """\
 ## Scores on validation
 
@@ -219,6 +220,7 @@ def whole(card: Card) -> str:
         validation="" if card.members else _validation(card),
         evaluations=told or _UNTESTED,
         run_id=card.run_id,
+        again=_FOLDS_AGAIN if card.members else f"python -m jobs.train --set reproduce={card.run_id}",
     )
 
 
