@@ -23,6 +23,7 @@ SECTIONS = frozenset(
         "prepare",
         "train",
         "tune",
+        "crossvalidate",
         "evaluate",
         "compare",
         "promote",

@@ -24,6 +24,7 @@ EVERYTHING = Augment(
     contrast=0.3,
     blur=2,
     low_resolution=0.4,
+    bias_field=0.4,
     noise=12,
 )
 GEOMETRY = replace(EVERYTHING, intensity_probability=0)
@@ -163,6 +164,22 @@ def test_brightness_multiplies_and_contrast_keeps_the_mean() -> None:
         assert 0.49 < contrast.std() / image.std() < 1.51
 
 
+def test_a_bias_field_is_a_smooth_factor_within_its_limit_and_the_same_for_all_channels() -> None:
+    even = np.full((96, 96, 2), 100, np.uint8)
+    shaded, reach = replace(OFF, bias_field=0.5), []
+    for row in range(40):
+        made = image_of(shaded, even, row)
+        factors = np.log(made[..., 0] / 100.0)
+        assert np.array_equal(made[..., 0], made[..., 1])
+        assert np.abs(factors).max() <= 0.5 + 0.01  # rounding
+        assert np.abs(np.diff(factors, axis=0)).max() < 0.09, "96 pixels are four nodes"
+        reach.append(np.ptp(factors))
+    assert max(reach) > 0.4, "strengths up to the greatest are drawn"
+    assert min(reach) < 0.2
+    dark = image_of(shaded, np.zeros((8, 8, 1), np.uint8))
+    assert not dark.any(), "a factor leaves nothing as nothing"
+
+
 def test_noise_has_at_most_its_deviation_and_differs_by_channel() -> None:
     image = np.full((64, 64, 5), 120, np.uint8)
     deviations = []
@@ -224,6 +241,10 @@ def test_turning_one_transform_on_does_not_change_the_others() -> None:
         darker = replace(OFF, brightness=0.2)
         flipped = replace(darker, flip_vertical=1)
         assert np.array_equal(image_of(flipped, image, row), image_of(darker, image, row)[::-1])
+        shaded = replace(EVERYTHING, bias_field=0)
+        assert np.array_equal(image_of(replace(shaded, bias_field=1e-9), image, row), image_of(shaded, image, row)), (
+            "noise and all are drawn as without it"
+        )
         noisy, even = replace(OFF, noise=9), np.full((64, 64, 1), 120, np.uint8)
         bent = replace(noisy, elastic=0.01)  # which an even picture shows at its border only
         assert np.array_equal(image_of(bent, even, row)[4:-4, 4:-4], image_of(noisy, even, row)[4:-4, 4:-4])
@@ -251,6 +272,7 @@ def test_the_configuration_is_plain_and_errors_name_the_key() -> None:
         "elastic": 0.5,
         "low_resolution": 0,
         "noise": -1,
+        "bias_field": -0.1,
         "blur": float("nan"),
         "scale": (1.2, 0.8),
         "gamma": (0, 1),

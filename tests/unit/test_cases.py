@@ -48,6 +48,18 @@ def test_slices_with_positions_are_one_volume_in_order_with_its_own_distances() 
     assert (found["truth_ml"], found["predicted_ml"]) == (pytest.approx(0.003), pytest.approx(0.009))
 
 
+def test_dice_of_images_is_a_mean_over_those_with_any_mask() -> None:
+    # Dice 1, 2/3 (one of two found) and 0; the last one has nothing in it.
+    truths = [mask((1, 1)), mask((1, 1), (2, 2)), mask((3, 3)), mask()]
+    predictions = [mask((1, 1)), mask((1, 1)), mask(), mask()]
+    planes = row_of(predictions, truths, [None] * 4)
+    assert (planes["dice_per_image"], planes["images_scored"]) == (pytest.approx((1 + 2 / 3 + 0) / 3), 3)
+    volume = row_of(predictions, truths, [at(0), at(5), at(10), at(15)])
+    assert (volume["dice_per_image"], volume["images_scored"]) == (volume["dice"], 1)
+    nothing = row_of([mask()], [mask()], [None])
+    assert (nothing["dice_per_image"], nothing["images_scored"]) == (None, 0)
+
+
 def test_a_lesion_goes_on_from_slice_to_slice_of_a_volume_only() -> None:
     masks = [mask((1, 1)), mask((2, 2))]
     assert row_of(masks, masks, [at(0), at(5)])["lesions_true"] == 1

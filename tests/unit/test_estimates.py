@@ -51,6 +51,14 @@ def test_the_per_case_mean_leaves_out_empty_empty_and_keeps_false_alarms_and_mis
     assert found["accuracy_pooled"] == pytest.approx(490 / 500)
 
 
+def test_the_mean_over_images_weighs_patients_by_their_images_and_older_tables_have_none() -> None:
+    of_images = [{"dice_per_image": 0.5, "images_scored": 3}, {"dice_per_image": 0.9, "images_scored": 1}]
+    empty = {"dice_per_image": None, "images_scored": 0}
+    found = values(columns([Counts(tp=1, tn=9)] * 3, [*of_images, empty]))
+    assert found["dice_per_image"] == pytest.approx((3 * 0.5 + 0.9) / 4)
+    assert "dice_per_image" not in values(columns(FIVE))
+
+
 def test_of_healthy_cases_only_what_needs_foreground_is_not_told() -> None:
     healthy = columns([Counts(tn=4), Counts(tn=4)])
     found = values(healthy)

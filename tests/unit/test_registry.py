@@ -214,6 +214,9 @@ def test_a_registered_version_is_found_by_every_name(
         with pytest.raises(ValueError, match="expected models:/NAME/VERSION"):
             registry.resolve(store, malformed)
     assert registry.champion(store, "other", "champion") is None
+    assert registry.of_run(store, version.run_id, "brain") == version
+    assert registry.of_run(store, version.run_id, "other") is None
+    assert registry.of_run(store, "0" * 32, "brain") is None
 
 
 def test_mlflow_shows_the_model_with_its_signature_and_its_run(

@@ -95,6 +95,19 @@ def test_folds_take_turns_and_leave_the_test_patients_alone() -> None:
         assert abs(list(place.values()).count("val") - 640) < 4 * 23
 
 
+def test_each_patient_is_held_out_once_validates_once_and_else_trains() -> None:
+    folds = [Split(test=0.2, folds=5, fold=fold, held_out=True) for fold in range(5)]
+    assert folds[0].wanted() == ("train", "val", "test")
+    for key in PATIENTS:
+        seen = [split.split_of(split.assign(key)) for split in folds]
+        if Split(test=0.2, val=0.1).assign(key) == "test":
+            assert seen == [None] * 5, "no fold sees those who test"
+        else:
+            assert sorted(seen) == ["test", "train", "train", "train", "val"]  # type: ignore[type-var]
+    with pytest.raises(ValueError, match="held_out: folds of 3 or more"):
+        Split(folds=2, held_out=True)
+
+
 @pytest.mark.parametrize("values", [{"folds": 1}, {"folds": 3, "fold": 3}, {"fold": 1}, {"fold": -1, "folds": 4}])
 def test_folds_that_cannot_be_are_refused(values: dict) -> None:
     with pytest.raises(ValueError, match=r"split\.fold"):

@@ -46,12 +46,15 @@ class Augment:
     scale: tuple[float, float] = (0.88, 1.14)  # above 1 magnifies; [1, 1] is off
     translate: float = 0.0  # at most, either way, as a fraction of height and width; 0 is off
     elastic: float = 0.0  # at most, of a smooth random field of 4 by 4 nodes, as `translate`; 0 is off
-    intensity_probability: float = 1.0  # of each of the next six, by itself
+    intensity_probability: float = 1.0  # of each of the next seven, by itself
     gamma: tuple[float, float] = (0.8, 1.25)  # exponent, of 0..1; below 1 is brighter; [1, 1] is off
     brightness: float = 0.0  # at most, either way: values times 1 +- brightness; 0 is off
     contrast: float = 0.0  # at most, either way: distances to the mean times 1 +- contrast; 0 is off
     blur: float = 0.0  # greatest sigma of a Gaussian in pixels; 0 is off
     low_resolution: float = 1.0  # least fraction of the pixels, each way, that the image is made from; 1 is off
+    bias_field: float = (
+        0.0  # at most: values times e to the +- bias_field, a smooth random field as MR coils have; 0 is off
+    )
     noise: float = 0.0  # greatest standard deviation in grey levels (0..255), of each pixel and channel; 0 is off
 
     def __post_init__(self) -> None:
@@ -66,6 +69,7 @@ class Augment:
             (("elastic",), 0, 0.07),  # more folds the picture here and there
             (("noise",), 0, 255),
             (("blur",), 0, 20),
+            (("bias_field",), 0, 2),
             (("low_resolution",), 0.05, 1),
         ):
             for key in keys:
@@ -101,6 +105,9 @@ class Augment:
             for key, off in _OFF.items()
             if getattr(self, key) != off and drawn[f"{key}?"] < self.intensity_probability
         }
+        if self.bias_field:
+            # From a source of its own, so that it changes nothing that is drawn for the others.
+            image_HWC = self._shaded(image_HWC, generator.spawn(1)[0])
         if "blur" in hits:
             sigma = max(0.01, self.blur * drawn["blur"])  # OpenCV takes 0 for "not given"
             image_HWC = _by_channels(image_HWC, lambda part: cv2.GaussianBlur(part, (0, 0), sigma))
@@ -151,6 +158,17 @@ class Augment:
             _by_channels(image_HWC, lambda part: cv2.remap(part, from_x_HW, from_y_HW, cv2.INTER_LINEAR)),
             np.asarray(cv2.remap(mask_HW, from_x_HW, from_y_HW, cv2.INTER_NEAREST)),
         )
+
+    def _shaded(self, image_HWC: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+        """The image times a smooth field, the same for all its channels."""
+        hit, strength = generator.random(2)
+        field_YX = generator.random((_GRID, _GRID), dtype=np.float32) * 2 - 1
+        if hit >= self.intensity_probability:
+            return image_HWC
+        height, width = image_HWC.shape[:2]
+        field_HW = cv2.resize(field_YX, (width, height), interpolation=cv2.INTER_CUBIC)
+        field_HW = np.exp(np.clip(field_HW, -1, 1) * np.float32(self.bias_field * strength))  # cubic ones overshoot
+        return np.rint(np.minimum(image_HWC * field_HW[..., np.newaxis], 255)).astype(np.uint8)
 
     def _table(self, image_HWC: np.ndarray, drawn: dict[str, float], hits: set[str]) -> np.ndarray:
         """What becomes of each grey level, uint8 (256,)."""

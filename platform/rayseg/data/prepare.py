@@ -113,6 +113,8 @@ def prepare(config: PrepareConfig) -> PrepareResult:
     columns = list(dict.fromkeys([*TAKEN, *placing, *voxels.COLUMNS, "verdict", "bytes", "etag"]))
     taken = _taken(pq.read_table(pa.BufferReader(manifest), columns=columns), config)
     parts = _deal(taken, config, standing_split)
+    if config.split.held_out:
+        taken, parts = _seen(taken, parts, config.split)
     samples = _samples(taken, parts, config.split)
     plan = _shards(samples, config, missing_mask)
     _clear(output, keep={path for path, _ in plan})
@@ -265,9 +267,15 @@ def _deal(taken: pa.Table, config: PrepareConfig, standing: Mapping[str, str]) -
     return config.split.deal(patients, standing)
 
 
+def _seen(taken: pa.Table, parts: Mapping[str, str], split: Split) -> tuple[pa.Table, dict[str, str]]:
+    """Rows and parts of the patients who are in a split at all."""
+    seen = {key: part for key, part in parts.items() if split.split_of(part) is not None}
+    return taken.filter(pc.is_in(taken["patient_key"], pa.array(list(seen), pa.string()))), seen
+
+
 def _samples(taken: pa.Table, parts: Mapping[str, str], split: Split) -> pa.Table:
     """The rows to prepare with their `split`, in the order of their shards: all of training, then validation, test."""
-    dealt = [split.split_of(parts[key]) for key in taken["patient_key"].to_pylist()]
+    dealt = [split.split_of(parts[key]) or "" for key in taken["patient_key"].to_pylist()]
     _refuse_empty(Counter(dealt), split, f"of {len(parts)} patients fell")
     place = np.array([SPLITS.index(name) for name in dealt])
     # Training reads neighbouring rows together: they should not be neighbouring slices of one patient.

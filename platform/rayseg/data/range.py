@@ -5,6 +5,7 @@ picture, and the trainer adds what the model says of validation. `inference.qual
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,6 +118,31 @@ def measure(prepared: PreparedSet) -> Range:
         foreground_share=most / (height * width) if most else None,
         # With a limit series are not whole.
         volume_ml=None if prepared.limited else _greatest_volume_ml(rows),
+    )
+
+
+def widest(ranges: Sequence[Range]) -> Range:
+    """What any of several models was trained on, for the mean of them.
+
+    `entropy_bits` is not known: a mean of probabilities is less certain than each of them.
+    """
+
+    def ends(name: str) -> tuple[float, float] | None:
+        known = [pair for one in ranges if (pair := getattr(one, name)) is not None]
+        return (min(low for low, _ in known), max(high for _, high in known)) if known else None
+
+    def most(name: str) -> Any:
+        return max((value for one in ranges if (value := getattr(one, name)) is not None), default=None)
+
+    return Range(
+        modalities=tuple(sorted({value for one in ranges for value in one.modalities})),
+        body_parts=tuple(sorted({value for one in ranges for value in one.body_parts})),
+        spacing_mm=ends("spacing_mm"),
+        intensity_mean=ends("intensity_mean"),
+        intensity_sd=ends("intensity_sd"),
+        foreground_share=most("foreground_share"),
+        volume_ml=most("volume_ml"),
+        pieces=most("pieces"),
     )
 
 

@@ -33,7 +33,9 @@ class Split:
     """The fractions of patients held out for validation and test, or folds; another seed is another draw.
 
     With `folds` the test share is the same whichever `fold` is taken, and the rest is cut into as many equal parts, of
-    which part `fold` (from 0) is the validation; `val` does not count then.
+    which part `fold` (from 0) is the validation; `val` does not count then. With `held_out` that part is the test split
+    and the next one validates, so that what chooses epoch and threshold is not what is scored; the test share is then
+    in no split, as no fold may see it.
     """
 
     val: float = 0.15
@@ -41,6 +43,7 @@ class Split:
     seed: str = "1"
     folds: int | None = None
     fold: int = 0
+    held_out: bool = False  # with folds; what `crossvalidate` prepares
     stratify: bool = False  # see the module; reads every mask once more
     standing: str | None = None  # URI of the split.csv of an earlier set
 
@@ -49,6 +52,11 @@ class Split:
             raise ValueError(f"split: val and test must be >= 0 and sum to less than 1, got {self.val} and {self.test}")
         if self.folds is not None and self.folds < 2:
             raise ValueError(f"split.folds: 2 or more expected, or null, got {self.folds}")
+        if self.held_out and (self.folds or 0) < 3:
+            raise ValueError(
+                "split.held_out: folds of 3 or more expected, for one is held out, one validates and the others train; "
+                f"got {self.folds}"
+            )
         if not 0 <= self.fold < (self.folds or 1):
             raise ValueError(
                 f"split.fold: a number from 0, below split.folds ({self.folds}), expected, got {self.fold}"
@@ -60,9 +68,16 @@ class Split:
             return {"test": self.test, "val": self.val, "train": 1 - self.test - self.val}
         return {"test": self.test} | {f"fold-{number}": (1 - self.test) / self.folds for number in range(self.folds)}
 
-    def split_of(self, part: str) -> str:
-        """Which of SPLITS a part is."""
-        return part if part in SPLITS else "val" if part == f"fold-{self.fold}" else "train"
+    def split_of(self, part: str) -> str | None:
+        """Which of SPLITS a part is; None for one that is left out."""
+        if part in SPLITS:
+            return None if self.held_out else part
+        roles = {f"fold-{self.fold}": "test", self._next_fold: "val"} if self.held_out else {f"fold-{self.fold}": "val"}
+        return roles.get(part, "train")
+
+    @property
+    def _next_fold(self) -> str:
+        return f"fold-{(self.fold + 1) % (self.folds or 1)}"
 
     def assign(self, patient_key: str) -> str:
         """The part of a patient: a function of the seed and the key alone, whoever else is in the data."""
@@ -106,7 +121,8 @@ class Split:
         """The splits that get a share."""
         shares = Counter[str]()
         for part, share in self.parts().items():
-            shares[self.split_of(part)] += 1 if share else 0
+            if share and (split := self.split_of(part)):
+                shares[split] += 1
         return tuple(name for name in SPLITS if shares[name] > 0)
 
 

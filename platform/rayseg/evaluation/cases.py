@@ -44,6 +44,8 @@ CASES = pa.schema(
         ("fn", pa.int64()),
         ("tn", pa.int64()),
         ("dice", pa.float64()),  # of these counts
+        ("dice_per_image", pa.float64()),  # the mean over the images with any mask
+        ("images_scored", pa.int64()),  # how many these are
         ("iou", pa.float64()),
         ("precision", pa.float64()),
         ("recall", pa.float64()),
@@ -148,6 +150,7 @@ class Case:
         self._tolerance = tolerance
         self.counts, self.lesions, self.probabilities = Counts(), Lesions(), Probabilities.nothing()
         self._surfaces: dict[str, list[float]] = defaultdict(list)
+        self._dice_of_images: list[float] = []
         self.volumes_ml: list[tuple[float | None, float | None]] = []  # of each series, predicted and true
 
     def add_series(self, made: Sequence[Image], index: int) -> None:
@@ -156,7 +159,10 @@ class Case:
         predicted: list[int] = []
         for image in made:
             prediction, truth = image.prediction == index, image.truth == index
-            self.counts += counts(prediction, truth)
+            of_image = counts(prediction, truth)
+            self.counts += of_image
+            if of_image.dice is not None:
+                self._dice_of_images.append(of_image.dice)
             self._add_surfaces(prediction, truth, image.grid)
             if truth.any() or prediction.any():
                 self.lesions += lesions(prediction, truth)
@@ -189,6 +195,8 @@ class Case:
             **{name: getattr(self.probabilities, name) for name in ("average_precision", "brier", "ece")},
             **{name: together(self._surfaces[name]) for name in surfaces},
             **{f"lesions_{name}": value for name, value in dataclasses.asdict(self.lesions).items()},
+            "dice_per_image": together(self._dice_of_images),
+            "images_scored": len(self._dice_of_images),
             "lesion_f1": self.lesions.f1,
             "truth_ml": truth_ml,
             "predicted_ml": predicted_ml,

@@ -175,11 +175,7 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
         dice_per_case=metrics.get("dice_per_case"),
         background_dice=findings.background_dice,
         metrics=metrics,
-        intervals={
-            name: (one.low, one.high)
-            for name, one in findings.together.items()
-            if one.low is not None and one.high is not None
-        },
+        intervals=findings.intervals,
         classes={
             name: {metric: one.value for metric, one in of_class.items()} for name, of_class in findings.classes.items()
         },

@@ -93,6 +93,12 @@ def _per_case(name: str) -> Ratio:
     return Ratio(lambda columns: (np.nan_to_num(columns[name]), np.isfinite(columns[name]).astype(np.float64)))
 
 
+def _per_image(columns: Columns) -> tuple[np.ndarray, np.ndarray]:
+    """Sums over images, and how many; unknown where the table is of before they were counted."""
+    images = np.nan_to_num(columns["images_scored"])
+    return np.nan_to_num(columns["dice_per_image"]) * images, images
+
+
 def _average_precision(draw: Draw) -> np.ndarray:
     rows = draw.weights.reshape(-1, draw.weights.shape[-1])
     found = [
@@ -139,6 +145,7 @@ _SURFACES = [f"{name}_{unit}" for name in ("hd95", "assd", "nsd") for unit in ("
 METRICS: dict[str, Metric] = {
     "dice_pooled": _DICE,
     "dice_per_case": _per_case("dice"),
+    "dice_per_image": Ratio(_per_image),
     "iou_pooled": _pooled({"tp": 1}, {"tp": 1, "fp": 1, "fn": 1}),
     "iou_per_case": _per_case("iou"),
     "precision_pooled": _pooled({"tp": 1}, {"tp": 1, "fp": 1}),

@@ -123,7 +123,7 @@ def add_to_card(
     tolerance: str,
 ) -> None:
     """Writes the card of the model anew, with these scores of the split; arguments as `publish` has them."""
-    card.add_evaluation(tracking_uri, version, _evaluation(record, held_out, findings, tolerance))
+    card.add_evaluation(tracking_uri, version, evaluation(record, held_out, findings, tolerance))
 
 
 def set_tag(split: str) -> str:
@@ -265,8 +265,8 @@ def _six(value: float | None) -> str:
     return "" if value is None else f"{value:.6f}"
 
 
-def _evaluation(record: Record, held_out: PreparedSet, findings: Findings, tolerance: str) -> card.Evaluation:
-    """What the card tells."""
+def evaluation(record: Record, held_out: PreparedSet, findings: Findings, tolerance: str) -> card.Evaluation:
+    """What the card tells of these scores; arguments as `publish` has them."""
     return card.Evaluation(
         split=record.split,
         digest=held_out.digest[:16],

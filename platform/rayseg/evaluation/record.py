@@ -29,6 +29,15 @@ class Findings:
     groups: list[subgroups.Group]
     failures: Failures = field(default_factory=Failures)
 
+    @property
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """Of the metrics over all classes that have one."""
+        return {
+            name: (one.low, one.high)
+            for name, one in self.together.items()
+            if one.low is not None and one.high is not None
+        }
+
 
 class Record:
     """The scores of one model on one split, by patient; rows may come in any order."""

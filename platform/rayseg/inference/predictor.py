@@ -32,7 +32,7 @@ from rayseg.tracking.bundle import Bundle, decide, describe, load, load_keras, m
 
 # Test-time augmentation: the mean over the slice and its mirror image, or its four.
 Mirror = Literal["columns", "both"]
-_FLIPS: dict[str | None, tuple[tuple[int, ...], ...]] = {
+FLIPS: dict[str | None, tuple[tuple[int, ...], ...]] = {
     None: ((),),
     "columns": ((), (1,)),
     "both": ((), (0,), (1,), (0, 1)),
@@ -95,7 +95,7 @@ class Predictor:
         self.threshold = statistics.fmean(bundle.threshold for bundle in bundles)
         self.engine = compiled[0].description
         self._compiled = tuple(compiled)
-        self._flips = _FLIPS[mirror]
+        self._flips = FLIPS[mirror]
         self._several = len(bundles) > 1 or mirror is not None
         self._known = known
         self._ahead = threads + 1  # so that all are busy while a result is taken

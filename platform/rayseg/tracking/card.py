@@ -52,8 +52,19 @@ Segments {labels} in CT or MR slices. The form of this card follows Mitchell et 
 
 - Network: `{model}`
 - {epochs} epochs, batch {batch_size}, learning rate {rate:.3g} ({schedule}), {precision}, seed {seed}.
-- The weights are those of epoch {best_epoch}.
+- {weights}
 
+{validation}
+{evaluations}
+## How to reproduce
+
+MLflow run `{run_id}` holds the whole configuration, the split, the code's digest and the environment:
+
+    {again}
+    python -m jobs.evaluate --set model_uri=... --set prepared=... --set split=test
+"""
+_FOLDS_AGAIN = "python -m jobs.crossvalidate --config crossvalidation.json"  # an artifact of the run, JSON is YAML
+_VALIDATION = """\
 ## Scores on validation
 
 On the validation patients, which chose the epoch{chose}, all pixels together, at the network's size:
@@ -61,14 +72,6 @@ On the validation patients, which chose the epoch{chose}, all pixels together, a
 | | value |
 |---|---|
 {scores}
-
-{evaluations}
-## How to reproduce
-
-MLflow run `{run_id}` holds the whole configuration, the split, the code's digest and the environment:
-
-    python -m jobs.train --set reproduce={run_id}
-    python -m jobs.evaluate --set model_uri=... --set prepared=... --set split=test
 """
 _UNTESTED = """\
 ## Scores on held-out patients
@@ -151,6 +154,7 @@ class Card:
     seed: int
     validation: dict[str, float]
     evaluations: tuple[Evaluation, ...] = ()  # one a split
+    members: str = ""  # of a model that is several together: what they are, in words
 
 
 def log(tracking_uri: str, card: Card) -> str:
@@ -226,11 +230,18 @@ def whole(card: Card) -> str:
         schedule=card.schedule,
         precision=card.precision,
         seed=card.seed,
-        best_epoch=card.best_epoch,
-        chose=" and the threshold" if single and card.threshold_chosen else "",
-        scores="\n".join(f"| {name} | {value:.4f} |" for name, value in card.validation.items()),
+        weights=card.members or f"The weights are those of epoch {card.best_epoch}.",
+        validation="" if card.members else _validation(card),
         evaluations=told or _UNTESTED,
         run_id=card.run_id,
+        again=_FOLDS_AGAIN if card.members else f"python -m jobs.train --set reproduce={card.run_id}",
+    )
+
+
+def _validation(card: Card) -> str:
+    return _VALIDATION.format(
+        chose=" and the threshold" if len(card.labels) == 1 and card.threshold_chosen else "",
+        scores="\n".join(f"| {name} | {value:.4f} |" for name, value in card.validation.items()),
     )
 
 

@@ -105,6 +105,12 @@ def register(
     return version
 
 
+def of_run(tracking_uri: str, run_id: str, name: str) -> ModelVersion | None:
+    """The first version of `name` that the run gave, None where it gave none: what a start after a loss goes by."""
+    versions = runs.client(tracking_uri).search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
+    return _version(min(versions, key=lambda one: int(one.version))) if versions else None
+
+
 def resolve(tracking_uri: str, model_uri: str) -> ModelVersion:
     """The version that `models:/NAME/VERSION`, `models:/NAME/latest` or `models:/NAME@ALIAS` stands for now.
 

@@ -239,8 +239,9 @@ def _conclude(
         threshold = state.threshold(config)
         looked = cases.look(model, prepared, threshold)
         text = record.end(config, prepared, state, model, looked.pictures, outputs, run_id)
-        version = None
-        if register:
+        # A driver that was lost after this may have left one.
+        version = registry.of_run(config.tracking_uri, run_id, config.registered_model) if register else None
+        if register and version is None:
             saved = Path(temporary, "bundle")
             # Phantoms, as a bundle goes where no patient's picture may.
             example, *golden = (synthetic.slice_bytes(seed, size) for seed, size in ((0, 64), (1, 96), (2, 128)))

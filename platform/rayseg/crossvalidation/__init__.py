@@ -1,0 +1,1 @@
+"""Every patient held out once, and the models that did not see them, together."""
