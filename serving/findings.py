@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from pydantic import BaseModel, Field
@@ -11,6 +12,7 @@ from rayseg import config
 from rayseg.dicom import nifti
 from rayseg.geometry.grid import Geometry
 from rayseg.geometry.stack import stack
+from rayseg.geometry.upright import upright
 from rayseg.geometry.volume import volume_ml, voxels_mm3
 from rayseg.inference import exports, outputs, quality, volume
 from rayseg.inference.lesions import Lesion as Connected
@@ -19,11 +21,13 @@ from rayseg.inference.postprocess import Postprocess
 from rayseg.inference.quality import Look
 from rayseg.records import QualityFlag, Reason, Reject
 from rayseg.tracking.version import ModelVersion
-from serving.answers import DICOM, GLB, NIFTI, Quality
+from serving.answers import DICOM, FORM, GLB, NIFTI, Quality
 from serving.messages import Masked, ModelInfo
 from serving.upload import Series
 
 MOST_LESIONS = 100
+
+Grid = Literal["source", "upright"]  # of a NIfTI volume
 
 
 class LabelVolume(BaseModel):
@@ -80,6 +84,11 @@ class Found:
     rejected: dict[str, int]
 
     @property
+    def of_nifti(self) -> bool:
+        """Whether what was sent is a NIfTI volume."""
+        return self.series.headers is None and nifti.is_nifti(self.series.objects[0])
+
+    @property
     def geometries(self) -> list[Geometry]:
         """Of each slice; of an image file that has none, its size."""
         found = [self.series.geometries[number] for number in self.numbers]
@@ -115,23 +124,37 @@ def found(
     )
 
 
-def encode(kind: str, found: Found) -> bytes | Reject:
+def encode(kind: str, found: Found, grid: Grid = "source") -> bytes | Reject:
     """The series as DICOM SEG, gzipped NIfTI or GLB; a reject where it lacks what the format must state.
 
-    The NIfTI of a NIfTI volume is on the volume's own grid: voxel by voxel its mask.
+    The NIfTI of a NIfTI volume is on the volume's own grid: voxel by voxel its mask. Where an upright `grid` is wanted
+    it is on one with right angles, as `nifti-upright` of the bulk job.
     """
     if kind == DICOM:
         return _dicom_seg(found)
-    if kind == NIFTI and found.series.headers is None and nifti.is_nifti(found.series.objects[0]):
+    if kind == NIFTI and grid == "source" and found.of_nifti:
         frames = [found.series.places[number][1] for number in found.numbers]
         return volume.mask(volume.header(found.series.objects[0]), found.masks, frames, found.model.labels)
     place = stack(found.masks, found.geometries)
     if isinstance(place, Reject):
         return place
     if kind == NIFTI:
-        return exports.nifti(place, found.model.labels)
+        return exports.nifti(place if grid == "source" else upright(place), found.model.labels)
     assert kind == GLB
     return exports.glb(exports.surfaces(place, found.model.labels))
+
+
+def warning(kind: str, found: Found, grid: Grid = "source") -> str | None:
+    """What who reads the answer should know, as the bulk job's ledger has it; None where it is nothing.
+
+    The volumes of a viewer's form are on the series' own grid whatever was sent.
+    """
+    as_it_lies = kind == NIFTI and grid == "source" and not found.of_nifti
+    place = stack(found.masks, found.geometries) if as_it_lies or kind == FORM else None
+    if place is None or isinstance(place, Reject):
+        return None
+    told = exports.nifti_warning(place)
+    return told and f"{told}: application/nifti with grid=upright"
 
 
 def measure(found: Found, timings_ms: dict[str, float]) -> SeriesAnswer:

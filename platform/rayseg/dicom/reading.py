@@ -28,6 +28,8 @@ from rayseg.records import Reason, Reject
 MAX_PIXELS = 2**26  # rows * columns * samples that a frame may declare: 8192 x 8192 grey pixels
 MAX_FRAMES = 2**14
 
+_Decoded = tuple[np.ndarray, float, float]  # a volume as `volumes.image` gives it
+
 # Storage classes with pixels that are no source image.
 _NO_SOURCE_IMAGE = {
     str(uid.SegmentationStorage): "Segmentation Storage",
@@ -215,7 +217,8 @@ def read_slice(data: bytes, frame: int | None = None, color: bool = False) -> Sl
 def read_slices(data: bytes, frames: Sequence[int | None], color: bool = False) -> Iterator[Slice | Reject]:
     """Reads several frames of one object, each when it is asked for; parses the object once. See `read_slice`."""
     if volumes.is_volume(data):
-        yield from (_of_volume(data, frame) for frame in frames)
+        decoded: dict[int, _Decoded | Reject] = {}  # held here, too: other threads read other volumes meanwhile
+        yield from (_of_volume(data, frame, decoded) for frame in frames)
         return
     found = _image_or_object(data, color)
     if isinstance(found, _Object):
@@ -226,22 +229,24 @@ def read_slices(data: bytes, frames: Sequence[int | None], color: bool = False) 
         yield from (found if frame is None or isinstance(found, Reject) else absent for frame in frames)
 
 
-def _of_volume(data: bytes, frame: int | None) -> Slice | Reject:
-    """An axial slice of a volume; frames go on from one volume of a file to the next, see `voxels.Volume`."""
+def _of_volume(data: bytes, frame: int | None, decoded: dict[int, _Decoded | Reject]) -> Slice | Reject:
+    """An axial slice of a volume; of the file's volumes `decoded` has the one that was read last, by its number."""
     try:
         volume = volumes.read_header(data)
         if isinstance(volume, Reject):
             return volume
-        if frame is None and volume.slices * volume.count > 1:
-            return Reject(Reason.UNSUPPORTED_MULTIFRAME, f"a {volume.kind} volume of several slices")
-        if not 0 <= (frame or 0) < volume.slices * volume.count:
-            return Reject(Reason.MISSING_ATTRIBUTE, f"{volume.kind}: fewer slices")
-        number, index = divmod(frame or 0, volume.slices)
-        found = volumes.image(data, number)
-        if isinstance(found, Reject):
-            return found
-        stored, slope, intercept = found
-        return Slice(stored[index], slope, intercept, None, Geometry(**volume.place(index)))
+        numbers = volume.numbers(frame)
+        if isinstance(numbers, Reject):
+            return numbers
+        number, index = numbers
+        if number not in decoded:
+            decoded.clear()
+            decoded[number] = volumes.image(data, number)
+        image = decoded[number]
+        if isinstance(image, Reject):
+            return image
+        stored_SHW, slope, intercept = image
+        return Slice(stored_SHW[index], slope, intercept, None, Geometry(**volume.place(index)))
     except Exception as error:
         return Reject(Reason.INTERNAL, type(error).__name__)
 

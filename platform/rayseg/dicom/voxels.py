@@ -62,6 +62,14 @@ class Volume:
         size = math.prod(self.stored) * self.dtype.itemsize
         return self.skipped + size * (self.count if self.interleaved else 1)
 
+    def numbers(self, frame: int | None) -> tuple[int, int] | Reject:
+        """Which volume of the file a frame is in, and which slice of it; None is the only frame of a file."""
+        if frame is None and self.slices * self.count > 1:
+            return Reject(Reason.UNSUPPORTED_MULTIFRAME, f"a {self.kind} volume of several slices")
+        if not 0 <= (frame or 0) < self.slices * self.count:
+            return Reject(Reason.MISSING_ATTRIBUTE, f"{self.kind}: fewer slices")
+        return divmod(frame or 0, self.slices)
+
     def place(self, index: int) -> dict[str, Any]:
         """Where axial slice `index`, counted from the feet, lies: columns of a manifest, and values of a `Geometry`."""
         steps = self.affine[:3, :3]

@@ -39,12 +39,19 @@ def nifti(stack: Stack, labels: Sequence[str]) -> bytes | Reject:
     affine = stack.affine_lps()
     if isinstance(affine, Reject):
         return affine
-    image = nib.Nifti1Image(stack.masks.transpose(2, 1, 0), _LPS_TO_RAS @ affine)
+    image = nib.Nifti1Image(stack.masks.transpose(2, 1, 0), None)
     image.header.set_xyzt_units("mm")
-    image.set_sform(_LPS_TO_RAS @ affine, code="scanner")
-    image.header["qform_code"] = 0 if _is_sheared(image.header, stack.tolerance_mm) else 1
+    set_place(image.header, affine, stack.tolerance_mm)
     image.header["descrip"] = f"rayseg, research only: {', '.join(labels)}".encode("ascii", "replace")[:79]
     return gzip.compress(image.to_bytes(), mtime=0)
+
+
+def set_place(header: nib.Nifti1Header, affine_lps: np.ndarray, tolerance_mm: float) -> None:
+    """Where the grid of a header that has its shape lies: see `nifti`; `affine_lps` is of its voxels, to LPS, mm."""
+    header.set_qform(_LPS_TO_RAS @ affine_lps, code="scanner")  # first: sets pixdim, too
+    header.set_sform(_LPS_TO_RAS @ affine_lps, code="scanner")
+    if _is_sheared(header, tolerance_mm):
+        header["qform_code"] = 0
 
 
 def nifti_warning(stack: Stack) -> str | None:
