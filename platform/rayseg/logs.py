@@ -95,7 +95,7 @@ def unheard(text: str) -> Iterator[None]:
     except OSError:
         yield
         return
-    with contextlib.closing(os.fdopen(kept, "wb")) as terminal, tempfile.TemporaryFile() as written:
+    with os.fdopen(kept, "wb") as terminal, tempfile.TemporaryFile() as written:
         _flush()
         os.dup2(written.fileno(), 2)
         try:
