@@ -91,8 +91,8 @@ class Found:
     @property
     def geometries(self) -> list[Geometry]:
         """Of each slice; of an image file that has none, its size."""
-        found = [self.series.geometries[number] for number in self.numbers]
-        return [one or Geometry(*mask.shape) for one, mask in zip(found, self.masks, strict=True)]
+        known = [self.series.geometries[number] for number in self.numbers]
+        return [one or Geometry(*mask.shape) for one, mask in zip(known, self.masks, strict=True)]
 
     @property
     def flags(self) -> dict[QualityFlag, str]:
@@ -112,14 +112,14 @@ def found(
             first.reason, f"none of {len(masks)} slices can be used; the first: {first.detail or first.reason}"
         )
     rejected = Counter(series.left_out) + Counter(reject.reason.value for reject in rejects)
-    made = {number: mask for number, mask in enumerate(masks) if not isinstance(mask, Reject)}
+    usable = {number: mask for number, mask in enumerate(masks) if not isinstance(mask, Reject)}
     return Found(
         series,
         model,
         threshold,
-        list(made),
-        [one.mask for one in made.values()],
-        [one.look for one in made.values()],
+        list(usable),
+        [one.mask for one in usable.values()],
+        [one.look for one in usable.values()],
         dict(sorted(rejected.items())),
     )
 
@@ -135,13 +135,13 @@ def encode(kind: str, found: Found, grid: Grid = "source") -> bytes | Reject:
     if kind == NIFTI and grid == "source" and found.of_nifti:
         frames = [found.series.places[number][1] for number in found.numbers]
         return volume.mask(volume.header(found.series.objects[0]), found.masks, frames, found.model.labels)
-    place = stack(found.masks, found.geometries)
-    if isinstance(place, Reject):
-        return place
+    placed = stack(found.masks, found.geometries)
+    if isinstance(placed, Reject):
+        return placed
     if kind == NIFTI:
-        return exports.nifti(place if grid == "source" else upright(place), found.model.labels)
+        return exports.nifti(placed if grid == "source" else upright(placed), found.model.labels)
     assert kind == GLB
-    return exports.glb(exports.surfaces(place, found.model.labels))
+    return exports.glb(exports.surfaces(placed, found.model.labels))
 
 
 def warning(kind: str, found: Found, grid: Grid = "source") -> str | None:
@@ -150,11 +150,11 @@ def warning(kind: str, found: Found, grid: Grid = "source") -> str | None:
     The volumes of a viewer's form are on the series' own grid whatever was sent.
     """
     as_it_lies = kind == NIFTI and grid == "source" and not found.of_nifti
-    place = stack(found.masks, found.geometries) if as_it_lies or kind == FORM else None
-    if place is None or isinstance(place, Reject):
+    placed = stack(found.masks, found.geometries) if as_it_lies or kind == FORM else None
+    if placed is None or isinstance(placed, Reject):
         return None
-    told = exports.nifti_warning(place)
-    return told and f"{told}: application/nifti with grid=upright"
+    text = exports.nifti_warning(placed)
+    return text and f"{text}: application/nifti with grid=upright"
 
 
 def measure(found: Found, timings_ms: dict[str, float]) -> SeriesAnswer:
@@ -206,7 +206,7 @@ def _dicom_seg(found: Found) -> bytes | Reject:
     if found.threshold is not None:  # another mask, so another name
         settings = config.digest([settings, found.threshold])
     frames = [frame for _, frame in places]
-    made, refused = outputs.files(
+    encoded, refused = outputs.files(
         outputs.Segmented("", "dicom", found.numbers, frames, found.geometries, found.masks, found.looks, sources),
         ("seg",),
         model.labels,
@@ -215,28 +215,28 @@ def _dicom_seg(found: Found) -> bytes | Reject:
         settings,
         model.engine,
     )
-    return refused["seg"] if refused else made[0].data
+    return refused["seg"] if refused else encoded[0].data
 
 
 def _with_diameters(found: Found, masks_SHW: np.ndarray, lesions: Sequence[Connected]) -> list[Lesion]:
     geometries = found.geometries
     voxels = voxels_mm3(geometries)
-    place = stack(found.masks, geometries)
-    told = []
+    placed = stack(found.masks, geometries)
+    answers = []
     for lesion in lesions:
         pixels = np.count_nonzero(lesion.inside, axis=(1, 2))
         spacing = geometries[lesion.slices.start].pixel_spacing_mm
-        told.append(
+        answers.append(
             Lesion(
                 label=found.model.labels[lesion.value - 1],
                 pixels=lesion.pixels,
                 volume_ml=None if voxels is None else _rounded(lesion.volume_ml(voxels)),
                 area_mm2=None if spacing is None else round(int(pixels.max()) * spacing[0] * spacing[1], 3),
                 slices=(found.numbers[lesion.slices.start], found.numbers[lesion.slices.stop - 1]),
-                max_diameter_mm=None if isinstance(place, Reject) else round(lesion.diameter_mm(place), 2),
+                max_diameter_mm=None if isinstance(placed, Reject) else round(lesion.diameter_mm(placed), 2),
             )
         )
-    return told
+    return answers
 
 
 def _rounded(volume: float | None) -> float | None:

@@ -133,8 +133,8 @@ def create(model: Segmenter, settings: Settings) -> FastAPI:
             several = upload.is_several(body, content_type.partition(";")[0].strip().lower())
             if not several:
                 async with deadline(settings.deadline_s, request):
-                    made = await model.segment(body, wanted.ask("urgent", settings.deadline_s))
-                several = isinstance(made, Reject) and made.reason == Reason.UNSUPPORTED_MULTIFRAME
+                    outcome = await model.segment(body, wanted.ask("urgent", settings.deadline_s))
+                several = isinstance(outcome, Reject) and outcome.reason == Reason.UNSUPPORTED_MULTIFRAME
             if several:
                 async with deadline(settings.series_deadline_s, request), room:
                     answer = await series_content(model, body, content_type, settings, wanted, received)
@@ -143,7 +143,7 @@ def create(model: Segmenter, settings: Settings) -> FastAPI:
                     headers["X-Warning"] = answer.warning
                 audit.about(request.scope, answer.uids)
             else:
-                result = accepted(made)
+                result = accepted(outcome)
                 headers = answers.model_headers(result.model)
                 # Encoding takes milliseconds of computing: in a thread, so that other requests go on.
                 content = await asyncio.to_thread(slice_content, body, result, wanted, received)
@@ -166,10 +166,10 @@ def create(model: Segmenter, settings: Settings) -> FastAPI:
     @app.get("/v1/models/{which}", summary="A version that a replica holds", responses={404: problem, 503: problem})
     async def version(which: str) -> VersionAnswer:
         async with deadline(HEALTH_DEADLINE_S):
-            found = version_answer(await model.state(), which)
-        if found is None:
+            answer = version_answer(await model.state(), which)
+        if answer is None:
             raise RefusalError(404, "unknown_model", "not one of those that are held: see /v1/models")
-        return found
+        return answer
 
     @app.get("/healthz", summary="Whether the model gives the right mask, now", responses={503: problem})
     async def healthz(response: Response) -> HealthAnswer:

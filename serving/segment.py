@@ -86,19 +86,19 @@ async def series_content(
     model: Segmenter, body: bytes, content_type: str, settings: Settings, wanted: Wanted, received: float
 ) -> OfSeries:
     """The answer about a series."""
-    found = accepted(await asyncio.to_thread(upload.read, body, content_type, settings.limits))
+    arranged = accepted(await asyncio.to_thread(upload.read, body, content_type, settings.limits))
     number = wanted.number
-    if wanted.kind == PNG and number is None and len(found.places) > 1:
-        raise RefusalError(406, "not_acceptable", f"image/png is of one slice: ?slice=0 to {len(found.places) - 1}")
+    if wanted.kind == PNG and number is None and len(arranged.places) > 1:
+        raise RefusalError(406, "not_acceptable", f"image/png is of one slice: ?slice=0 to {len(arranged.places) - 1}")
     number = number or 0
-    if number >= len(found.places):
-        raise RefusalError(422, "invalid_parameter", f"slice: 0 to {len(found.places) - 1} expected")
+    if number >= len(arranged.places):
+        raise RefusalError(422, "invalid_parameter", f"slice: 0 to {len(arranged.places) - 1} expected")
     info = accepted(await model.describe(wanted.model))
     preprocess = info.preprocess
     ask = dataclasses.replace(wanted.ask("normal", settings.series_deadline_s), model=info.version)
     if wanted.kind == PNG:
-        found, number = found.around(number, preprocess.neighbours)
-    masks = await series.segment(model, found, ask, preprocess.neighbours, preprocess.color)
+        arranged, number = arranged.around(number, preprocess.neighbours)
+    masks = await series.segment(model, arranged, ask, preprocess.neighbours, preprocess.color)
 
     def content() -> tuple[bytes, str | None]:
         segmented = time.perf_counter()
@@ -106,17 +106,17 @@ async def series_content(
             mask = accepted(masks[number]).mask
             if wanted.picture == "mask":
                 return answers.png(mask), None
-            near, _ = found.around(number, 0)
+            near, _ = arranged.around(number, 0)
             return answers.overlay(accepted(next(near.slices(preprocess.color))), mask, preprocess), None
-        made = accepted(findings.found(found, info, wanted.threshold, masks))
-        warning = findings.warning(wanted.kind, made, wanted.grid)
+        found = accepted(findings.found(arranged, info, wanted.threshold, masks))
+        warning = findings.warning(wanted.kind, found, wanted.grid)
         if wanted.kind not in (JSON, FORM):
-            return accepted(findings.encode(wanted.kind, made, wanted.grid)), warning
-        answer = findings.measure(made, {})
+            return accepted(findings.encode(wanted.kind, found, wanted.grid)), warning
+        answer = findings.measure(found, {})
         answer.timings_ms = _timings(wanted, received, segmented)
-        return volumes.view(made, answer) if wanted.kind == FORM else answer.model_dump_json().encode(), warning
+        return volumes.view(found, answer) if wanted.kind == FORM else answer.model_dump_json().encode(), warning
 
-    uids = {header.series_instance_uid for header in found.headers or ()}
+    uids = {header.series_instance_uid for header in arranged.headers or ()}
     data, warning = await asyncio.to_thread(content)
     return OfSeries(data, info, uids, warning)
 

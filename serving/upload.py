@@ -123,15 +123,15 @@ def arrange(objects: Sequence[bytes], limits: Limits) -> Series | Reject:
         reason = verdict([header for _, header in slices]).reason or Reason.SERIES_DUPLICATES
         return Reject(reason, f"{len(stacks.parts)} stacks ({names}): send one at a time")
     left_out.update(stacks.rest.values())
-    slices = [slices[place] for place in stacks.parts[0].indices]
-    found = verdict([header for _, header in slices])
-    if found.verdict == "rejected":
-        assert found.reason is not None
-        return Reject(found.reason, found.detail)
-    kept = [slices[place] for place in found.order]
+    slices = [slices[number] for number in stacks.parts[0].indices]
+    judged = verdict([header for _, header in slices])
+    if judged.verdict == "rejected":
+        assert judged.reason is not None
+        return Reject(judged.reason, judged.detail)
+    kept = [slices[number] for number in judged.order]
     uids = {header.slice_uid for _, header in kept}
-    for place in set(range(len(slices))) - set(found.order):
-        header = slices[place][1]
+    for number in set(range(len(slices))) - set(judged.order):
+        header = slices[number][1]
         reason = Reason.SERIES_DUPLICATES if header.slice_uid in uids else Reason.SERIES_MIXED
         left_out[Reason.LOCALIZER if header.localizer else reason] += 1
     return _within(
@@ -142,7 +142,7 @@ def arrange(objects: Sequence[bytes], limits: Limits) -> Series | Reject:
             [header for _, header in kept],
             [header.geometry for _, header in kept],
             dict(sorted(left_out.items())),
-            found.detail,
+            judged.detail,
         ),
     )
 
@@ -154,17 +154,17 @@ def _other(
     if len(others) > 1:
         return Reject(Reason.SERIES_MIXED, f"{len(others)} image files or volumes: send one at a time, or DICOM")
     (index,) = others
-    data, told = objects[index], dict(left_out)
+    data, reasons = objects[index], dict(left_out)
     if not volumes.is_volume(data):
-        return Series([data], [(0, None)], None, [None], told)
-    found = volumes.read_volume(data)
-    if isinstance(found, Reject):
-        return found
-    if found.inflated_bytes > limits.inflated_bytes:
-        return Reject(Reason.TOO_LARGE, f"{found.kind}: the size of the volume")
-    count = found.slices
-    geometries = [Geometry(**found.place(number)) for number in range(count)] if count <= limits.slices else []
-    return _within(limits, Series([data], [(0, number) for number in range(count)], None, geometries, told))
+        return Series([data], [(0, None)], None, [None], reasons)
+    volume = volumes.read_volume(data)
+    if isinstance(volume, Reject):
+        return volume
+    if volume.inflated_bytes > limits.inflated_bytes:
+        return Reject(Reason.TOO_LARGE, f"{volume.kind}: the size of the volume")
+    count = volume.slices
+    geometries = [Geometry(**volume.place(number)) for number in range(count)] if count <= limits.slices else []
+    return _within(limits, Series([data], [(0, number) for number in range(count)], None, geometries, reasons))
 
 
 def _within(limits: Limits, series: Series) -> Series | Reject:
@@ -202,7 +202,7 @@ def _unzipped(data: bytes, most_bytes: int, most_entries: int) -> list[bytes] | 
     # Before zipfile makes an object of some kB out of each entry of the directory.
     if data.count(_ZIP_ENTRY) > most_entries:
         return Reject(Reason.TOO_LARGE, "entries of the zip")
-    found: list[bytes] = []
+    contents: list[bytes] = []
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             for entry in archive.infolist():
@@ -219,11 +219,11 @@ def _unzipped(data: bytes, most_bytes: int, most_entries: int) -> list[bytes] | 
                         if len(content) > most_bytes:
                             return Reject(Reason.TOO_LARGE, "inflated bytes of the zip")
                 most_bytes -= len(content)
-                found.append(bytes(content))
+                contents.append(bytes(content))
     # What zipfile raises on spoiled directories and on kinds of entries that it does not read; nothing else is in here.
     except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError) as error:
         return Reject(Reason.CORRUPT, f"zip: {type(error).__name__}")
-    return found
+    return contents
 
 
 class _Form:

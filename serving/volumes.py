@@ -41,9 +41,9 @@ def volumes(slices: Sequence[Slice], masks: Sequence[np.ndarray]) -> tuple[bytes
     geometries = [geometry(slice) for slice in slices]
     image_SHW, slope, intercept = _values(slices)
     # The same places give the same order and affine to both.
-    placed, found = stack(list(image_SHW), geometries), stack(masks, geometries)
+    placed, placed_masks = stack(list(image_SHW), geometries), stack(masks, geometries)
     affine = placed if isinstance(placed, Reject) else placed.affine_lps()
-    if isinstance(placed, Reject) or isinstance(found, Reject) or isinstance(affine, Reject):
+    if isinstance(placed, Reject) or isinstance(placed_masks, Reject) or isinstance(affine, Reject):
         assert isinstance(affine, Reject)
         header = _header(image_SHW.shape)
         header.set_qform(np.diag([*_steps_mm(geometries), 1.0]), code=0)  # first: sets pixdim, too
@@ -52,7 +52,7 @@ def volumes(slices: Sequence[Slice], masks: Sequence[np.ndarray]) -> tuple[bytes
         return _encode(header, image_SHW, slope, intercept), _encode(header, np.stack(masks), 1.0, 0.0)
     header = _header(image_SHW.shape)
     set_place(header, affine, placed.tolerance_mm)
-    return _encode(header, placed.masks, slope, intercept), _encode(header, found.masks, 1.0, 0.0)
+    return _encode(header, placed.masks, slope, intercept), _encode(header, placed_masks.masks, 1.0, 0.0)
 
 
 def view(found: Found, answer: SeriesAnswer) -> bytes:

@@ -25,8 +25,8 @@ _COLOURS = np.array(  # of the classes: Okabe and Ito's, which are told apart by
 
 def colour(number: int) -> np.ndarray:
     """Red, green and blue, uint8 (3,), of the class of this number, from 1."""
-    found: np.ndarray = _COLOURS[(number - 1) % len(_COLOURS)]
-    return found
+    rgb: np.ndarray = _COLOURS[(number - 1) % len(_COLOURS)]
+    return rgb
 
 
 def nifti(stack: Stack, labels: Sequence[str]) -> bytes | Reject:
@@ -68,7 +68,7 @@ def nifti_warning(stack: Stack) -> str | None:
 def _is_sheared(header: nib.Nifti1Header, tolerance_mm: float) -> bool:
     """Whether the grid of the sform has corners that lie elsewhere by the qform, whose axes are at right angles."""
     last = np.array(header.get_data_shape()) - 1
-    corners = np.array([(*place, 1) for place in np.ndindex(2, 2, 2)]) * (*last, 1)
+    corners = np.array([(*corner, 1) for corner in np.ndindex(2, 2, 2)]) * (*last, 1)
     off_mm = corners @ (header.get_sform() - header.get_qform()).T
     return bool(np.linalg.norm(off_mm[:, :3], axis=1).max() > tolerance_mm)
 
@@ -78,7 +78,7 @@ def surfaces(stack: Stack, labels: Sequence[str]) -> dict[str, trimesh.Trimesh]:
 
     Marching cubes (Lewiner et al. 2003) through the middle between foreground and background.
     """
-    found = {}
+    meshes = {}
     for number, name in enumerate(labels, start=1):
         inside_SHW = stack.masks == number
         where = ndimage.find_objects(inside_SHW.astype(np.uint8))
@@ -92,8 +92,8 @@ def surfaces(stack: Stack, labels: Sequence[str]) -> dict[str, trimesh.Trimesh]:
         mesh = trimesh.Trimesh(points_mm, faces, vertex_colors=[rgba] * len(vertices), process=False)
         if mesh.volume < 0:
             mesh.invert()
-        found[name] = mesh
-    return found
+        meshes[name] = mesh
+    return meshes
 
 
 def stl(meshes: dict[str, trimesh.Trimesh]) -> bytes:
