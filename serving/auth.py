@@ -82,11 +82,11 @@ def bearer(tokens: Sequence[Token], authorization: str | None) -> Token | None:
     """
     scheme, _, given = (authorization or "").partition(" ")
     sha256 = hashlib.sha256(given.strip().encode("utf-8", "surrogateescape")).hexdigest()
-    found = None
+    matching = None
     for token in tokens:
         if hmac.compare_digest(token.sha256, sha256):
-            found = token
-    return found if scheme.lower() == "bearer" else None
+            matching = token
+    return matching if scheme.lower() == "bearer" else None
 
 
 def required(method: str, path: str) -> Role | None:

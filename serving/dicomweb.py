@@ -100,14 +100,14 @@ def _fetch(service: str, wanted: PacsRequest, limits: upload.Limits) -> Sequence
 
 def _stored(service: str, found: Found) -> PacsAnswer:
     data = accepted(findings.encode(DICOM, found))
-    made = pydicom.dcmread(io.BytesIO(data), stop_before_pixels=True)
+    instance = pydicom.dcmread(io.BytesIO(data), stop_before_pixels=True)
     try:
-        place = pacs.store(service, str(made.SOPInstanceUID), data)
+        address = pacs.store(service, str(instance.SOPInstanceUID), data)
     except OSError as error:
         raise RefusalError(502, "pacs_failed", f"the PACS does not take the SEG ({type(error).__name__})") from None
     return PacsAnswer(
-        stored=place,
-        series_instance_uid=str(made.SeriesInstanceUID),
-        sop_instance_uid=str(made.SOPInstanceUID),
+        stored=address,
+        series_instance_uid=str(instance.SeriesInstanceUID),
+        sop_instance_uid=str(instance.SOPInstanceUID),
         figures=findings.measure(found, {}),
     )

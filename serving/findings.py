@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from pydantic import BaseModel, Field
@@ -12,6 +13,7 @@ from rayseg.data.conformal import VolumeErrors
 from rayseg.dicom import nifti
 from rayseg.geometry.grid import Geometry
 from rayseg.geometry.stack import stack
+from rayseg.geometry.upright import upright
 from rayseg.geometry.volume import volume_ml, voxels_mm3
 from rayseg.inference import exports, outputs, quality, volume
 from rayseg.inference.lesions import Lesion as Connected
@@ -20,7 +22,7 @@ from rayseg.inference.postprocess import Postprocess
 from rayseg.inference.quality import Look
 from rayseg.records import QualityFlag, Reason, Reject
 from rayseg.tracking.version import ModelVersion
-from serving.answers import DICOM, GLB, NIFTI, Quality
+from serving.answers import DICOM, FORM, GLB, NIFTI, Quality
 from serving.messages import Masked, ModelInfo
 from serving.upload import Series
 
@@ -28,6 +30,8 @@ MOST_LESIONS = 100
 _INTERVAL = (
     "of the 95 % interval, by patients of validation; null where they are too few, or the client chose the threshold"
 )
+
+Grid = Literal["source", "upright"]  # of a NIfTI volume
 
 
 class LabelVolume(BaseModel):
@@ -88,10 +92,15 @@ class Found:
     rejected: dict[str, int]
 
     @property
+    def of_nifti(self) -> bool:
+        """Whether what was sent is a NIfTI volume."""
+        return self.series.headers is None and nifti.is_nifti(self.series.objects[0])
+
+    @property
     def geometries(self) -> list[Geometry]:
         """Of each slice; of an image file that has none, its size."""
-        found = [self.series.geometries[number] for number in self.numbers]
-        return [one or Geometry(*mask.shape) for one, mask in zip(found, self.masks, strict=True)]
+        known = [self.series.geometries[number] for number in self.numbers]
+        return [one or Geometry(*mask.shape) for one, mask in zip(known, self.masks, strict=True)]
 
     @property
     def flags(self) -> dict[QualityFlag, str]:
@@ -111,35 +120,49 @@ def found(
             first.reason, f"none of {len(masks)} slices can be used; the first: {first.detail or first.reason}"
         )
     rejected = Counter(series.left_out) + Counter(reject.reason.value for reject in rejects)
-    made = {number: mask for number, mask in enumerate(masks) if not isinstance(mask, Reject)}
+    usable = {number: mask for number, mask in enumerate(masks) if not isinstance(mask, Reject)}
     return Found(
         series,
         model,
         threshold,
-        list(made),
-        [one.mask for one in made.values()],
-        [one.look for one in made.values()],
+        list(usable),
+        [one.mask for one in usable.values()],
+        [one.look for one in usable.values()],
         dict(sorted(rejected.items())),
     )
 
 
-def encode(kind: str, found: Found) -> bytes | Reject:
+def encode(kind: str, found: Found, grid: Grid = "source") -> bytes | Reject:
     """The series as DICOM SEG, gzipped NIfTI or GLB; a reject where it lacks what the format must state.
 
-    The NIfTI of a NIfTI volume is on the volume's own grid: voxel by voxel its mask.
+    The NIfTI of a NIfTI volume is on the volume's own grid: voxel by voxel its mask. Where an upright `grid` is wanted
+    it is on one with right angles, as `nifti-upright` of the bulk job.
     """
     if kind == DICOM:
         return _dicom_seg(found)
-    if kind == NIFTI and found.series.headers is None and nifti.is_nifti(found.series.objects[0]):
+    if kind == NIFTI and grid == "source" and found.of_nifti:
         frames = [found.series.places[number][1] for number in found.numbers]
         return volume.mask(volume.header(found.series.objects[0]), found.masks, frames, found.model.labels)
-    place = stack(found.masks, found.geometries)
-    if isinstance(place, Reject):
-        return place
+    placed = stack(found.masks, found.geometries)
+    if isinstance(placed, Reject):
+        return placed
     if kind == NIFTI:
-        return exports.nifti(place, found.model.labels)
+        return exports.nifti(placed if grid == "source" else upright(placed), found.model.labels)
     assert kind == GLB
-    return exports.glb(exports.surfaces(place, found.model.labels))
+    return exports.glb(exports.surfaces(placed, found.model.labels))
+
+
+def warning(kind: str, found: Found, grid: Grid = "source") -> str | None:
+    """What who reads the answer should know, as the bulk job's ledger has it; None where it is nothing.
+
+    The volumes of a viewer's form are on the series' own grid whatever was sent.
+    """
+    as_it_lies = kind == NIFTI and grid == "source" and not found.of_nifti
+    placed = stack(found.masks, found.geometries) if as_it_lies or kind == FORM else None
+    if placed is None or isinstance(placed, Reject):
+        return None
+    text = exports.nifti_warning(placed)
+    return text and f"{text}: application/nifti with grid=upright"
 
 
 def measure(found: Found, timings_ms: dict[str, float]) -> SeriesAnswer:
@@ -200,7 +223,7 @@ def _dicom_seg(found: Found) -> bytes | Reject:
     if found.threshold is not None:  # another mask, so another name
         settings = config.digest([settings, found.threshold])
     frames = [frame for _, frame in places]
-    made, refused = outputs.files(
+    encoded, refused = outputs.files(
         outputs.Segmented("", "dicom", found.numbers, frames, found.geometries, found.masks, found.looks, sources),
         ("seg",),
         model.labels,
@@ -209,28 +232,28 @@ def _dicom_seg(found: Found) -> bytes | Reject:
         settings,
         model.engine,
     )
-    return refused["seg"] if refused else made[0].data
+    return refused["seg"] if refused else encoded[0].data
 
 
 def _with_diameters(found: Found, masks_SHW: np.ndarray, lesions: Sequence[Connected]) -> list[Lesion]:
     geometries = found.geometries
     voxels = voxels_mm3(geometries)
-    place = stack(found.masks, geometries)
-    told = []
+    placed = stack(found.masks, geometries)
+    answers = []
     for lesion in lesions:
         pixels = np.count_nonzero(lesion.inside, axis=(1, 2))
         spacing = geometries[lesion.slices.start].pixel_spacing_mm
-        told.append(
+        answers.append(
             Lesion(
                 label=found.model.labels[lesion.value - 1],
                 pixels=lesion.pixels,
                 volume_ml=None if voxels is None else _rounded(lesion.volume_ml(voxels)),
                 area_mm2=None if spacing is None else round(int(pixels.max()) * spacing[0] * spacing[1], 3),
                 slices=(found.numbers[lesion.slices.start], found.numbers[lesion.slices.stop - 1]),
-                max_diameter_mm=None if isinstance(place, Reject) else round(lesion.diameter_mm(place), 2),
+                max_diameter_mm=None if isinstance(placed, Reject) else round(lesion.diameter_mm(placed), 2),
             )
         )
-    return told
+    return answers
 
 
 def _rounded(volume: float | None) -> float | None:

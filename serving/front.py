@@ -39,8 +39,8 @@ def check_certificate(keyfile: str, certfile: str) -> None:
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certfile, keyfile)
     except OSError as error:  # of which SSL's own are
-        told = error.strerror or type(error).__name__
-        raise ValueError(f"ssl_keyfile, ssl_certfile: no key with its certificate ({told})") from None
+        why = error.strerror or type(error).__name__
+        raise ValueError(f"ssl_keyfile, ssl_certfile: no key with its certificate ({why})") from None
 
 
 class Protocol(HttpToolsProtocol):

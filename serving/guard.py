@@ -268,10 +268,10 @@ class _Answer:
     def reason(self) -> str | None:
         """The code of the Problem that was answered."""
         try:
-            told = json.loads(self._problem)["reason"]
+            reason = json.loads(self._problem)["reason"]
         except (ValueError, KeyError, TypeError):
             return None
-        return told if isinstance(told, str) else None
+        return reason if isinstance(reason, str) else None
 
     def _completed(self, headers: Any) -> list[tuple[bytes, bytes]]:
         given = [(name.lower(), value) for name, value in headers]

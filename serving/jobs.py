@@ -205,8 +205,8 @@ class Jobs:
         return f"models:/{self._model.name}{'/' if wanted.isdigit() else '@'}{wanted}"
 
     async def _all(self) -> list[JobAnswer]:
-        found = await asyncio.to_thread(self._records)
-        jobs = await asyncio.gather(*map(self._read, found))
+        records = await asyncio.to_thread(self._records)
+        jobs = await asyncio.gather(*map(self._read, records))
         return sorted((job for job in jobs if job), key=lambda job: job.created, reverse=True)
 
     def _records(self) -> list[str]:
@@ -234,7 +234,7 @@ class Jobs:
 
 def router(jobs: Jobs | None) -> APIRouter:
     """The routes of jobs; without jobs each answers 404."""
-    found = APIRouter(prefix="/v1/jobs", tags=["jobs"])
+    routes = APIRouter(prefix="/v1/jobs", tags=["jobs"])
     problem = {"model": Problem}
     job_id = Annotated[str, Path(pattern="^[0-9a-f]{16}$")]
 
@@ -247,25 +247,25 @@ def router(jobs: Jobs | None) -> APIRouter:
         token: Token | None = getattr(request.state, "token", None)
         return token
 
-    @found.post(
+    @routes.post(
         "", status_code=202, summary="Segment an archive", responses=dict.fromkeys((403, 404, 409, 422, 429), problem)
     )
     async def submit(request: Request, job: JobRequest) -> JobAnswer:
         return await configured().submit(job, bearer(request))
 
-    @found.get("", summary="The jobs", responses={404: problem})
+    @routes.get("", summary="The jobs", responses={404: problem})
     async def every(request: Request) -> list[JobAnswer]:
         return await configured().visible(bearer(request))
 
-    @found.get("/{id}", summary="How far a job is", responses=dict.fromkeys((404, 422), problem))
+    @routes.get("/{id}", summary="How far a job is", responses=dict.fromkeys((404, 422), problem))
     async def one(request: Request, id: job_id) -> JobAnswer:
         return await configured().get(id, bearer(request))
 
-    @found.delete("/{id}", summary="Cancel a job", responses=dict.fromkeys((404, 409, 422), problem))
+    @routes.delete("/{id}", summary="Cancel a job", responses=dict.fromkeys((404, 409, 422), problem))
     async def cancel(request: Request, id: job_id) -> JobAnswer:
         return await configured().cancel(id, bearer(request))
 
-    return found
+    return routes
 
 
 def allowed(uri: str, prefixes: tuple[str, ...], key: str) -> str:
@@ -274,10 +274,10 @@ def allowed(uri: str, prefixes: tuple[str, ...], key: str) -> str:
     # Whoever reads it may decode it once more: what leads upwards then does not pass either.
     if re.search(r"[\x00-\x1f\x7f\\]", uri) or {".", ".."} & set(re.split("[/\\\\]", unquote(uri))):
         raise refusal
-    place = _canonical(uri)
-    if place is None or not any(_below(place, _canonical(prefix)) for prefix in prefixes):
+    canonical = _canonical(uri)
+    if canonical is None or not any(_below(canonical, _canonical(prefix)) for prefix in prefixes):
         raise refusal
-    return place
+    return canonical
 
 
 def _canonical(uri: str) -> str | None:
@@ -288,11 +288,11 @@ def _canonical(uri: str) -> str | None:
     return os.path.realpath(path) if path.startswith("/") else None
 
 
-def _below(place: str, prefix: str | None) -> bool:
+def _below(uri: str, prefix: str | None) -> bool:
     if prefix is None:
         return False
     ends = ("/", "?") if prefix.startswith("dicomweb+") else ("/",)
-    return place == prefix or place.startswith(tuple(prefix.rstrip("/") + end for end in ends))
+    return uri == prefix or uri.startswith(tuple(prefix.rstrip("/") + end for end in ends))
 
 
 def _sees(token: Token | None, job: JobAnswer) -> bool:

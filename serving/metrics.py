@@ -55,13 +55,13 @@ class Metrics:
 
     def model(self, name: str, version: str, digest: str) -> None:
         """Notes the model that has answered."""
-        told = (name, version, digest)
-        if told == self._current:
+        labels = (name, version, digest)
+        if labels == self._current:
             return
         if self._current:
             self._model.remove(*self._current)
-        self._model.labels(*told).set(1)
-        self._current = told
+        self._model.labels(*labels).set(1)
+        self._current = labels
 
     def replica(self, state: State) -> None:
         """Notes what the model replica that was asked last holds and does."""

@@ -117,10 +117,10 @@ class ModelReplica:
             self._work(partial(_mask, loaded, stack, ask.threshold), ask.priority, ask.seconds) for stack in stacks
         ]
         masks = []
-        for made in await asyncio.gather(*works):
-            if isinstance(made, Refusal):
-                return made
-            masks.append(made)
+        for answer in await asyncio.gather(*works):
+            if isinstance(answer, Refusal):
+                return answer
+            masks.append(answer)
         return Stacked(masks, loaded.info, 1000 * (time.perf_counter() - started))
 
     async def describe(self, model: str | None = None) -> ModelInfo | Refusal:
@@ -154,8 +154,8 @@ class ModelReplica:
         """Runs the bundle's example the way that requests go, queue included."""
         started = time.perf_counter()
         loaded = self._versions.current
-        made = await self._work(loaded.example, "urgent", HEALTH_S)
-        return Health(loaded.info, made == loaded.example_sha256, time.perf_counter() - started)
+        answer = await self._work(loaded.example, "urgent", HEALTH_S)
+        return Health(loaded.info, answer == loaded.example_sha256, time.perf_counter() - started)
 
     async def check_health(self) -> None:
         """What Serve asks every few seconds; a replica that raises is replaced. Costs a slice only where none passed.
@@ -195,15 +195,15 @@ class ModelReplica:
     def _slice(self, loaded: "Loaded", body: bytes, threshold: float | None) -> Segmented | Reject:
         started = time.perf_counter()
         at_work = self._workers.running
-        made = _alone(loaded, body, threshold)
-        if isinstance(made, Reject):
-            return made
-        slice = made.slice
+        judged = _alone(loaded, body, threshold)
+        if isinstance(judged, Reject):
+            return judged
+        slice = judged.slice
         if threshold is None:
-            self._shadow(loaded, body, made.mask)
+            self._shadow(loaded, body, judged.mask)
         return Segmented(
-            mask=made.mask,
-            look=look(loaded.info.preprocess, made),
+            mask=judged.mask,
+            look=look(loaded.info.preprocess, judged),
             geometry=slice.header.geometry if slice.header else slice.geometry,
             model=loaded.info,
             batch_size=at_work,
@@ -220,12 +220,14 @@ class ModelReplica:
             return
 
         def work() -> None:
-            made = _alone(shadow, body, None)
+            shadowed = _alone(shadow, body, None)
             with self._counting:
-                self._shadowing.add(shadow.info.version, mask, made if isinstance(made, Reject) else made.mask)
-                told = dataclasses.replace(self._shadowing)
-            if told.slices % _SHADOWS_PER_LINE == 0:
-                logger.info("shadow version %s: %d of %d masks identical", told.version, told.identical, told.slices)
+                self._shadowing.add(
+                    shadow.info.version, mask, shadowed if isinstance(shadowed, Reject) else shadowed.mask
+                )
+                tally = dataclasses.replace(self._shadowing)
+            if tally.slices % _SHADOWS_PER_LINE == 0:
+                logger.info("shadow version %s: %d of %d masks identical", tally.version, tally.identical, tally.slices)
 
         try:
             self._workers.submit(work, "bulk", SHADOW_S)
@@ -254,8 +256,8 @@ def _mask(loaded: "Loaded", stack: list[Slice | None], threshold: float | None) 
     if stack[len(stack) // 2] is None:
         return Reject(Reason.INTERNAL, "no slice")  # who asked knows why
     try:
-        made = loaded.predictor.judge_stack(stack, threshold)
-        return made if isinstance(made, Reject) else Masked(made.mask, look(loaded.info.preprocess, made))
+        judged = loaded.predictor.judge_stack(stack, threshold)
+        return judged if isinstance(judged, Reject) else Masked(judged.mask, look(loaded.info.preprocess, judged))
     except Exception as error:
         return Reject(Reason.INTERNAL, type(error).__name__)
 

@@ -18,7 +18,7 @@ from rayseg.records import Reason, Reject
 from serving import answers, audit, dicomweb, page, upload, volumes
 from serving.answers import DICOM, GLB, KINDS, NIFTI, PNG, ModelAnswer, SegmentAnswer
 from serving.bodies import Bodies
-from serving.findings import SeriesAnswer
+from serving.findings import Grid, SeriesAnswer
 from serving.held import ModelsAnswer, VersionAnswer, models_answer, version_answer
 from serving.messages import Priority, Segmenter
 from serving.refusals import Problem, RefusalError, accepted, deadline
@@ -100,7 +100,7 @@ def create(model: Segmenter, settings: Settings) -> FastAPI:
                 },
                 "headers": {
                     name: {"schema": {"type": "string"}}
-                    for name in ("X-Model-Name", "X-Model-Version", "X-Model-Digest")
+                    for name in ("X-Model-Name", "X-Model-Version", "X-Model-Digest", "X-Warning")
                 },
             },
             **dict.fromkeys((400, 404, 406, 413, 415, 422, 500, 503), problem),
@@ -111,6 +111,9 @@ def create(model: Segmenter, settings: Settings) -> FastAPI:
         preview: Annotated[bool, Query(description="put pictures of slice and mask into a slice's JSON")] = False,
         picture: Annotated[Literal["mask", "overlay"], Query(description="what a PNG shows")] = "mask",
         slice: Annotated[int | None, Query(ge=0, description="of a series, from 0: that a PNG is wanted of")] = None,
+        grid: Annotated[
+            Grid, Query(description="of NIfTI: the source's own, or one with right angles, which ITK reads when tilted")
+        ] = "source",
         threshold: Annotated[
             float | None, Query(gt=0, lt=1, description="in the place of the model's own; models of one class")
         ] = None,
@@ -124,26 +127,29 @@ def create(model: Segmenter, settings: Settings) -> FastAPI:
         kind = answers.negotiate(request.headers.get("accept"))
         if kind is None:
             raise RefusalError(406, "not_acceptable", f"offered: {', '.join(KINDS)}")
-        wanted = Wanted(kind, picture, slice, preview, of, threshold, priority, started)
+        wanted = Wanted(kind, picture, slice, grid, preview, of, threshold, priority, started)
         async with bodies.read(request, BODY_TYPES, settings.max_body_bytes) as (body, content_type):
             received = time.perf_counter()
             several = upload.is_several(body, content_type.partition(";")[0].strip().lower())
             if not several:
                 async with deadline(settings.deadline_s, request):
-                    made = await model.segment(body, wanted.ask("urgent", settings.deadline_s))
-                several = isinstance(made, Reject) and made.reason == Reason.UNSUPPORTED_MULTIFRAME
+                    outcome = await model.segment(body, wanted.ask("urgent", settings.deadline_s))
+                several = isinstance(outcome, Reject) and outcome.reason == Reason.UNSUPPORTED_MULTIFRAME
             if several:
                 async with deadline(settings.series_deadline_s, request), room:
-                    content, info, uids = await series_content(model, body, content_type, settings, wanted, received)
-                audit.about(request.scope, uids)
+                    answer = await series_content(model, body, content_type, settings, wanted, received)
+                content, headers = answer.content, answers.model_headers(answer.model)
+                if answer.warning is not None:
+                    headers["X-Warning"] = answer.warning
+                audit.about(request.scope, answer.uids)
             else:
-                result = accepted(made)
-                info = result.model
+                result = accepted(outcome)
+                headers = answers.model_headers(result.model)
                 # Encoding takes milliseconds of computing: in a thread, so that other requests go on.
                 content = await asyncio.to_thread(slice_content, body, result, wanted, received)
                 audit.about(request.scope, result.series)
         media_type = volumes.MEDIA_TYPE if kind == FORM else kind
-        return Response(content, media_type=media_type, headers=answers.model_headers(info))
+        return Response(content, media_type=media_type, headers=headers)
 
     @app.get("/v1/model", summary="The model in use", responses={503: problem})
     async def describe(response: Response) -> ModelAnswer:
@@ -160,10 +166,10 @@ def create(model: Segmenter, settings: Settings) -> FastAPI:
     @app.get("/v1/models/{which}", summary="A version that a replica holds", responses={404: problem, 503: problem})
     async def version(which: str) -> VersionAnswer:
         async with deadline(HEALTH_DEADLINE_S):
-            found = version_answer(await model.state(), which)
-        if found is None:
+            answer = version_answer(await model.state(), which)
+        if answer is None:
             raise RefusalError(404, "unknown_model", "not one of those that are held: see /v1/models")
-        return found
+        return answer
 
     @app.get("/healthz", summary="Whether the model gives the right mask, now", responses={503: problem})
     async def healthz(response: Response) -> HealthAnswer:

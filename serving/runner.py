@@ -75,8 +75,8 @@ class Runner:
         else:
             # Code 2 is a bad setting or too many rejects, told in one line; else it is a defect or a lost machine.
             lines = log.decode(errors="replace").strip().splitlines() or [""]
-            told = lines[-1] if self._process.returncode == 2 else f"ended with code {self._process.returncode}"
-            ended |= {"state": "failed", "error": told}
+            why = lines[-1] if self._process.returncode == 2 else f"ended with code {self._process.returncode}"
+            ended |= {"state": "failed", "error": why}
         with contextlib.suppress(FileNotFoundError):
             ended["progress"] = await asyncio.to_thread(storage.read_json, self._progress)
         await self._note(**ended)

@@ -10,6 +10,7 @@ from rayseg.dicom.reading import Slice, read_headers, read_slice
 from rayseg.records import Reject
 from serving import answers, findings, series, upload, volumes
 from serving.answers import FORM, JSON, PNG
+from serving.findings import Grid
 from serving.messages import Ask, Masked, ModelInfo, Priority, Segmented, Segmenter
 from serving.refusals import RefusalError, accepted
 from serving.upload import Limits, Series
@@ -28,6 +29,16 @@ class Settings:
     pacs: str | None = None  # URL of a DICOMweb service, whose series may be segmented
 
 
+@dataclass(frozen=True, eq=False)
+class OfSeries:
+    """An answer about a series."""
+
+    content: bytes
+    model: ModelInfo  # the version that all masks are of
+    uids: set[str]  # of the series, where it has one
+    warning: str | None  # what who reads the content should know
+
+
 @dataclass(frozen=True)
 class Wanted:
     """What a request to segment asks for."""
@@ -35,6 +46,7 @@ class Wanted:
     kind: str
     picture: Literal["mask", "overlay"]
     number: int | None  # of the slice of a series that PNG is wanted of
+    grid: Grid  # of NIfTI
     preview: bool
     model: str | None
     threshold: float | None
@@ -67,44 +79,46 @@ def slice_content(body: bytes, result: Segmented, wanted: Wanted, received: floa
     found = accepted(findings.found(alone, result.model, wanted.threshold, [Masked(result.mask, result.look)]))
     if wanted.kind == FORM:
         return volumes.view(found, findings.measure(found, _timings(wanted, received, segmented)))
-    return accepted(findings.encode(wanted.kind, found))
+    return accepted(findings.encode(wanted.kind, found, wanted.grid))
 
 
 async def series_content(
     model: Segmenter, body: bytes, content_type: str, settings: Settings, wanted: Wanted, received: float
-) -> tuple[bytes, ModelInfo, set[str]]:
-    """The answer about a series, the version that all of its masks are of, and the series' UID where it has one."""
-    found = accepted(await asyncio.to_thread(upload.read, body, content_type, settings.limits))
+) -> OfSeries:
+    """The answer about a series."""
+    arranged = accepted(await asyncio.to_thread(upload.read, body, content_type, settings.limits))
     number = wanted.number
-    if wanted.kind == PNG and number is None and len(found.places) > 1:
-        raise RefusalError(406, "not_acceptable", f"image/png is of one slice: ?slice=0 to {len(found.places) - 1}")
+    if wanted.kind == PNG and number is None and len(arranged.places) > 1:
+        raise RefusalError(406, "not_acceptable", f"image/png is of one slice: ?slice=0 to {len(arranged.places) - 1}")
     number = number or 0
-    if number >= len(found.places):
-        raise RefusalError(422, "invalid_parameter", f"slice: 0 to {len(found.places) - 1} expected")
+    if number >= len(arranged.places):
+        raise RefusalError(422, "invalid_parameter", f"slice: 0 to {len(arranged.places) - 1} expected")
     info = accepted(await model.describe(wanted.model))
     preprocess = info.preprocess
     ask = dataclasses.replace(wanted.ask("normal", settings.series_deadline_s), model=info.version)
     if wanted.kind == PNG:
-        found, number = found.around(number, preprocess.neighbours)
-    masks = await series.segment(model, found, ask, preprocess.neighbours, preprocess.color)
+        arranged, number = arranged.around(number, preprocess.neighbours)
+    masks = await series.segment(model, arranged, ask, preprocess.neighbours, preprocess.color)
 
-    def content() -> bytes:
+    def content() -> tuple[bytes, str | None]:
         segmented = time.perf_counter()
         if wanted.kind == PNG:
             mask = accepted(masks[number]).mask
             if wanted.picture == "mask":
-                return answers.png(mask)
-            near, _ = found.around(number, 0)
-            return answers.overlay(accepted(next(near.slices(preprocess.color))), mask, preprocess)
-        made = accepted(findings.found(found, info, wanted.threshold, masks))
+                return answers.png(mask), None
+            near, _ = arranged.around(number, 0)
+            return answers.overlay(accepted(next(near.slices(preprocess.color))), mask, preprocess), None
+        found = accepted(findings.found(arranged, info, wanted.threshold, masks))
+        warning = findings.warning(wanted.kind, found, wanted.grid)
         if wanted.kind not in (JSON, FORM):
-            return accepted(findings.encode(wanted.kind, made))
-        answer = findings.measure(made, {})
+            return accepted(findings.encode(wanted.kind, found, wanted.grid)), warning
+        answer = findings.measure(found, {})
         answer.timings_ms = _timings(wanted, received, segmented)
-        return volumes.view(made, answer) if wanted.kind == FORM else answer.model_dump_json().encode()
+        return volumes.view(found, answer) if wanted.kind == FORM else answer.model_dump_json().encode(), warning
 
-    uids = {header.series_instance_uid for header in found.headers or ()}
-    return await asyncio.to_thread(content), info, uids
+    uids = {header.series_instance_uid for header in arranged.headers or ()}
+    data, warning = await asyncio.to_thread(content)
+    return OfSeries(data, info, uids, warning)
 
 
 def _timings(wanted: Wanted, received: float, segmented: float) -> dict[str, float]:

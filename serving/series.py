@@ -38,12 +38,12 @@ async def segment(model: Segmenter, series: Series, ask: Ask, neighbours: int, c
 
     async def one(group: _Group) -> None:
         try:
-            made = await model.segment_stacks(group.window, ask)
+            answer = await model.segment_stacks(group.window, ask)
             # What has begun waits for a place, until its deadline: all that was done would be lost.
-            while isinstance(made, Refusal) and made.reason == "busy" and group.first > 0:
+            while isinstance(answer, Refusal) and answer.reason == "busy" and group.first > 0:
                 await asyncio.sleep(BUSY_S)
-                made = await model.segment_stacks(group.window, ask)
-            stacked: Stacked = accepted(made)
+                answer = await model.segment_stacks(group.window, ask)
+            stacked: Stacked = accepted(answer)
         finally:
             places.release()
         for number, mask in enumerate(stacked.masks, start=group.first):
@@ -60,9 +60,9 @@ async def segment(model: Segmenter, series: Series, ask: Ask, neighbours: int, c
     except BaseExceptionGroup as errors:
         refused = errors.subgroup(RefusalError)
         raise (refused or errors).exceptions[0] from None
-    found = [mask for mask in masks if mask is not None]
-    assert len(found) == len(masks), "every slice has an outcome"
-    return found
+    usable = [mask for mask in masks if mask is not None]
+    assert len(usable) == len(masks), "every slice has an outcome"
+    return usable
 
 
 def _groups(series: Series, neighbours: int, color: bool) -> Iterator[_Group]:

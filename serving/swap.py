@@ -60,7 +60,7 @@ def check(bundle_dir: Path, serving: Predictor, exact: Predictor) -> str:
     recorded: Mapping[str, str] = {EXAMPLE_FILE: description["example_mask_sha256"]} | description.get(
         "golden_masks_sha256", {}
     )
-    found = ""
+    digest = ""
     for name, sha256 in recorded.items():
         blob = (bundle_dir / name).read_bytes()
         expected, mask = exact.segment_alone(blob).mask, serving.segment_alone(blob).mask
@@ -71,8 +71,8 @@ def check(bundle_dir: Path, serving: Predictor, exact: Predictor) -> str:
         if different > _MOST_DIFFERENT * either:
             raise UnsoundError(f"{name}: {different} of {either} pixels differ by {serving.engine} and {exact.engine}")
         if name == EXAMPLE_FILE:
-            found = mask_sha256(mask)
-    return found
+            digest = mask_sha256(mask)
+    return digest
 
 
 class Versions:

@@ -23,7 +23,6 @@ from rayseg.dicom.reading import Header, Slice, read_headers, read_slices
 from rayseg.dicom.series import verdict
 from rayseg.dicom.splitting import split
 from rayseg.geometry.grid import Geometry
-from rayseg.inference import volume
 from rayseg.records import Reason, Reject
 
 # It tells of each wrong byte and bad form, and what a client sends is no log's business.
@@ -32,6 +31,7 @@ logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
 FORM, ZIP = "multipart/form-data", "application/zip"
 _FIELD = b"file"
 _ZIP_MAGIC, _ZIP_ENTRY = b"PK\x03\x04", b"PK\x01\x02"
+_ENCRYPTED = 1  # of an entry's flags
 _STEP = 1 << 20
 _SHOWN_STACKS = 5  # of a series of several
 
@@ -62,9 +62,6 @@ class Series:
 
     def slices(self, color: bool) -> Iterator[Slice | Reject]:
         """Decodes one after the other, each when it is asked for."""
-        if self.headers is None and volumes.is_volume(self.objects[0]):
-            yield from volume.slices(self.objects[0], [frame for _, frame in self.places])
-            return
         for index, places in groupby(self.places, key=lambda place: place[0]):
             yield from read_slices(self.objects[index], [frame for _, frame in places], color)
 
@@ -126,15 +123,15 @@ def arrange(objects: Sequence[bytes], limits: Limits) -> Series | Reject:
         reason = verdict([header for _, header in slices]).reason or Reason.SERIES_DUPLICATES
         return Reject(reason, f"{len(stacks.parts)} stacks ({names}): send one at a time")
     left_out.update(stacks.rest.values())
-    slices = [slices[place] for place in stacks.parts[0].indices]
-    found = verdict([header for _, header in slices])
-    if found.verdict == "rejected":
-        assert found.reason is not None
-        return Reject(found.reason, found.detail)
-    kept = [slices[place] for place in found.order]
+    slices = [slices[number] for number in stacks.parts[0].indices]
+    judged = verdict([header for _, header in slices])
+    if judged.verdict == "rejected":
+        assert judged.reason is not None
+        return Reject(judged.reason, judged.detail)
+    kept = [slices[number] for number in judged.order]
     uids = {header.slice_uid for _, header in kept}
-    for place in set(range(len(slices))) - set(found.order):
-        header = slices[place][1]
+    for number in set(range(len(slices))) - set(judged.order):
+        header = slices[number][1]
         reason = Reason.SERIES_DUPLICATES if header.slice_uid in uids else Reason.SERIES_MIXED
         left_out[Reason.LOCALIZER if header.localizer else reason] += 1
     return _within(
@@ -145,7 +142,7 @@ def arrange(objects: Sequence[bytes], limits: Limits) -> Series | Reject:
             [header for _, header in kept],
             [header.geometry for _, header in kept],
             dict(sorted(left_out.items())),
-            found.detail,
+            judged.detail,
         ),
     )
 
@@ -157,17 +154,17 @@ def _other(
     if len(others) > 1:
         return Reject(Reason.SERIES_MIXED, f"{len(others)} image files or volumes: send one at a time, or DICOM")
     (index,) = others
-    data, told = objects[index], dict(left_out)
+    data, reasons = objects[index], dict(left_out)
     if not volumes.is_volume(data):
-        return Series([data], [(0, None)], None, [None], told)
-    found = volumes.read_volume(data)
-    if isinstance(found, Reject):
-        return found
-    if found.inflated_bytes > limits.inflated_bytes:
-        return Reject(Reason.TOO_LARGE, f"{found.kind}: the size of the volume")
-    count = found.slices
-    geometries = [Geometry(**found.place(number)) for number in range(count)] if count <= limits.slices else []
-    return _within(limits, Series([data], [(0, number) for number in range(count)], None, geometries, told))
+        return Series([data], [(0, None)], None, [None], reasons)
+    volume = volumes.read_volume(data)
+    if isinstance(volume, Reject):
+        return volume
+    if volume.inflated_bytes > limits.inflated_bytes:
+        return Reject(Reason.TOO_LARGE, f"{volume.kind}: the size of the volume")
+    count = volume.slices
+    geometries = [Geometry(**volume.place(number)) for number in range(count)] if count <= limits.slices else []
+    return _within(limits, Series([data], [(0, number) for number in range(count)], None, geometries, reasons))
 
 
 def _within(limits: Limits, series: Series) -> Series | Reject:
@@ -205,12 +202,14 @@ def _unzipped(data: bytes, most_bytes: int, most_entries: int) -> list[bytes] | 
     # Before zipfile makes an object of some kB out of each entry of the directory.
     if data.count(_ZIP_ENTRY) > most_entries:
         return Reject(Reason.TOO_LARGE, "entries of the zip")
-    found: list[bytes] = []
+    contents: list[bytes] = []
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             for entry in archive.infolist():
-                if entry.is_dir():
+                if entry.filename.endswith("/"):  # a folder; `is_dir` stumbles over an entry without a name
                     continue
+                if entry.flag_bits & _ENCRYPTED:
+                    return Reject(Reason.CORRUPT, "zip: encrypted entries")
                 if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                     return Reject(Reason.CORRUPT, "zip: entries stored or deflated expected")
                 content = bytearray()
@@ -220,11 +219,11 @@ def _unzipped(data: bytes, most_bytes: int, most_entries: int) -> list[bytes] | 
                         if len(content) > most_bytes:
                             return Reject(Reason.TOO_LARGE, "inflated bytes of the zip")
                 most_bytes -= len(content)
-                found.append(bytes(content))
-    # What zipfile raises on bytes that are none, RuntimeError for encrypted entries among it.
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, RuntimeError, NotImplementedError) as error:
+                contents.append(bytes(content))
+    # What zipfile raises on spoiled directories and on kinds of entries that it does not read; nothing else is in here.
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError) as error:
         return Reject(Reason.CORRUPT, f"zip: {type(error).__name__}")
-    return found
+    return contents
 
 
 class _Form:

@@ -11,6 +11,7 @@ import numpy as np
 from rayseg.dicom.reading import Slice
 from rayseg.geometry.grid import Geometry
 from rayseg.geometry.stack import stack
+from rayseg.inference.exports import set_place
 from rayseg.inference.sources import geometry
 from rayseg.records import Reject
 from serving.answers import FORM, NIFTI
@@ -18,7 +19,6 @@ from serving.findings import Found, SeriesAnswer
 
 # One boundary for all: equal series give equal bytes. No image has it by chance.
 MEDIA_TYPE = f"{FORM}; boundary=rayseg-9b1f63ad4c0e47d8a52e71c8d06f3ab5"
-_LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 # Half the size at 100 MB/s: more would take longer than the network that it spares.
 _COMPRESSION = 1
 
@@ -27,6 +27,8 @@ def volumes(slices: Sequence[Slice], masks: Sequence[np.ndarray]) -> tuple[bytes
     """Image and mask as gzipped NIfTI-1, (columns, rows, slices), ascending along the normal of the planes.
 
     Of a NIfTI volume too, whatever way it is stored: so slices of the answer are those of the volumes.
+
+    Of a tilted series the grid is sheared, as `exports.nifti` has it: sform says so, and qform has the code 0.
 
     The image has the modality's values (HU of CT), the mask class indices. Where no matrix says where the slices lie,
     as they lie at uneven distances or have no place at all, sform and qform have the code 0, pixdim is the best that is
@@ -39,14 +41,18 @@ def volumes(slices: Sequence[Slice], masks: Sequence[np.ndarray]) -> tuple[bytes
     geometries = [geometry(slice) for slice in slices]
     image_SHW, slope, intercept = _values(slices)
     # The same places give the same order and affine to both.
-    placed, found = stack(list(image_SHW), geometries), stack(masks, geometries)
+    placed, placed_masks = stack(list(image_SHW), geometries), stack(masks, geometries)
     affine = placed if isinstance(placed, Reject) else placed.affine_lps()
-    if isinstance(placed, Reject) or isinstance(found, Reject) or isinstance(affine, Reject):
+    if isinstance(placed, Reject) or isinstance(placed_masks, Reject) or isinstance(affine, Reject):
         assert isinstance(affine, Reject)
-        header = _header(image_SHW.shape, np.diag([*_steps_mm(geometries), 1.0]), code=0, told=affine.detail)
+        header = _header(image_SHW.shape)
+        header.set_qform(np.diag([*_steps_mm(geometries), 1.0]), code=0)  # first: sets pixdim, too
+        header.set_sform(header.get_qform(), code=0)
+        header["descrip"] = affine.detail.encode("ascii", "replace")[:79]
         return _encode(header, image_SHW, slope, intercept), _encode(header, np.stack(masks), 1.0, 0.0)
-    header = _header(image_SHW.shape, _LPS_TO_RAS @ affine, code=1, told="")
-    return _encode(header, placed.masks, slope, intercept), _encode(header, found.masks, 1.0, 0.0)
+    header = _header(image_SHW.shape)
+    set_place(header, affine, placed.tolerance_mm)
+    return _encode(header, placed.masks, slope, intercept), _encode(header, placed_masks.masks, 1.0, 0.0)
 
 
 def view(found: Found, answer: SeriesAnswer) -> bytes:
@@ -91,13 +97,10 @@ def _steps_mm(geometries: Sequence[Geometry]) -> tuple[float, float, float]:
     return columns_mm, rows_mm, steps_mm or 1.0
 
 
-def _header(shape_SHW: tuple[int, ...], affine: np.ndarray, code: int, told: str) -> nib.Nifti1Header:
+def _header(shape_SHW: tuple[int, ...]) -> nib.Nifti1Header:
     header = nib.Nifti1Header()
     header.set_data_shape(shape_SHW[::-1])
     header.set_xyzt_units("mm")
-    header.set_qform(affine, code=code)  # first: sets pixdim too
-    header.set_sform(affine, code=code)
-    header["descrip"] = told.encode("ascii", "replace")[:79]
     return header
 
 

@@ -76,15 +76,15 @@ class Workers:
             return
         with self._lock:
             self.running += 1
-        made, problem = None, None
+        result, problem = None, None
         try:
-            made = item.work()
+            result = item.work()
         except Exception as error:  # theirs to handle, who asked
             problem = error
         with self._lock:
             self.running -= 1
             self.done += 1
         if problem is None:
-            item.future.set_result(made)
+            item.future.set_result(result)
         else:
             item.future.set_exception(problem)

@@ -10,8 +10,9 @@ from pathlib import Path
 import ray
 import ray.data
 import yaml
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from rayseg import build
+from rayseg import build, logs
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +30,8 @@ _ROUNDING = 1e-9
 API_SERVER = "RAY_API_SERVER_ADDRESS"
 NOBODY = "http://127.0.0.1:9"  # nothing listens there, and without an answer a run goes on
 _NO_KEYS: Mapping[str, str] = {}
+_OF_RESTARTS = "has constructor arguments in the object store and max_restarts > 0"
+_NO_NODE = "1" * 56  # a node's id that no node has
 _private: list[bool] = []  # not empty while this process has a cluster of its own
 
 
@@ -62,6 +65,7 @@ def connect() -> None:
         },
     )
     _private.append(True)
+    _warn_of_restarts()
     logger.info("started a Ray cluster on this machine with %s CPUs", ray.cluster_resources().get("CPU"))
 
 
@@ -96,6 +100,28 @@ def _api_server() -> dict[str, str]:
     if address == "auto" or "://" in address or API_SERVER in submitted.get("env_vars", {}):
         return {}
     return {API_SERVER: address}
+
+
+def _warn_of_restarts() -> None:
+    """Has Ray give one of its warnings unheard, as it gives it once a process (seen with Ray 2.60).
+
+    It looks like an error, comes from native code straight to file descriptor 2, and is of every pool of actors of Ray
+    Data: these may not start again where the object is gone that they were made of. Ray Data holds it while they live.
+    The actor that brings it about is for a node that is not there: none starts. Where a later Ray warns each time, the
+    line is merely back.
+    """
+    placed = NodeAffinitySchedulingStrategy(_NO_NODE, soft=False)
+    actor = ray.remote(_NeverStarted).options(num_cpus=0, max_restarts=1, scheduling_strategy=placed)
+    argument = ray.put(0)
+    with logs.unheard(_OF_RESTARTS):
+        actor.remote(argument)
+
+
+class _NeverStarted:
+    """See `_warn_of_restarts`."""
+
+    def __init__(self, _: int) -> None:
+        pass
 
 
 def require(stage: str, bundle: Mapping[str, float], count: int = 1, keys: Mapping[str, str] = _NO_KEYS) -> None:

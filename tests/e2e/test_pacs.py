@@ -1,7 +1,5 @@
 """An archive in a PACS: Orthanc's studies are cataloged and segmented, and what is made is stored there."""
 
-import os
-from collections.abc import Iterator
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -24,34 +22,13 @@ from rayseg.inference.predictor import Prediction
 from rayseg.inference.series import Task, segment_series
 from rayseg.tracking import registry
 from tests.faults import faulty
-from tests.orthanc import PASSWORD, USER, missing, orthanc
+from tests.orthanc import PASSWORD
 from tests.ray.test_archive import Models, models  # noqa: F401 (a fixture)
 from tests.unit.guarded import asked, mask, service
 
 pytestmark = pytest.mark.e2e
 
 PATIENTS, SLICES = 3, 3
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    why = missing()
-    if why is not None:
-        pytest.skip(why)
-    with orthanc(tmp_path_factory.mktemp("orthanc")) as url:
-        yield url
-
-
-@pytest.fixture(scope="module")
-def session() -> requests.Session:
-    made = requests.Session()
-    made.auth = (os.environ[USER], os.environ[PASSWORD])
-    return made
-
-
-@pytest.fixture(scope="module")
-def client(server: str, session: requests.Session) -> DICOMwebClient:
-    return DICOMwebClient(f"{server}/dicom-web", session)
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,6 @@ from tests.interoperability import (
     write,
     written,
 )
-from tests.orthanc import PASSWORD, USER, missing, orthanc
 
 CHROMIUM = shutil.which("chromium")
 ARGUMENTS = ["--no-sandbox", "--disable-quic", "--no-first-run", "--disable-background-networking"]
@@ -62,27 +61,6 @@ SCRIPT = """async ([name, data]) => {
 _RAS_TO_LPS = np.array([-1.0, -1.0, 1.0])
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    why = missing()
-    if why is not None:
-        pytest.skip(why)
-    with orthanc(tmp_path_factory.mktemp("orthanc")) as url:
-        yield url
-
-
-@pytest.fixture(scope="module")
-def session() -> requests.Session:
-    made = requests.Session()
-    made.auth = (os.environ[USER], os.environ[PASSWORD])
-    return made
-
-
-@pytest.fixture(scope="module")
-def client(server: str, session: requests.Session) -> DICOMwebClient:
-    return DICOMwebClient(f"{server}/dicom-web", session)
 
 
 @pytest.fixture(scope="module")

@@ -76,6 +76,7 @@ DICOM = ("seg", "seg-labelmap", "seg-fractional", "report")
         # A radiograph: of it a segmentation, and no more, can be.
         ([ct(0, without=PLACE)], dict.fromkeys(OF_PLACE, "missing_attribute")),
         ([ct(n, without=PLACE) for n in range(3)], dict.fromkeys(OF_PLACE, "missing_attribute")),
+        ([ct(n, without=["ImagePositionPatient"]) for n in range(3)], dict.fromkeys(OF_PLACE, "missing_attribute")),
         # A slice alone that is of no known thickness has no volume.
         ([ct(0, without=["SliceThickness"])], dict.fromkeys(OF_PLACE, "missing_attribute")),
         (
@@ -85,7 +86,7 @@ DICOM = ("seg", "seg-labelmap", "seg-fractional", "report")
         # Tilted: a matrix says where they lie.
         ([ct(n, ImagePositionPatient=[0, 1.2 * n, 5 * n]) for n in range(4)], {}),
     ],
-    ids=["even", "gap", "no frame of reference", "DX", "several DX", "alone", "no spacing", "tilted"],
+    ids=["even", "gap", "no frame of reference", "DX", "several DX", "no position", "alone", "no spacing", "tilted"],
 )  # fmt: skip
 def test_the_plan_knows_by_headers_what_cannot_be(
     tmp_path: Path, slices: list[bytes], expected: dict[str, str]

@@ -361,10 +361,17 @@ def test_a_multi_frame_source_asks_for_its_frames(enhanced: Enhanced) -> None:
     assert found == Reject(Reason.UNSUPPORTED_MULTIFRAME, "NumberOfFrames")
 
 
-def test_frames_without_a_place_have_no_segmentation(enhanced: Enhanced) -> None:
+def test_a_frame_without_a_position_is_known_by_its_number(enhanced: Enhanced) -> None:
+    """Alone; beside one that lies somewhere it has no segmentation."""
     dataset = enhanced(WORDS_NHW)
     del dataset.PerFrameFunctionalGroupsSequence[1].PlanePositionSequence
-    assert encode([dataset], masks_of(1), ("a", "b"), "m", "1", "0", frames=[1]) == Reject(
+    made = encode([dataset], masks_of(1), ("a", "b"), "m", "1", "0", frames=[1])
+    assert isinstance(made, bytes), made
+    for groups in pydicom.dcmread(BytesIO(made)).PerFrameFunctionalGroupsSequence:
+        assert "PlanePositionSequence" not in groups
+        (named,) = groups.DerivationImageSequence[0].SourceImageSequence
+        assert (named.ReferencedSOPInstanceUID, named.ReferencedFrameNumber) == (dataset.SOPInstanceUID, 2)
+    assert encode([dataset] * 2, masks_of(2), ("a", "b"), "m", "1", "0", frames=[0, 1]) == Reject(
         Reason.MISSING_ATTRIBUTE, "ImagePositionPatient"
     )
 

@@ -55,6 +55,46 @@ sys.stdout.buffer.write(cloudpickle.dumps((logs.told(), logs.carried(lambda: log
     assert found.stdout.startswith(b"True {'run': ")
 
 
+def test_lines_with_a_text_are_dropped_from_the_descriptor_and_no_others() -> None:
+    """Written by Python, by C and by another thread; the last has no end of line."""
+    program = """
+import ctypes, os, sys, threading
+from rayseg import logs
+write = ctypes.CDLL(None).dprintf
+sys.stderr.write("python before, ")
+with logs.unheard("sheep"):
+    print("python within", file=sys.stderr)
+    write(2, b"[E] a sheep from C\\n")
+    write(2, b"[E] a goat from C\\n")
+    thread = threading.Thread(target=os.write, args=(2, b"\\xff of a thread\\n"))
+    thread.start()
+    thread.join()
+    os.write(2, b"two sheep\\nno end")
+write(2, b", after: sheep\\n")
+try:
+    with logs.unheard("sheep"):
+        write(2, b"kept\\n")
+        raise KeyError
+except KeyError:
+    write(2, b"raised\\n")
+os.close(2)
+with logs.unheard("sheep"):
+    print(len(os.listdir("/proc/self/fd")))
+print(len(os.listdir("/proc/self/fd")))
+"""
+    environment = {"PYTHONPATH": f"{ROOT}/platform"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, check=True)
+    assert done.stderr.splitlines() == [
+        b"python before, python within",
+        b"[E] a goat from C",
+        b"\xff of a thread",
+        b"no end, after: sheep",
+        b"kept",
+        b"raised",
+    ]
+    assert len(set(done.stdout.split())) == 1, "no descriptor is left open"
+
+
 def fail(config: Config) -> Result:
     """Fails as a store does, with the name of a file in the text, the cause's too."""
     try:

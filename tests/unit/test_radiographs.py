@@ -123,6 +123,26 @@ def test_a_frame_of_reference_without_a_place_is_kept(tmp_path: Path) -> None:
     assert (measures.PixelSpacing, measures.SliceThickness) == ([0.5, 0.75], 1)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_orientation_without_a_position_is_no_place(kind: Kind, tmp_path: Path) -> None:
+    """As some secondary captures have it: each image its own, or one has none."""
+    ways = [["1", "0", "0", "0", "0", "-1"], ["0", "1", "0", "0", "0", "-1"], None]
+    datasets = [
+        radiograph("CR", number, FrameOfReferenceUID="1.2.3.5", ImageOrientationPatient=way)
+        for number, way in enumerate(ways)
+    ]
+    data = encoded(datasets, kind)
+    assert_valid(data, tmp_path / "seg.dcm")
+    made = highdicom.seg.segread(BytesIO(data))
+    uids = [dataset.SOPInstanceUID for dataset in datasets]
+    np.testing.assert_array_equal(made.get_pixels_by_source_instance(uids, combine_segments=True), masks(3))
+    assert not [element for element in made.iterall() if element.keyword == "ImageOrientationPatient"]
+    datasets[0].ImagePositionPatient = ["0", "0", "0"]
+    refused = segmentation.encode(datasets, masks(3), LABELS, "m", "1", "d", kind)
+    assert isinstance(refused, Reject)
+    assert refused.reason == Reason.MISSING_ATTRIBUTE
+
+
 def test_images_of_several_sizes_are_refused() -> None:
     datasets = [radiograph("DX", 1), radiograph("DX", 2, Columns=11)]
     made = segmentation.encode(

@@ -15,6 +15,7 @@ import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
+import SimpleITK
 from fastapi.testclient import TestClient
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from PIL import Image
@@ -280,6 +281,44 @@ def test_a_volumes_mask_comes_back_on_its_own_voxels(
     assert shapes == [(64, 64, 7)] * 2
 
 
+def test_a_tilted_series_is_told_and_comes_upright_on_request(
+    client: TestClient, folder: Path, series: list[Path], model: ModelVersion
+) -> None:
+    """ITK reads the upright volume, which is the bulk job's, and refuses the others instead of moving them."""
+    leaning = folder / "leaning"
+    leaning.mkdir()
+    for path in series:
+        dataset = pydicom.dcmread(path)
+        x, y, z = dataset.ImagePositionPatient
+        dataset.ImagePositionPatient = [x, y + 0.25 * z, z]
+        dataset.save_as(leaning / path.name)
+    body = zipped({path.name: path.read_bytes() for path in leaning.iterdir()})
+    row = segment_series(
+        Predictor.load(folder / "deep"),
+        Task(str(folder / "leaned"), model, "", ("nifti", "nifti-upright")),
+        series_key="s",
+        patient_key="p",
+        uris=[str(leaning / path.name) for path in series],
+        frames=[None] * len(series),
+    )
+    expected = {one["profile"]: Path(one["uri"].removeprefix("file://")).read_bytes() for one in row["outputs"]}
+    own, straight = post(client, body, "application/nifti"), post(client, body, "application/nifti", grid="upright")
+    assert (own.content, straight.content) == (expected["nifti"], expected["nifti-upright"])
+    form = post(client, body, "multipart/form-data")
+    assert "grid=upright" in own.headers["X-Warning"] == form.headers["X-Warning"]
+    assert "X-Warning" not in straight.headers
+    assert "X-Warning" not in post(client, body).headers
+    path = folder / "tilted.nii.gz"
+    for refused in (own.content, *volumes_of(form)):
+        path.write_bytes(refused)
+        with pytest.raises(RuntimeError, match="orthonormal"):
+            SimpleITK.ReadImage(str(path))
+    path.write_bytes(straight.content)
+    read = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(path)))
+    assert np.count_nonzero(read) == np.count_nonzero(nib.Nifti1Image.from_bytes(gzip.decompress(own.content)).dataobj)
+    assert post(client, body, "application/nifti", grid="tilted").status_code == 422
+
+
 def volumes_of(answer: httpx.Response) -> list[bytes]:
     """Image and mask of a form, by the email package."""
     whole = f"Content-Type: {answer.headers['content-type']}\r\n\r\n".encode() + answer.content
@@ -333,6 +372,25 @@ def test_bombs_and_rubble_are_refused(client: TestClient, series: list[Path]) ->
     unfinished = b'--x\r\nContent-Disposition: form-data; name="file"\r\n\r\nabc'
     form = {"content-type": "multipart/form-data; boundary=x"}
     assert strict.post("/v1/segment", content=unfinished, headers=form).json()["reason"] == "truncated"
+
+
+def test_odd_entries_of_a_zip_are_read_or_refused(client: TestClient, series: list[Path]) -> None:
+    """No name; then, in the directory and by hand: an encrypted entry, a name that is no UTF-8."""
+    contents = {path.name: path.read_bytes() for path in series}
+    expected = post(client, zipped(contents), "application/nifti").content
+    first = next(iter(contents.values()))
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for number, content in enumerate(contents.values()):
+            archive.writestr(zipfile.ZipInfo("" if number == 0 else str(number)), content)
+    assert post(client, buffer.getvalue(), "application/nifti").content == expected
+    for at, flag in ((8, 1), (9, 8)):  # of the flags: encrypted, a name in UTF-8
+        spoiled = bytearray(zipped({"\xff": first, "b": first}))
+        directory = spoiled.index(b"PK\1\2")
+        spoiled[directory + at] |= flag
+        spoiled[directory + 46] = 0xFF
+        answer = post(client, bytes(spoiled))
+        assert (answer.status_code, answer.json()["reason"]) == (400, "corrupt")
 
 
 def test_frames_of_one_object_are_a_series(client: TestClient, folder: Path, model: ModelVersion, enhanced, as_file):

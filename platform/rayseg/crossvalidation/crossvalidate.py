@@ -64,6 +64,11 @@ class CrossValidateConfig:
     def __post_init__(self) -> None:
         if self.train.reproduce:
             raise ValueError("train.reproduce: not for a cross-validation; give the section's other keys")
+        if self.train.elastic:
+            raise ValueError(
+                "train.num_workers: one number expected in a cross-validation, as the first folds would take the nodes "
+                f"of the others; got {self.train.workers_told}"
+            )
 
 
 @dataclass(frozen=True)
@@ -98,7 +103,7 @@ def crossvalidate(config: CrossValidateConfig) -> CrossValidateResult:
     began = time.monotonic()
     cluster.connect()
     base = trainer.absolute(config.train)
-    cluster.require("train", base.bundle, base.num_workers, trainer.KEYS)
+    cluster.require("train", base.bundle, base.most_workers, trainer.KEYS)
     sets = [_prepared(config, fold) for fold in range(config.crossvalidate.folds)]
     # How many train at once changes nothing of what comes out: a start with another number goes on.
     same = dataclasses.replace(config, crossvalidate=dataclasses.replace(config.crossvalidate, concurrent=None))

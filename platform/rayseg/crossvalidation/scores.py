@@ -11,8 +11,8 @@ from rayseg.data.prepared import PreparedSet
 from rayseg.evaluation import checks, metrics
 from rayseg.evaluation.cases import Tolerance
 from rayseg.evaluation.record import Record
-from rayseg.evaluation.scorer import COLUMNS
 from rayseg.evaluation.scoring import CPUS_PER_ACTOR, score
+from rayseg.inference.heldout import COLUMNS
 from rayseg.inference.predictor import Mirror
 from rayseg.tracking import registry, runs
 from rayseg.training.settings import TrainResult

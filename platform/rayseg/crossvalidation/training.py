@@ -64,7 +64,7 @@ def train(
         for fold in range(len(sets))
         if storage.exists(uri := storage.join(folder, f"fold-{fold}.json"))
     }
-    room = cluster.room(base.bundle) / base.num_workers
+    room = cluster.room(base.bundle) / base.most_workers
     abreast = len(sets) if math.isinf(room) else max(1, int(room))
     abreast = min(abreast, concurrent or abreast)
     epochs = ray.remote(num_cpus=0)(Epochs).remote()

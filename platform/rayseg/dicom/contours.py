@@ -76,40 +76,46 @@ def of_slice(
         ROINumber, ROIName and bool (rows, columns) of each ROI with a contour there; NO_MASK where the object is of
         other images; MASK_MISMATCH where contours cross the slice's plane or lie between planes, or have no inside.
     """
-    found = _read(data)
-    if isinstance(found, Reject):
-        return found
+    structures = _read(data)
+    if isinstance(structures, Reject):
+        return structures
     if planes.corners_mm(header.geometry) is None:
         return Reject(Reason.MASK_MISMATCH, "contours, while the image has no place")
-    indexes = _in_plane(found, header) if len(found.starts) else []
+    indexes = _in_plane(structures, header) if len(structures.starts) else []
     if isinstance(indexes, Reject):
         return indexes
-    if not indexes and not found.refers_to(header):
-        is_near = not found.series and not found.listed and header.frame_of_reference_uid in found.said_spaces
+    if not indexes and not structures.refers_to(header):
+        is_near = (
+            not structures.series and not structures.listed and header.frame_of_reference_uid in structures.said_spaces
+        )
         if not is_near or missing_mask == "reject":
             return Reject(Reason.NO_MASK, "the structure set does not refer to the image")
     inside: dict[int, np.ndarray] = {}
-    for number in sorted({int(found.numbers[index]) for index in indexes}):
-        of_roi = [index for index in indexes if found.numbers[index] == number]
-        inside[number] = _region([(found.kinds[index], found.points_of(index)) for index in of_roi], header.geometry)
-    return [(number, found.names.get(number, ""), inside[number]) for number in inside]
+    for number in sorted({int(structures.numbers[index]) for index in indexes}):
+        of_roi = [index for index in indexes if structures.numbers[index] == number]
+        inside[number] = _region(
+            [(structures.kinds[index], structures.points_of(index)) for index in of_roi], header.geometry
+        )
+    return [(number, structures.names.get(number, ""), inside[number]) for number in inside]
 
 
-def _in_plane(found: _Structures, header: Header) -> list[int] | Reject:
+def _in_plane(structures: _Structures, header: Header) -> list[int] | Reject:
     """The closed contours in the slice's plane."""
     tolerance_mm = planes.tolerance_mm(header.geometry)
-    names = np.array([header.sop_instance_uid in instances for instances in found.instances])
-    names_others = np.array([bool(instances) for instances in found.instances]) & ~names
+    names = np.array([header.sop_instance_uid in instances for instances in structures.instances])
+    names_others = np.array([bool(instances) for instances in structures.instances]) & ~names
     space = header.frame_of_reference_uid
-    comparable = names | (found.spaces == space) | (found.spaces == "") if space else np.ones(len(names), bool)
-    comparable &= found.kinds != "POINT"
-    least_mm, most_mm = found.offsets_mm(header)
+    comparable = (
+        names | (structures.spaces == space) | (structures.spaces == "") if space else np.ones(len(names), bool)
+    )
+    comparable &= structures.kinds != "POINT"
+    least_mm, most_mm = structures.offsets_mm(header)
     within = (least_mm >= -tolerance_mm) & (most_mm <= tolerance_mm)
     touches = (least_mm <= tolerance_mm) & (most_mm >= -tolerance_mm)
-    closed = np.isin(found.kinds, _CLOSED)
-    if not found.refers_to(header) and (found.series or found.listed):
+    closed = np.isin(structures.kinds, _CLOSED)
+    if not structures.refers_to(header) and (structures.series or structures.listed):
         return np.flatnonzero(comparable & within & closed).tolist()
-    open_ones = found.kinds[comparable & touches & ~closed]
+    open_ones = structures.kinds[comparable & touches & ~closed]
     if len(open_ones):
         kind = next((one for one in open_ones if one in _OPEN), "ContourGeometricType")
         return Reject(Reason.MASK_MISMATCH, f"{kind}: a contour without an inside")
@@ -119,7 +125,7 @@ def _in_plane(found: _Structures, header: Header) -> list[int] | Reject:
     thickness_mm = header.geometry.slice_thickness_mm or 0.0
     near_mm = min(thickness_mm, _distance_mm((least_mm + most_mm)[comparable] / 2)) / 2
     beside = comparable & ~touches & ~names_others & (away_mm < near_mm)
-    alone = np.array([len(instances) == 1 for instances in found.instances])
+    alone = np.array([len(instances) == 1 for instances in structures.instances])
     beside |= comparable & ~touches & names & alone & (away_mm > thickness_mm / 2)
     if beside.any():
         return Reject(Reason.MASK_MISMATCH, f"a contour lies {away_mm[beside].max():.3g} mm beside the image's plane")

@@ -18,16 +18,16 @@ def split(data: bytes, offset: int, frames: int) -> list[list[Span]] | Reject:
         For each frame the (start, stop) of its fragments in `data`. TRUNCATED where an item ends beyond the object or
         no delimiter follows; CORRUPT where there is anything but items, or fragments that belong to no frame for sure.
     """
-    position, found = offset, []
+    position, items = offset, []
     while data[position : position + 4] == _ITEM and position + 8 <= len(data):
         stop = position + 8 + struct.unpack_from("<L", data, position + 4)[0]
-        found.append((position + 8, stop))
+        items.append((position + 8, stop))
         position = stop
     if position + 4 > len(data):
         return Reject(Reason.TRUNCATED, "PixelData: fewer bytes than its items announce")
-    if data[position : position + 4] != _DELIMITER or len(found) < 2:
+    if data[position : position + 4] != _DELIMITER or len(items) < 2:
         return Reject(Reason.CORRUPT, "PixelData: not a sequence of fragments")
-    (table_start, table_stop), *fragments = found
+    (table_start, table_stop), *fragments = items
     if frames == 1:
         return [fragments]
     if len(fragments) == frames:  # by far the most common; the extended offset table demands it
@@ -61,8 +61,8 @@ def rle_refusal(codestream: bytes, segments: int) -> Reject | None:
     """Why an RLE frame (PS3.5 annex G) is not to be decoded, or None: the decoder panics on a header that misleads."""
     if len(codestream) < 64:
         return Reject(Reason.DECODE_FAILED, "PixelData: no RLE header")
-    found, *offsets = struct.unpack_from("<16L", codestream)
-    if found != segments:
+    count, *offsets = struct.unpack_from("<16L", codestream)
+    if count != segments:
         return Reject(Reason.DECODE_FAILED, "PixelData: not as many RLE segments as pixels have bytes")
     if offsets[0] < 64 or any(a >= b for a, b in pairwise([*offsets[:segments], len(codestream)])):
         return Reject(Reason.DECODE_FAILED, "PixelData: RLE segments that do not follow each other")

@@ -30,10 +30,10 @@ def size(data: bytes) -> tuple[int, int] | None:
     """Rows and columns of an upright image, from its file or the beginning of it; None where that does not tell."""
     if data.startswith(tiff.MAGIC):
         return tiff.size(data)
-    told = png.head(data) if data.startswith(png.MAGIC) else jpeg.head(data)
-    if told is None or not told.rows or not told.columns:
+    header = png.head(data) if data.startswith(png.MAGIC) else jpeg.head(data)
+    if header is None or not header.rows or not header.columns:
         return None
-    return raster.shown_size(told.rows, told.columns, told.orientation)
+    return raster.shown_size(header.rows, header.columns, header.orientation)
 
 
 def decode(data: bytes, max_pixels: int, color: bool = False) -> np.ndarray | Reject:

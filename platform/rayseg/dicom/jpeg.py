@@ -62,24 +62,24 @@ def head(jpeg: bytes) -> Head | None:
     return None if frame is None else Head(*frame, orientation, adobe, scan)
 
 
-def is_whole(jpeg: bytes, told: Head) -> bool:
+def is_whole(jpeg: bytes, header: Head) -> bool:
     """Whether the file has an end after its scans; decoders fill with grey what is missing."""
-    return told.scan >= 0 and jpeg.find(b"\xff\xd9", told.scan) >= 0
+    return header.scan >= 0 and jpeg.find(b"\xff\xd9", header.scan) >= 0
 
 
 def read(jpeg: bytes, max_pixels: int) -> Raster | Reject:
     """Decodes a file; its colour profile does not count."""
-    told = head(jpeg)
-    if told is None or told.scan < 0 or not told.rows or not told.columns:
+    header = head(jpeg)
+    if header is None or header.scan < 0 or not header.rows or not header.columns:
         return Reject(Reason.NOT_AN_IMAGE, "JPEG: no frame or no scan")
-    if told.rows * told.columns * told.components > max_pixels:
+    if header.rows * header.columns * header.components > max_pixels:
         return Reject(Reason.TOO_LARGE, "the image's width and height")
-    if told.components not in (1, 3, 4) or (told.components > 1 and told.bits != 8):
-        return Reject(Reason.UNSUPPORTED_PIXELS, f"a JPEG of {told.components} samples of {told.bits} bits")
-    if not is_whole(jpeg, told):
+    if header.components not in (1, 3, 4) or (header.components > 1 and header.bits != 8):
+        return Reject(Reason.UNSUPPORTED_PIXELS, f"a JPEG of {header.components} samples of {header.bits} bits")
+    if not is_whole(jpeg, header):
         return Reject(Reason.NOT_AN_IMAGE, "JPEG: no end")
     decoded = imagecodecs.jpeg8_decode(jpeg)
-    assert decoded.shape[:2] == (told.rows, told.columns)
-    if told.components == 4:
-        decoded = raster.of_cmyk(np.invert(decoded) if told.adobe else decoded)
-    return Raster(raster.upright(decoded, told.orientation), told.bits, lossy=not told.lossless)
+    assert decoded.shape[:2] == (header.rows, header.columns)
+    if header.components == 4:
+        decoded = raster.of_cmyk(np.invert(decoded) if header.adobe else decoded)
+    return Raster(raster.upright(decoded, header.orientation), header.bits, lossy=not header.lossless)

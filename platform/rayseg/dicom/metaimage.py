@@ -127,10 +127,10 @@ def _affine(fields: Mapping[str, str], axes: int) -> tuple[np.ndarray, bool]:
 
 
 def _numbers(text: str, count: int) -> np.ndarray:
-    found = np.array([float(word) for word in text.split()])
-    if len(found) != count:
+    numbers = np.array([float(word) for word in text.split()])
+    if len(numbers) != count:
         raise ValueError(f"{count} numbers expected")
-    return found
+    return numbers
 
 
 def _is_true(text: str) -> bool:

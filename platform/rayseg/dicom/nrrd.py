@@ -136,12 +136,12 @@ def _directions(fields: Mapping[str, Any], axes: int) -> list[np.ndarray | None]
         return [None if np.isnan(way).any() or not way[:3].any() else way[:3] for way in ways]
     kinds = [str(kind).lower() for kind in fields.get("kinds", [])] or ["domain"] * min(axes, 3) + ["list"] * (axes - 3)
     spacings = fields.get("spacings", np.ones(axes))
-    found: list[np.ndarray | None] = [None] * axes
+    directions: list[np.ndarray | None] = [None] * axes
     for number, place in enumerate([place for place, kind in enumerate(kinds) if kind in _IN_SPACE][:3]):
         way = np.zeros(3)
         way[number] = spacings[place] if np.isfinite(spacings[place]) else 1.0
-        found[place] = way
-    return found
+        directions[place] = way
+    return directions
 
 
 def _affine(fields: Mapping[str, Any], directions: list[np.ndarray]) -> tuple[np.ndarray | None, bool]:

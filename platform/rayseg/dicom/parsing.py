@@ -154,13 +154,13 @@ def parse(data: bytes, with_traits: bool = False) -> Parsed | Reject:
         if stream.tell() >= len(data):
             return Reject(Reason.TRUNCATED, "the data set ends within an element")
         return Reject(Reason.CORRUPT, type(error).__name__)
-    found = tag in PIXEL_TAGS
-    if not part10 and not ("SOPClassUID" in dataset or (found and "Rows" in dataset)):
+    has_pixels = tag in PIXEL_TAGS
+    if not part10 and not ("SOPClassUID" in dataset or (has_pixels and "Rows" in dataset)):
         return Reject(Reason.NOT_DICOM)
     # pydicom gives no elements at all where it ran out of bytes in a value of undefined length.
     lost = kept > 0 and len(dataset) == 0
     cut = length != 0xFFFFFFFF and (offset + length > len(data) or any(data[offset + length :]))
-    if not found and (tag == 0 or lost or cut):
+    if not has_pixels and (tag == 0 or lost or cut):
         return Reject(Reason.TRUNCATED, "the data set ends within an element or before its first one")
     transfer_syntax_uid = str(dataset.file_meta.get("TransferSyntaxUID") or "")
     if not transfer_syntax_uid:
@@ -171,7 +171,7 @@ def parse(data: bytes, with_traits: bool = False) -> Parsed | Reject:
         data=data,
         dataset=dataset,
         transfer_syntax_uid=str(uid.DeflatedExplicitVRLittleEndian) if deflated else transfer_syntax_uid,
-        pixel_tag=tag if found else None,
+        pixel_tag=tag if has_pixels else None,
         pixel_vr=vr,
         pixel_offset=offset,
         pixel_bytes=length,
@@ -229,25 +229,25 @@ def _inflate(data: bytes) -> bytes | Reject:
 
 def frame_elements(dataset: Dataset, frame: int, with_traits: bool = False) -> dict[int, RawDataElement]:
     """What the functional groups say of one frame, the frame's own groups above those that all frames share."""
-    found: dict[int, RawDataElement] = {}
+    elements: dict[int, RawDataElement] = {}
     wanted = _GROUPS_OF_SERIES if with_traits else _GROUPS
-    for keyword, place in (("SharedFunctionalGroupsSequence", 0), ("PerFrameFunctionalGroupsSequence", frame)):
-        for groups in sequence_item(dataset, _TAGS[keyword], place):
+    for keyword, index in (("SharedFunctionalGroupsSequence", 0), ("PerFrameFunctionalGroupsSequence", frame)):
+        for groups in sequence_item(dataset, _TAGS[keyword], index):
             for sequence in wanted.keys() & groups.keys():
-                found |= _of_group(groups, sequence, wanted)
-    return found
+                elements |= _of_group(groups, sequence, wanted)
+    return elements
 
 
 def _of_group(groups: Dataset, sequence: int, wanted: Mapping[int, tuple[int, ...]]) -> dict[int, RawDataElement]:
     """The elements of one functional group, and of groups within it."""
-    found: dict[int, RawDataElement] = {}
+    elements: dict[int, RawDataElement] = {}
     for item in sequence_item(groups, sequence):
         for tag in wanted[sequence]:
             if tag in wanted:
-                found |= _of_group(item, tag, wanted)
+                elements |= _of_group(item, tag, wanted)
             elif tag in item and isinstance(element := item.get_item(tag), RawDataElement):
-                found[tag] = element
-    return found
+                elements[tag] = element
+    return elements
 
 
 def sequence_item(dataset: Dataset, tag: int | str, place: int = 0) -> list[Dataset]:

@@ -106,10 +106,10 @@ class PixelData:
             MONOCHROME1 is inverted (largest stored value minus value, minus one minus value where signed); pixels in
             the padding range are set to the smallest value outside it. May be read-only.
         """
-        found = self._words(index, colours=False)
-        if isinstance(found, Reject):
-            return found
-        words, layout = found
+        decoded = self._words(index, colours=False)
+        if isinstance(decoded, Reject):
+            return decoded
+        words, layout = decoded
         if layout.samples > 1:
             return _narrow(words)
         stored = _stored_bits(words, layout)
@@ -131,10 +131,10 @@ class PixelData:
         Returns:
             (rows, columns), or (rows, columns, 3) red, green, blue, in one of the types of `frame`.
         """
-        found = self._words(index, colours=True)
-        if isinstance(found, Reject):
-            return found
-        words, layout = found
+        decoded = self._words(index, colours=True)
+        if isinstance(decoded, Reject):
+            return decoded
+        words, layout = decoded
         return _narrow(words if layout.samples > 1 else _stored_bits(words, layout))
 
     @cached_property

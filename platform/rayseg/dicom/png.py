@@ -61,28 +61,32 @@ def head(png: bytes) -> Head | None:
 
 def read(png: bytes, max_pixels: int) -> Raster | Reject:
     """Decodes a file; transparency, gamma and colour profiles do not count."""
-    told = head(png)
-    if told is None or told.colour_type not in _CHANNELS:
+    header = head(png)
+    if header is None or header.colour_type not in _CHANNELS:
         return Reject(Reason.NOT_AN_IMAGE, "PNG: IHDR")
-    if told.rows * told.columns * _CHANNELS[told.colour_type] > max_pixels:
+    if header.rows * header.columns * _CHANNELS[header.colour_type] > max_pixels:
         return Reject(Reason.TOO_LARGE, "the image's width and height")
-    if told.frames > 1:
+    if header.frames > 1:
         return Reject(Reason.UNSUPPORTED_MULTIFRAME, "a PNG of several frames")
-    if len(told.data) >= _MAX_CHUNKS:
+    if len(header.data) >= _MAX_CHUNKS:
         return Reject(Reason.TOO_LARGE, "PNG: chunks")
-    indexed = told.colour_type == _PALETTE
-    decoded = imagecodecs.png_decode(png if told.plain and not indexed else _bare(png, told))
-    samples = decoded[..., 0] if told.colour_type == 4 else decoded[..., :3] if told.colour_type == 6 else decoded
-    if told.bits < 8:  # libpng spreads them over 0 to 255, by repeating their bits
-        samples = samples >> np.uint8(8 - told.bits)
-    palette = np.frombuffer(told.palette[: len(told.palette) // 3 * 3], np.uint8).reshape(-1, 3) if indexed else None
-    return Raster(raster.upright(samples, told.orientation), told.bits, palette)
+    indexed = header.colour_type == _PALETTE
+    decoded = imagecodecs.png_decode(png if header.plain and not indexed else _bare(png, header))
+    samples = decoded[..., 0] if header.colour_type == 4 else decoded[..., :3] if header.colour_type == 6 else decoded
+    if header.bits < 8:  # libpng spreads them over 0 to 255, by repeating their bits
+        samples = samples >> np.uint8(8 - header.bits)
+    palette = (
+        np.frombuffer(header.palette[: len(header.palette) // 3 * 3], np.uint8).reshape(-1, 3) if indexed else None
+    )
+    return Raster(raster.upright(samples, header.orientation), header.bits, palette)
 
 
-def _bare(png: bytes, told: Head) -> bytes:
+def _bare(png: bytes, header: Head) -> bytes:
     """The file with its pixels only, a palette's indices as greys: libpng would put transparency and colours in."""
-    colour_type = 0 if told.colour_type == _PALETTE else told.colour_type
-    ihdr = struct.pack(">4sIIBBBBB", b"IHDR", told.columns, told.rows, told.bits, colour_type, 0, 0, told.interlaced)
+    colour_type = 0 if header.colour_type == _PALETTE else header.colour_type
+    ihdr = struct.pack(
+        ">4sIIBBBBB", b"IHDR", header.columns, header.rows, header.bits, colour_type, 0, 0, header.interlaced
+    )
     pieces = [MAGIC, struct.pack(">I", 13), ihdr, struct.pack(">I", zlib.crc32(ihdr))]
-    pieces += [png[start:stop] for start, stop in told.data]
+    pieces += [png[start:stop] for start, stop in header.data]
     return b"".join([*pieces, b"\0\0\0\0IEND\xaeB`\x82"])

@@ -28,6 +28,8 @@ from rayseg.records import Reason, Reject
 MAX_PIXELS = 2**26  # rows * columns * samples that a frame may declare: 8192 x 8192 grey pixels
 MAX_FRAMES = 2**14
 
+_Decoded = tuple[np.ndarray, float, float]  # a volume as `volumes.image` gives it
+
 # Storage classes with pixels that are no source image.
 _NO_SOURCE_IMAGE = {
     str(uid.SegmentationStorage): "Segmentation Storage",
@@ -176,14 +178,14 @@ def read_headers(data: bytes, object_bytes: int | None = None) -> list[Header] |
     """
     try:
         silence_libraries()
-        found = _open(data, True)
-        if isinstance(found, Reject):
-            return found
-        if object_bytes is not None and object_bytes - found.parsed.pixel_offset < _least_bytes(found):
+        opened = _open(data, True)
+        if isinstance(opened, Reject):
+            return opened
+        if object_bytes is not None and object_bytes - opened.parsed.pixel_offset < _least_bytes(opened):
             return Reject(Reason.TRUNCATED, "PixelData: fewer bytes than Rows and Columns need")
         headers = []
-        for frame in [None] if found.frames == 1 else range(found.frames):
-            values = found.values(frame, with_traits=True)
+        for frame in [None] if opened.frames == 1 else range(opened.frames):
+            values = opened.values(frame, with_traits=True)
             if isinstance(values, Reject):
                 return values
             headers.append(values[0])
@@ -215,33 +217,36 @@ def read_slice(data: bytes, frame: int | None = None, color: bool = False) -> Sl
 def read_slices(data: bytes, frames: Sequence[int | None], color: bool = False) -> Iterator[Slice | Reject]:
     """Reads several frames of one object, each when it is asked for; parses the object once. See `read_slice`."""
     if volumes.is_volume(data):
-        yield from (_of_volume(data, frame) for frame in frames)
+        decoded: dict[int, _Decoded | Reject] = {}  # held here, too: other threads read other volumes meanwhile
+        yield from (_of_volume(data, frame, decoded) for frame in frames)
         return
-    found = _image_or_object(data, color)
-    if isinstance(found, _Object):
-        source = _pixel_data(found)
-        yield from (_slice(found, source, frame) for frame in frames)
+    opened = _image_or_object(data, color)
+    if isinstance(opened, _Object):
+        source = _pixel_data(opened)
+        yield from (_slice(opened, source, frame) for frame in frames)
     else:
         absent = Reject(Reason.MISSING_ATTRIBUTE, "NumberOfFrames")
-        yield from (found if frame is None or isinstance(found, Reject) else absent for frame in frames)
+        yield from (opened if frame is None or isinstance(opened, Reject) else absent for frame in frames)
 
 
-def _of_volume(data: bytes, frame: int | None) -> Slice | Reject:
-    """An axial slice of a volume; frames go on from one volume of a file to the next, see `voxels.Volume`."""
+def _of_volume(data: bytes, frame: int | None, decoded: dict[int, _Decoded | Reject]) -> Slice | Reject:
+    """An axial slice of a volume; of the file's volumes `decoded` has the one that was read last, by its number."""
     try:
         volume = volumes.read_header(data)
         if isinstance(volume, Reject):
             return volume
-        if frame is None and volume.slices * volume.count > 1:
-            return Reject(Reason.UNSUPPORTED_MULTIFRAME, f"a {volume.kind} volume of several slices")
-        if not 0 <= (frame or 0) < volume.slices * volume.count:
-            return Reject(Reason.MISSING_ATTRIBUTE, f"{volume.kind}: fewer slices")
-        number, index = divmod(frame or 0, volume.slices)
-        found = volumes.image(data, number)
-        if isinstance(found, Reject):
-            return found
-        stored, slope, intercept = found
-        return Slice(stored[index], slope, intercept, None, Geometry(**volume.place(index)))
+        numbers = volume.numbers(frame)
+        if isinstance(numbers, Reject):
+            return numbers
+        number, index = numbers
+        if number not in decoded:
+            decoded.clear()
+            decoded[number] = volumes.image(data, number)
+        image = decoded[number]
+        if isinstance(image, Reject):
+            return image
+        stored_SHW, slope, intercept = image
+        return Slice(stored_SHW[index], slope, intercept, None, Geometry(**volume.place(index)))
     except Exception as error:
         return Reject(Reason.INTERNAL, type(error).__name__)
 
@@ -257,37 +262,37 @@ def _image_or_object(data: bytes, color: bool) -> Slice | _Object | Reject:
         return Reject(Reason.INTERNAL, type(error).__name__)
 
 
-def _slice(found: _Object, source: pixels.PixelData, frame: int | None) -> Slice | Reject:
+def _slice(opened: _Object, source: pixels.PixelData, frame: int | None) -> Slice | Reject:
     try:
-        if frame is None and found.frames > 1:
+        if frame is None and opened.frames > 1:
             return Reject(Reason.UNSUPPORTED_MULTIFRAME, "NumberOfFrames")
-        if frame is not None and not (found.frames > 1 and 0 <= frame < found.frames):
+        if frame is not None and not (opened.frames > 1 and 0 <= frame < opened.frames):
             return Reject(Reason.MISSING_ATTRIBUTE, "NumberOfFrames")
-        values = found.values(frame)
+        values = opened.values(frame)
         if isinstance(values, Reject):
             return values
         stored = source.frame(frame or 0)
         if isinstance(stored, Reject):
             return stored
         header, slope, intercept = values
-        return Slice(stored, slope, intercept, header, is_colour=found.layout.is_colour)
+        return Slice(stored, slope, intercept, header, is_colour=opened.layout.is_colour)
     except Exception as error:
         return Reject(Reason.INTERNAL, type(error).__name__)
 
 
-def _pixel_data(found: _Object) -> pixels.PixelData:
-    parsed = found.parsed
-    return pixels.PixelData(parsed.data, parsed.pixel_offset, parsed.pixel_bytes, found.frames, found.layout)
+def _pixel_data(opened: _Object) -> pixels.PixelData:
+    parsed = opened.parsed
+    return pixels.PixelData(parsed.data, parsed.pixel_offset, parsed.pixel_bytes, opened.frames, opened.layout)
 
 
-def _least_bytes(found: _Object) -> int:
+def _least_bytes(opened: _Object) -> int:
     """The fewest bytes that the object's pixel data can take; 0 where that is not known (a deflated data set)."""
-    if found.parsed.transfer_syntax_uid == uid.DeflatedExplicitVRLittleEndian:
+    if opened.parsed.transfer_syntax_uid == uid.DeflatedExplicitVRLittleEndian:
         return 0
-    if found.parsed.transfer_syntax_uid not in pixels.NATIVE:
-        return 8 * found.frames  # an item each
-    needed = found.layout.native_bytes(found.frames)
-    return needed if needed <= found.parsed.pixel_bytes else 2**63
+    if opened.parsed.transfer_syntax_uid not in pixels.NATIVE:
+        return 8 * opened.frames  # an item each
+    needed = opened.layout.native_bytes(opened.frames)
+    return needed if needed <= opened.parsed.pixel_bytes else 2**63
 
 
 def _open(data: bytes, with_traits: bool = False) -> _Object | Reject:
@@ -299,13 +304,13 @@ def _open(data: bytes, with_traits: bool = False) -> _Object | Reject:
     sop_class_uid = _sop_class_uid(parsed, elements)
     if sop_class_uid in _NO_SOURCE_IMAGE:
         return Reject(Reason.UNSUPPORTED_SOP_CLASS, _NO_SOURCE_IMAGE[sop_class_uid])
-    found = _image(parsed, elements)
-    if isinstance(found, Reject):
-        return found
+    image = _image(parsed, elements)
+    if isinstance(image, Reject):
+        return image
     for keyword in ("SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID"):  # of which keys are made
         if not elements.text(keyword):
             return Reject(Reason.MISSING_ATTRIBUTE, keyword)
-    return found
+    return image
 
 
 def _sop_class_uid(parsed: Parsed, elements: Elements) -> str:
@@ -348,15 +353,15 @@ def read_stored(parsed: Parsed, frame: int | None, shown: bool = False) -> np.nd
         (rows, columns) uint8, int16, uint16 or int32, or (rows, columns, 3) red, green, blue. May be read-only.
     """
     elements = Elements(parsed.dataset)
-    found = _image(parsed, elements)
-    if isinstance(found, Reject):
-        return found
-    if (frame is None and found.frames > 1) or (frame is not None and frame >= found.frames):
-        return Reject(Reason.UNSUPPORTED_MULTIFRAME, f"NumberOfFrames {found.frames}")
-    values = _pixel_data(found).stored(frame or 0)
+    image = _image(parsed, elements)
+    if isinstance(image, Reject):
+        return image
+    if (frame is None and image.frames > 1) or (frame is not None and frame >= image.frames):
+        return Reject(Reason.UNSUPPORTED_MULTIFRAME, f"NumberOfFrames {image.frames}")
+    values = _pixel_data(image).stored(frame or 0)
     if isinstance(values, Reject) or not shown:
         return values
-    of_object = found.layout
+    of_object = image.layout
     if of_object.photometric_interpretation == "PALETTE COLOR":
         assert of_object.table is not None
         bits = (len(of_object.table) - 1).bit_length()

@@ -40,7 +40,8 @@ def read_frame(dataset: Dataset, index: int) -> np.ndarray | Reject:
             return Reject(Reason.TRUNCATED, "mask: a frame has fewer bytes than Rows and Columns need")
         return flat.reshape(rows, columns)
     try:
-        values, _ = get_decoder(syntax).as_array(dataset, index=index, raw=True)
+        decoder = get_decoder(syntax)
     except NotImplementedError:
         return Reject(Reason.UNSUPPORTED_TRANSFER_SYNTAX, "mask")
+    values, _ = decoder.as_array(dataset, index=index, raw=True)
     return values

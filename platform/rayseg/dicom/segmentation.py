@@ -181,8 +181,8 @@ def encode(
             max_fractional_value=255,
         )
         if flags:
-            told = "; ".join(f"{flag} ({detail})" for flag, detail in flags.items())
-            segmentation.ImageComments = f"Check: {told}"
+            comments = "; ".join(f"{flag} ({detail})" for flag, detail in flags.items())
+            segmentation.ImageComments = f"Check: {comments}"
         pixels = probabilities if kind == "FRACTIONAL" and probabilities is not None else masks
         by_name = {str(one.dataset.SOPInstanceUID): one.place for one in slices}
         fill_pixels(segmentation, by_name, pixels)

@@ -38,55 +38,55 @@ def of_slice(
         SegmentNumber, SegmentLabel and bool (rows, columns) of each segment with a frame there; NO_MASK where the
         object is not of the slice's series; MASK_MISMATCH where its frames lie on other planes or pixels.
     """
-    found = segment_index.read(data)
-    if isinstance(found, Reject):
-        return found
-    frames = _frames(found, header)
+    segmentation = segment_index.read(data)
+    if isinstance(segmentation, Reject):
+        return segmentation
+    frames = _frames(segmentation, header)
     if isinstance(frames, Reject):
         return frames
     if not frames:
-        reject = _without_frames(found, header, missing_mask)
+        reject = _without_frames(segmentation, header, missing_mask)
         if reject is not None:
             return reject
     inside: dict[int, np.ndarray] = {}
-    for index, place in frames:
-        values = read_frame(found.dataset, index)
+    for index, where in frames:
+        values = read_frame(segmentation.dataset, index)
         if isinstance(values, Reject):
             return values
-        if place is not None:
-            values = place.take(values[np.newaxis])
-        number = found.numbers[index]
+        if where is not None:
+            values = where.take(values[np.newaxis])
+        number = segmentation.numbers[index]
         if number is None:
             segments = {int(value): values == value for value in np.unique(values) if value}
         else:
             least = 1
-            if found.dataset.SegmentationType == "FRACTIONAL":
-                least = max(1, -(-int(found.dataset.MaximumFractionalValue) // 2))
+            if segmentation.dataset.SegmentationType == "FRACTIONAL":
+                least = max(1, -(-int(segmentation.dataset.MaximumFractionalValue) // 2))
             segments = {number: values >= least}
         for segment, plane in segments.items():
             inside[segment] = inside[segment] | plane if segment in inside else plane
-    return [(number, found.labels.get(number, ""), inside[number]) for number in sorted(inside)]
+    return [(number, segmentation.labels.get(number, ""), inside[number]) for number in sorted(inside)]
 
 
-def _frames(found: Segmentation, header: Header) -> list[tuple[int, Placement | None]] | Reject:
+def _frames(segmentation: Segmentation, header: Header) -> list[tuple[int, Placement | None]] | Reject:
     """The frames of a slice, each with its place there, None where it is the slice's by its name alone."""
-    naming, of_other_frames = found.naming(header)
-    comparable = found.comparable(header, naming)
-    by_place = _upon(found, header, comparable, naming, of_other_frames)
+    naming, of_other_frames = segmentation.naming(header)
+    comparable = segmentation.comparable(header, naming)
+    by_place = _upon(segmentation, header, comparable, naming, of_other_frames)
     if isinstance(by_place, Reject):
         return by_place
     by_name = sorted(naming - set(comparable.tolist()))
     positions: dict[int | None, set[tuple[float, ...]]] = defaultdict(set)
     for index in by_name:
-        if found.placed[index]:
-            positions[found.numbers[index]].add(tuple(found.affines[index, :3, 3].tolist()))
+        if segmentation.placed[index]:
+            positions[segmentation.numbers[index]].add(tuple(segmentation.affines[index, :3, 3].tolist()))
     if any(len(several) > 1 for several in positions.values()):
         return Reject(Reason.MASK_MISMATCH, "several frames of one segment name the image, which has no place")
     return [*by_place, *((index, None) for index in by_name)]
 
 
 def _upon(
-    found: Segmentation, header: Header, comparable: np.ndarray, naming: set[int], of_other_frames: set[int]
+    segmentation: Segmentation, header: Header, comparable: np.ndarray, naming: set[int], of_other_frames: set[int]
 ) -> list[tuple[int, Placement | None]] | Reject:
     """The frames that lie upon the slice's pixels."""
     if not len(comparable):
@@ -94,7 +94,7 @@ def _upon(
     corners_mm = planes.corners_mm(header.geometry)
     assert corners_mm is not None
     tolerance_mm = planes.tolerance_mm(header.geometry)
-    affines = found.affines[comparable]
+    affines = segmentation.affines[comparable]
     distances_mm = np.linalg.norm(affines[:, :3, 2], axis=1)  # of planes
     # Of the slice's corners from the planes of the frames, (frames, 3)
     normals = affines[:, :3, 2] / distances_mm[:, np.newaxis]
@@ -104,7 +104,7 @@ def _upon(
     thickness_mm = header.geometry.slice_thickness_mm or 0.0
     places: dict[bytes, Placement | Reject | None] = {}
     upon: list[tuple[int, Placement | None]] = []
-    shape = (int(found.dataset.Columns), int(found.dataset.Rows), 1)
+    shape = (int(segmentation.dataset.Columns), int(segmentation.dataset.Rows), 1)
     # Planes farther off than half the way to the next frame are no concern of the slice's: `placement` would say None.
     for at in np.flatnonzero(least_mm <= 0.55 * distances_mm + tolerance_mm):
         index, affine = int(comparable[at]), affines[at]
@@ -113,36 +113,36 @@ def _upon(
         key = affine.tobytes()
         if key not in places:
             places[key] = placement(affine, shape, header.geometry)
-        place = places[key]
-        if isinstance(place, Placement):
-            upon.append((index, place))
+        where = places[key]
+        if isinstance(where, Placement):
+            upon.append((index, where))
             continue
         is_beside = bool(is_parallel[at] and least_mm[at] > tolerance_mm)
-        of_others = found.names[index] > 0 and index not in naming
-        if isinstance(place, Reject) and found.concerns(header) and not (is_beside and of_others):
-            return place
-    told = [at for at, index in enumerate(comparable) if index in naming and found.names[index] == 1]
-    far_mm = least_mm[told] - np.maximum(distances_mm[told], thickness_mm) / 2
-    if len(told) and (far_mm > tolerance_mm).any():
-        return Reject(Reason.MASK_MISMATCH, f"a frame that names the image lies {least_mm[told].max():.3g} mm from it")
+        of_others = segmentation.names[index] > 0 and index not in naming
+        if isinstance(where, Reject) and segmentation.concerns(header) and not (is_beside and of_others):
+            return where
+    named = [at for at, index in enumerate(comparable) if index in naming and segmentation.names[index] == 1]
+    far_mm = least_mm[named] - np.maximum(distances_mm[named], thickness_mm) / 2
+    if len(named) and (far_mm > tolerance_mm).any():
+        return Reject(Reason.MASK_MISMATCH, f"a frame that names the image lies {least_mm[named].max():.3g} mm from it")
     return upon
 
 
-def _without_frames(found: Segmentation, header: Header, missing_mask: MissingMask) -> Reject | None:
+def _without_frames(segmentation: Segmentation, header: Header, missing_mask: MissingMask) -> Reject | None:
     """Why a slice that no frame is of has no mask; None where it has one without foreground."""
-    is_listed = header.sop_instance_uid in found.instances
-    is_of_series = header.series_instance_uid in found.series or is_listed
-    naming, _ = found.naming(header)
+    is_listed = header.sop_instance_uid in segmentation.instances
+    is_of_series = header.series_instance_uid in segmentation.series or is_listed
+    naming, _ = segmentation.naming(header)
     has_place = planes.corners_mm(header.geometry) is not None
-    comparable = found.comparable(header, naming)
-    is_silent = found.placed & (found.names == 0)  # such frames are of an image by their place alone
-    if is_of_series and is_silent.any() and (not has_place or found.is_elsewhere(header)):
+    comparable = segmentation.comparable(header, naming)
+    is_silent = segmentation.placed & (segmentation.names == 0)  # such frames are of an image by their place alone
+    if is_of_series and is_silent.any() and (not has_place or segmentation.is_elsewhere(header)):
         where = "in another frame of reference" if has_place else "while the image has no place"
         return Reject(Reason.MASK_MISMATCH, f"frames name no image and lie {where}")
-    grids = {affine[:3, :3].tobytes(): affine for affine in found.affines[comparable]}
+    grids = {affine[:3, :3].tobytes(): affine for affine in segmentation.affines[comparable]}
     alike = has_place and any(is_alike(affine, header.geometry) for affine in grids.values())
-    shares_space = found.shares_space(header)
-    if grids and not alike and found.concerns(header) and (is_of_series or shares_space):
+    shares_space = segmentation.shares_space(header)
+    if grids and not alike and segmentation.concerns(header) and (is_of_series or shares_space):
         return Reject(Reason.MASK_MISMATCH, "all frames have another spacing or orientation than the image")
     if is_listed:
         return None

@@ -146,12 +146,12 @@ def _findings(positions_mm: np.ndarray, steps_mm: np.ndarray) -> list[str]:
 
 def _against_thickness(thicknesses_mm: Sequence[float | None], steps_mm: np.ndarray) -> list[str]:
     """Where the positions, which count, say other than SliceThickness, which does not."""
-    found = Counter(thickness for thickness in thicknesses_mm if thickness is not None)
-    if not found:
+    counted = Counter(thickness for thickness in thicknesses_mm if thickness is not None)
+    if not counted:
         return []
-    if len(found) > 1:
-        return [f"SliceThickness from {min(found):.4g} to {max(found):.4g} mm"]
-    (thickness_mm,) = found
+    if len(counted) > 1:
+        return [f"SliceThickness from {min(counted):.4g} to {max(counted):.4g} mm"]
+    (thickness_mm,) = counted
     if not len(steps_mm):
         return []
     spacing_mm = float(np.median(steps_mm))

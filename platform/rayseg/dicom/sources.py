@@ -111,15 +111,16 @@ def attributes(source: Dataset, frame: int | None) -> Dataset | Reject:
 
 
 def are_placed(datasets: Iterable[Container[str]]) -> bool | Reject:
-    """Whether the slices lie in a patient; MISSING_ATTRIBUTE, naming it, where only a part says where.
+    """Whether the slices lie in a patient; MISSING_ATTRIBUTE, naming it, where they have positions but not all of that.
 
-    Radiographs do not say so at all (CR, DX, MG: PS3.3 A.2, A.26, A.27), nor do secondary captures and ultrasound.
+    Radiographs do not say so at all (CR, DX, MG: PS3.3 A.2, A.26, A.27), nor do secondary captures and ultrasound. An
+    orientation without any position does not, either.
 
     Args:
         datasets: of the slices, or the keywords of what these have.
     """
     datasets = list(datasets)
-    if not any(keyword in dataset for dataset in datasets for keyword in PLACE[2:]):
+    if not any("ImagePositionPatient" in dataset for dataset in datasets):
         return False
     lacking = (keyword for dataset in datasets for keyword in PLACE if keyword not in dataset)
     missing = next(lacking, None)

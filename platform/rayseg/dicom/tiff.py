@@ -200,12 +200,12 @@ def _is_lossy(page: TiffPage, tiff: bytes) -> bool | Reject:
     lossy = False
     for at, count in _segments(page):
         data = tiff[at : at + count]
-        told = jpeg.head(data)
-        if told is None or told.rows * told.columns > _segment_pixels(page):
+        header = jpeg.head(data)
+        if header is None or header.rows * header.columns > _segment_pixels(page):
             return Reject(Reason.NOT_AN_IMAGE, "TIFF: JPEG of another size than its strip or tile")
-        if not jpeg.is_whole(data, told):
+        if not jpeg.is_whole(data, header):
             return Reject(Reason.NOT_AN_IMAGE, "TIFF: JPEG without an end")
-        lossy |= not told.lossless
+        lossy |= not header.lossless
     return lossy
 
 

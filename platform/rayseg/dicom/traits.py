@@ -42,15 +42,15 @@ def read(elements: Mapping[int, RawDataElement]) -> str:
     Args:
         elements: of the data set or, of an enhanced object, those that stand for one frame.
     """
-    found = []
+    traits = []
     for tag in elements:
         for name, source in _BY_TAG.get(tag, ()):
             if source.maker is None or _is_of(elements, *source.maker):
                 parts = [source.values(elements[each]) for each in source.tags if each in elements]
                 if len(parts) == len(source.tags) and all(parts):
-                    found.append((_RANKS[name, source], name, "\\".join(value for part in parts for value in part)))
+                    traits.append((_RANKS[name, source], name, "\\".join(value for part in parts for value in part)))
     first: dict[str, str] = {}
-    for _, name, value in sorted(found):
+    for _, name, value in sorted(traits):
         first.setdefault(name, value)
     return BETWEEN.join(f"{name}={value}" for name, value in first.items())
 
@@ -95,9 +95,9 @@ def _binary(element: RawDataElement, code: str, count: int = 1) -> tuple[str, ..
     return tuple(map(_number, numbers)) if all(map(math.isfinite, numbers)) else ()
 
 
-def _index(element: RawDataElement, place: int) -> tuple[str, ...]:
+def _index(element: RawDataElement, number: int) -> tuple[str, ...]:
     """One of DimensionIndexValues, counted from 1."""
-    return _binary(element, "L", place)[-1:]
+    return _binary(element, "L", number)[-1:]
 
 
 def _direction(element: RawDataElement) -> tuple[str, ...]:
@@ -184,10 +184,10 @@ TRAITS = (
     Trait("FrameAcquisitionNumber", "acquisition {} of frames", sources=(_Source((0x00209156,), _word),)),
     Trait("InstanceNumber", "instance {}"),  # of objects of several frames, which belong together: see `splitting`
     *(
-        Trait(f"DimensionIndexValue{place}", f"index {{}} of dimension {place}", sources=(
-            _Source((0x00209157,), partial(_index, place=place)),
+        Trait(f"DimensionIndexValue{number}", f"index {{}} of dimension {number}", sources=(
+            _Source((0x00209157,), partial(_index, number=number)),
         ))
-        for place in range(1, 7)
+        for number in range(1, 7)
     ),
 )  # fmt: skip
 

@@ -67,20 +67,20 @@ def take_out(segmentation: Dataset, images: Known) -> None:
         measures.PixelSpacing = images.spacing_mm
         measures.SliceThickness = images.thickness_mm
         shared.PixelMeasuresSequence = [measures]
-    (place,) = (
+    (position,) = (
         number
         for number, index in enumerate(segmentation.DimensionIndexSequence)
         if index.DimensionIndexPointer == _POSITION
     )
-    index = segmentation.DimensionIndexSequence[place]
+    index = segmentation.DimensionIndexSequence[position]
     index.DimensionIndexPointer = Tag(tag_for_keyword("FrameLabel") or 0)
     index.FunctionalGroupPointer = Tag(tag_for_keyword("FrameContentSequence") or 0)
     index.DimensionDescriptionLabel = "Image"
     for groups in segmentation.PerFrameFunctionalGroupsSequence:
         del groups.PlanePositionSequence
-        groups.FrameContentSequence[0].FrameLabel = str(_number(groups, place))
+        groups.FrameContentSequence[0].FrameLabel = str(_number(groups, position))
 
 
-def _number(groups: Dataset, place: int) -> int:
+def _number(groups: Dataset, position: int) -> int:
     """Which image a frame is of, from 1."""
-    return int(np.atleast_1d(groups.FrameContentSequence[0].DimensionIndexValues)[place])
+    return int(np.atleast_1d(groups.FrameContentSequence[0].DimensionIndexValues)[position])

@@ -62,6 +62,14 @@ class Volume:
         size = math.prod(self.stored) * self.dtype.itemsize
         return self.skipped + size * (self.count if self.interleaved else 1)
 
+    def numbers(self, frame: int | None) -> tuple[int, int] | Reject:
+        """Which volume of the file a frame is in, and which slice of it; None is the only frame of a file."""
+        if frame is None and self.slices * self.count > 1:
+            return Reject(Reason.UNSUPPORTED_MULTIFRAME, f"a {self.kind} volume of several slices")
+        if not 0 <= (frame or 0) < self.slices * self.count:
+            return Reject(Reason.MISSING_ATTRIBUTE, f"{self.kind}: fewer slices")
+        return divmod(frame or 0, self.slices)
+
     def place(self, index: int) -> dict[str, Any]:
         """Where axial slice `index`, counted from the feet, lies: columns of a manifest, and values of a `Geometry`."""
         steps = self.affine[:3, :3]
@@ -209,20 +217,20 @@ def inflated(data: bytes | memoryview, begin: int, length: int) -> bytes | bytea
 
     Nothing where the check sum after these bytes is wrong.
     """
-    content, view, place, passed = bytearray(), memoryview(data), 0, 0
+    content, view, position, passed = bytearray(), memoryview(data), 0, 0
     # All at once is the fastest, but what a member leaves is copied: after the first, a piece of the file at a time.
     fed_bytes = len(view) if length > _CHUNK else _BLOCK
     try:
-        while len(content) < length and place < len(view):
+        while len(content) < length and position < len(view):
             stream = zlib.decompressobj(32 + zlib.MAX_WBITS)  # zlib or gzip, as the first bytes say
             while len(content) < length and not stream.eof:
                 skips = passed < begin
-                fed = view[place : place + (_CHUNK if skips else fed_bytes)]
+                fed = view[position : position + (_CHUNK if skips else fed_bytes)]
                 piece = stream.decompress(fed, min(begin - passed, _CHUNK) if skips else length - len(content))
                 if not fed and not piece:
                     return content
                 rest = stream.unused_data if stream.eof else stream.unconsumed_tail
-                place += len(fed) - len(rest)
+                position += len(fed) - len(rest)
                 passed += len(piece) if skips else 0
                 if len(piece) == length and not skips:
                     return piece if _is_whole(stream, rest) else b""
@@ -230,7 +238,7 @@ def inflated(data: bytes | memoryview, begin: int, length: int) -> bytes | bytea
             fed_bytes = _CHUNK
     except zlib.error:  # a damaged end, or none of a member: what stands before it is whole
         return content
-    return content if len(content) < length or _is_whole(stream, view[place:]) else b""
+    return content if len(content) < length or _is_whole(stream, view[position:]) else b""
 
 
 def _is_whole(stream: Any, rest: bytes | memoryview) -> bool:

@@ -75,7 +75,7 @@ def stack(masks: Sequence[np.ndarray], geometries: Sequence[Geometry]) -> Stack 
     slice_places = places(geometries)
     if isinstance(slice_places, Reject):
         return slice_places
-    ordered = [masks[place] for place in slice_places.order]
+    ordered = [masks[index] for index in slice_places.order]
     if len({mask.shape for mask in ordered}) > 1:
         return Reject(Reason.SERIES_MIXED, _SIZES)
     return Stack(**vars(slice_places), masks=np.stack(ordered))

@@ -137,8 +137,8 @@ def segment(config: SegmentConfig) -> SegmentResult:
         config.pacs,
         settings,
     )
-    told = ledger.rows_of(output, model.digest, digest)
-    latest = {row["series_key"]: row for row in told.select(["series_key", *plan.KNOWN]).to_pylist()}
+    earlier = ledger.rows_of(output, model.digest, digest)
+    latest = {row["series_key"]: row for row in earlier.select(["series_key", *plan.KNOWN]).to_pylist()}
     retry = config.retry == "rejected"
     planned = plan.make(
         manifest,
@@ -159,7 +159,7 @@ def segment(config: SegmentConfig) -> SegmentResult:
         estimate = plan.estimate(planned, ledger.read(output), at_once, config.cost_per_hour)
         lacking = dict(sorted(planned.not_made.items()))
         return replace(result, estimate=estimate, not_made=lacking, seconds=time.monotonic() - began)
-    found: list[dict[str, Any]] = []
+    rows_of_run: list[dict[str, Any]] = []
     run_id = None
     if planned.todo:
         with runs.running(
@@ -170,26 +170,26 @@ def segment(config: SegmentConfig) -> SegmentResult:
             {"rayseg.kind": "archive", "rayseg.model_version": model.uri},
             [one.run_id for one in versions],
         ) as run_id:
-            found = _segmented(planned, task, folders, output, config, known, run_id)
-    made = {row["series_key"]: row for row in found if row["verdict"] == "segmented"}
-    done = {row["series_key"]: row for row in told.to_pylist() if row["series_key"] in planned.done}
-    rejected = len(unusable) + len(found) - len(made)
+            rows_of_run = _segmented(planned, task, folders, output, config, known, run_id)
+    segmented = {row["series_key"]: row for row in rows_of_run if row["verdict"] == "segmented"}
+    done = {row["series_key"]: row for row in earlier.to_pylist() if row["series_key"] in planned.done}
+    rejected = len(unusable) + len(rows_of_run) - len(segmented)
     page = storage.join(output, report.NAME)
-    if found or not storage.exists(page):  # with nothing to do that of the run before stays
-        ended_as = report.Run(len(made), rejected, skipped, time.monotonic() - began)
-        rows = [*done.values(), *found, *unusable]
+    if rows_of_run or not storage.exists(page):  # with nothing to do that of the run before stays
+        ended_as = report.Run(len(segmented), rejected, skipped, time.monotonic() - began)
+        rows = [*done.values(), *rows_of_run, *unusable]
         storage.write(page, report.render(ended_as, _asked(config, model.uri), rows, refusals).encode())
     _check_budget(refusals, planned.accepted, config.max_reject_fraction, output)
-    ended = [row for row in map((done | made).get, planned.series) if row]
+    ended = [row for row in map((done | segmented).get, planned.series) if row]
     return replace(
         result,
-        segmented=len(made),
+        segmented=len(segmented),
         rejected=rejected,
-        slices=sum(row["slices"] for row in found),
+        slices=sum(row["slices"] for row in rows_of_run),
         rejected_slices=refusals.reasons.total(),
         reasons=refusals.counts(),
-        flags=dict(sorted(Counter(flag for row in made.values() for flag in row["flags"]).items())),
-        not_made=dict(sorted(Counter(one["profile"] for row in made.values() for one in row["not_made"]).items())),
+        flags=dict(sorted(Counter(flag for row in segmented.values() for flag in row["flags"]).items())),
+        not_made=dict(sorted(Counter(one["profile"] for row in segmented.values() for one in row["not_made"]).items())),
         seg_paths=[uri for row in ended for uri in ledger.uris(row, config.profiles[0])],
         report=page,
         run_id=run_id,
@@ -259,9 +259,9 @@ def _segmented(
     waiting: list[dict[str, Any]] = []
     with Progress(len(planned.todo), planned.slices, output, config.tracking_uri, run_id) as progress:
         try:
-            for found in stream.rows(planned.todo, task, folders, workers):
-                waiting += found
-                progress.update(found)
+            for some in stream.rows(planned.todo, task, folders, workers):
+                waiting += some
+                progress.update(some)
                 if len(waiting) >= stream.SERIES_PER_PART:
                     rows += _appended(output, waiting, planned.refusals)
                     waiting = []

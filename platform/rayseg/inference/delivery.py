@@ -40,11 +40,11 @@ def deliver(file: File, folder: str, service: str | None) -> dict[str, Any] | Re
         storage.write(uri, file.data)
     except OSError as error:
         return Reject(Reason.WRITE_FAILED, type(error).__name__)
-    place = None
+    address = None
     if service is not None and file.profile in DICOM:
-        made = pydicom.dcmread(io.BytesIO(file.data), stop_before_pixels=True)
+        instance = pydicom.dcmread(io.BytesIO(file.data), stop_before_pixels=True)
         try:
-            place = pacs.store(service, str(made.SOPInstanceUID), file.data)
+            address = pacs.store(service, str(instance.SOPInstanceUID), file.data)
         except OSError as error:  # its text is ours: a status and the service's code
             return Reject(Reason.WRITE_FAILED, f"{file.profile}: PACS: {error}")
     return {
@@ -52,5 +52,5 @@ def deliver(file: File, folder: str, service: str | None) -> dict[str, Any] | Re
         "uri": uri,
         "sha256": hashlib.sha256(file.data).hexdigest(),
         "bytes": len(file.data),
-        "pacs": place,
+        "pacs": address,
     }

@@ -25,8 +25,8 @@ _COLOURS = np.array(  # of the classes: Okabe and Ito's, which are told apart by
 
 def colour(number: int) -> np.ndarray:
     """Red, green and blue, uint8 (3,), of the class of this number, from 1."""
-    found: np.ndarray = _COLOURS[(number - 1) % len(_COLOURS)]
-    return found
+    rgb: np.ndarray = _COLOURS[(number - 1) % len(_COLOURS)]
+    return rgb
 
 
 def nifti(stack: Stack, labels: Sequence[str]) -> bytes | Reject:
@@ -39,12 +39,19 @@ def nifti(stack: Stack, labels: Sequence[str]) -> bytes | Reject:
     affine = stack.affine_lps()
     if isinstance(affine, Reject):
         return affine
-    image = nib.Nifti1Image(stack.masks.transpose(2, 1, 0), _LPS_TO_RAS @ affine)
+    image = nib.Nifti1Image(stack.masks.transpose(2, 1, 0), None)
     image.header.set_xyzt_units("mm")
-    image.set_sform(_LPS_TO_RAS @ affine, code="scanner")
-    image.header["qform_code"] = 0 if _is_sheared(image.header, stack.tolerance_mm) else 1
+    set_place(image.header, affine, stack.tolerance_mm)
     image.header["descrip"] = f"rayseg, research only: {', '.join(labels)}".encode("ascii", "replace")[:79]
     return gzip.compress(image.to_bytes(), mtime=0)
+
+
+def set_place(header: nib.Nifti1Header, affine_lps: np.ndarray, tolerance_mm: float) -> None:
+    """Where the grid of a header that has its shape lies: see `nifti`; `affine_lps` is of its voxels, to LPS, mm."""
+    header.set_qform(_LPS_TO_RAS @ affine_lps, code="scanner")  # first: sets pixdim, too
+    header.set_sform(_LPS_TO_RAS @ affine_lps, code="scanner")
+    if _is_sheared(header, tolerance_mm):
+        header["qform_code"] = 0
 
 
 def nifti_warning(stack: Stack) -> str | None:
@@ -61,7 +68,7 @@ def nifti_warning(stack: Stack) -> str | None:
 def _is_sheared(header: nib.Nifti1Header, tolerance_mm: float) -> bool:
     """Whether the grid of the sform has corners that lie elsewhere by the qform, whose axes are at right angles."""
     last = np.array(header.get_data_shape()) - 1
-    corners = np.array([(*place, 1) for place in np.ndindex(2, 2, 2)]) * (*last, 1)
+    corners = np.array([(*corner, 1) for corner in np.ndindex(2, 2, 2)]) * (*last, 1)
     off_mm = corners @ (header.get_sform() - header.get_qform()).T
     return bool(np.linalg.norm(off_mm[:, :3], axis=1).max() > tolerance_mm)
 
@@ -71,7 +78,7 @@ def surfaces(stack: Stack, labels: Sequence[str]) -> dict[str, trimesh.Trimesh]:
 
     Marching cubes (Lewiner et al. 2003) through the middle between foreground and background.
     """
-    found = {}
+    meshes = {}
     for number, name in enumerate(labels, start=1):
         inside_SHW = stack.masks == number
         where = ndimage.find_objects(inside_SHW.astype(np.uint8))
@@ -85,8 +92,8 @@ def surfaces(stack: Stack, labels: Sequence[str]) -> dict[str, trimesh.Trimesh]:
         mesh = trimesh.Trimesh(points_mm, faces, vertex_colors=[rgba] * len(vertices), process=False)
         if mesh.volume < 0:
             mesh.invert()
-        found[name] = mesh
-    return found
+        meshes[name] = mesh
+    return meshes
 
 
 def stl(meshes: dict[str, trimesh.Trimesh]) -> bytes:

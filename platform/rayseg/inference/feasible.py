@@ -34,7 +34,7 @@ def columns(profiles: Iterable[str]) -> tuple[str, ...]:
 
 def present(table: pa.Table) -> list[int]:
     """Of each row of a manifest, which of `PRESENT` have a value: a bit each."""
-    bits = [np.asarray(table[name].is_valid()).astype(int) << place for place, name in enumerate(PRESENT)]
+    bits = [np.asarray(table[name].is_valid()).astype(int) << bit for bit, name in enumerate(PRESENT)]
     numbers: list[int] = np.sum(bits, axis=0).tolist()
     return numbers
 
@@ -69,7 +69,7 @@ def refused(profiles: Sequence[str], kind: Kind, rows: Sequence[Mapping[str, Any
 
 def _unplaced(present: Iterable[int]) -> Reject | None:
     """Why a segmentation of DICOM slices would lie nowhere; None where it lies as they do."""
-    placed = are_placed([keyword for place, keyword in enumerate(_PLACE) if bits >> place & 1] for bits in present)
+    placed = are_placed([keyword for bit, keyword in enumerate(_PLACE) if bits >> bit & 1] for bits in present)
     return placed if isinstance(placed, Reject) else None
 
 

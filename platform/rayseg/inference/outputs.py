@@ -255,11 +255,11 @@ class _Making:
 
     def _measured(self, value: int) -> report.Measured:
         """Of a class: its volume, and its largest lesion by volume, by voxels where positions do not give one."""
-        masks, geometries, place = self.series.masks, self.series.geometries, self._placed
+        masks, geometries, placed = self.series.masks, self.series.geometries, self._placed
         whole_ml = volume_ml([int(np.count_nonzero(mask == value)) for mask in masks], geometries)
-        voxels = voxels_mm3([geometries[number] for number in place.order])
+        voxels = voxels_mm3([geometries[number] for number in placed.order])
         largest = max(
-            lesions(place.masks, value),
+            lesions(placed.masks, value),
             key=lambda one: one.pixels if voxels is None else one.volume_ml(voxels),
             default=None,
         )
@@ -268,4 +268,4 @@ class _Making:
         if largest is None:
             return report.Measured(whole_ml, None, ends_ml)
         lesion_ml = None if voxels is None else largest.volume_ml(voxels)
-        return report.Measured(whole_ml, report.Lesion(lesion_ml, largest.diameter_mm(place)), ends_ml)
+        return report.Measured(whole_ml, report.Lesion(lesion_ml, largest.diameter_mm(placed)), ends_ml)

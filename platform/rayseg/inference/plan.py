@@ -79,7 +79,7 @@ def make(
     Raises:
         ValueError: there is no manifest, or the rows of a series do not stand together.
     """
-    made = Plan()
+    plan = Plan()
     unusable: list[dict[str, Any]] = []
     rejects: list[dict[str, Any]] = []
     met: set[str] = set()
@@ -94,40 +94,40 @@ def make(
                     f"segment.manifest: series {key} stands in several places of {manifest}; catalog again"
                 )
             met.add(key)
-        made.refusals.add(refused)
+        plan.refusals.add(refused)
         rejects += refused
         if planned is not None:
-            made.series.append(planned["series_key"])
-            made.accepted += len(planned["uris"])
+            plan.series.append(planned["series_key"])
+            plan.accepted += len(planned["uris"])
             if "not_made" not in planned:
-                made.done.add(planned["series_key"])
+                plan.done.add(planned["series_key"])
             else:
-                made.todo.append(packed(pa.Table.from_pylist([planned], schema=SCHEMA)))
-                made.slices += len(planned["uris"])
-                made.not_made.update(one["profile"] for one in planned["not_made"])
+                plan.todo.append(packed(pa.Table.from_pylist([planned], schema=SCHEMA)))
+                plan.slices += len(planned["uris"])
+                plan.not_made.update(one["profile"] for one in planned["not_made"])
         elif key is not None:
             first = Reject(Reason(refused[0]["reason"]), refused[0]["detail"])
             row = ledger_row(task, key, refused[0]["patient_key"], first) | {"rejected_slices": len(refused)}
             unusable.append(row)
-            made.unusable.append(row)
+            plan.unusable.append(row)
         if len(rejects) >= _REJECTS_PER_PART:
             keep(unusable, rejects)
             unusable, rejects = [], []
     keep(unusable, rejects)
-    made.accepted += made.refusals.of_run.total()
-    return made
+    plan.accepted += plan.refusals.of_run.total()
+    return plan
 
 
 def _rows(manifest: str, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
     """The rows with `columns` and `present`; an image file's series is the file."""
     try:
         for some in storage.read_row_groups(manifest, [*{*columns, *feasible.PRESENT, "instance_key"}]):
-            told = some.select(columns)
+            known = some.select(columns)
             alone = pc.and_(pc.fill_null(pc.equal(some["kind"], "image"), False), pc.is_null(some["frame"]))
             if pc.any(alone).as_py():
                 keys = pc.if_else(alone, pc.coalesce(some["instance_key"], some["series_key"]), some["series_key"])
-                told = told.set_column(columns.index("series_key"), "series_key", keys)
-            values = [*(column.to_pylist() for column in told.columns), feasible.present(some)]
+                known = known.set_column(columns.index("series_key"), "series_key", keys)
+            values = [*(column.to_pylist() for column in known.columns), feasible.present(some)]
             names = (*columns, "present")
             yield from (dict(zip(names, row, strict=True)) for row in zip(*values, strict=True))
     except FileNotFoundError:

@@ -43,22 +43,22 @@ class Postprocess:
         inside_SHW = np.stack([masks[number][box] for number in slices])
         weights_S = None if voxels_mm3 is None else voxels_mm3[slices.start : slices.stop]
         made_SHW = self._apply(inside_SHW, weights_S)
-        made = Packed()
+        packed = Packed()
         for number, mask in enumerate(masks):
             after = mask.copy()
             if number in slices:
                 after[box] = made_SHW[number - slices.start]
-            made.append(after)
-        return made
+            packed.append(after)
+        return packed
 
     def _apply(self, masks_SHW: np.ndarray, voxels_mm3: np.ndarray | None) -> np.ndarray:
-        made: np.ndarray = masks_SHW.copy()
+        cleaned: np.ndarray = masks_SHW.copy()
         for number in np.unique(masks_SHW[masks_SHW > 0]):
-            before_SHW = made == number
+            before_SHW = cleaned == number
             kept_SHW = self._of_class(before_SHW, voxels_mm3)
-            made[before_SHW & ~kept_SHW] = 0
-            made[kept_SHW & (made == 0)] = number
-        return made
+            cleaned[before_SHW & ~kept_SHW] = 0
+            cleaned[kept_SHW & (cleaned == 0)] = number
+        return cleaned
 
     def _of_class(self, inside_SHW: np.ndarray, voxels_mm3: np.ndarray | None) -> np.ndarray:
         if self.fill_holes:
@@ -82,13 +82,13 @@ class Postprocess:
 
 def _around(masks: Sequence[np.ndarray]) -> tuple[range, tuple[slice, slice]] | None:
     """The slices from the first to the last with foreground, and the box that has all of it; None without any."""
-    found = []
+    boxes = []
     for number, mask in enumerate(masks):
         if mask.any():
             rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-            found.append((number, rows[0], rows[-1] + 1, columns[0], columns[-1] + 1))
-    if not found:
+            boxes.append((number, rows[0], rows[-1] + 1, columns[0], columns[-1] + 1))
+    if not boxes:
         return None
-    numbers, tops, bottoms, lefts, rights = zip(*found, strict=True)
+    numbers, tops, bottoms, lefts, rights = zip(*boxes, strict=True)
     box = slice(int(min(tops)), int(max(bottoms))), slice(int(min(lefts)), int(max(rights)))
     return range(numbers[0], numbers[-1] + 1), box

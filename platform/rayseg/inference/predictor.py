@@ -151,8 +151,8 @@ class Predictor:
 
     def predict_stack(self, stack: Sequence[Slice | Reject | None]) -> Prediction | Reject:
         """The slice in the middle of 2 * `neighbours` + 1 with its mask, or why there is none; see `stacks.usable`."""
-        made = self.judge_stack(stack)
-        return made if isinstance(made, Reject) else Prediction(made.slice, made.mask)
+        judged = self.judge_stack(stack)
+        return judged if isinstance(judged, Reject) else Prediction(judged.slice, judged.mask)
 
     def judge_stack(self, stack: Sequence[Slice | Reject | None], threshold: float | None = None) -> Judgement | Reject:
         """As `predict_stack`, and what the mask was decided by.
@@ -196,7 +196,7 @@ class Predictor:
         wanted = frames or [None] * len(blobs)
         slices = [read_slice(blob, frame, color) for blob, frame in zip(blobs, wanted, strict=True)]
         judged = [self.judge_alone(slice) for slice in slices]
-        return [made if isinstance(made, Reject) else Prediction(made.slice, made.mask) for made in judged]
+        return [one if isinstance(one, Reject) else Prediction(one.slice, one.mask) for one in judged]
 
     def segment_example(self) -> Prediction:
         """The bundle's example with the mask that was recorded when it was saved, where all is well: see `bundle`."""
@@ -218,16 +218,18 @@ class Predictor:
         inputs_NHWC = [self._flipped(images[bundle.preprocess]) for bundle in self.bundles]
         screens = [compiled.screen for compiled in self._compiled if compiled.screen is not None]
         assert len(screens) in (0, len(self._compiled)), "one engine runs all models"
-        made = [screen(image) for screen, image in zip(screens, inputs_NHWC, strict=True)] if screens else []
+        screened = [screen(image) for screen, image in zip(screens, inputs_NHWC, strict=True)] if screens else []
         slice, image_HWC = stack[len(stack) // 2], images[self.bundle.preprocess]
         assert slice is not None
         classes = len(self.bundle.labels.names)
-        if made and not any(_may_find(probabilities, threshold) for probabilities in made):
+        if screened and not any(_may_find(probabilities, threshold) for probabilities in screened):
             # Few want to know by how much nothing was found.
             nothing = np.zeros(slice.shape, np.uint8)
             count = len(self.bundles) if len(self.bundles) > 1 else len(self._flips)
             members = [nothing] * (count if self._several else 0)
-            return Judgement(slice, nothing, image_HWC, lambda: self._average(made, stack), lambda: members, classes)
+            return Judgement(
+                slice, nothing, image_HWC, lambda: self._average(screened, stack), lambda: members, classes
+            )
         exact = [compiled.exact(image) for compiled, image in zip(self._compiled, inputs_NHWC, strict=True)]
         probabilities_KHW = self._average(exact, stack)
         mask = decide(probabilities_KHW, threshold)
@@ -239,8 +241,8 @@ class Predictor:
         return np.stack([np.flip(image_HWC, axes) for axes in self._flips])
 
     def _average(self, of_models_NHWK: Sequence[np.ndarray], stack: Sequence[Slice | None]) -> np.ndarray:
-        found = self._of_models(of_models_NHWK, stack)
-        return found[0] if len(found) == 1 else np.mean(found, axis=0)
+        of_models = self._of_models(of_models_NHWK, stack)
+        return of_models[0] if len(of_models) == 1 else np.mean(of_models, axis=0)
 
     def _of_models(self, of_models_NHWK: Sequence[np.ndarray], stack: Sequence[Slice | None]) -> list[np.ndarray]:
         return [
@@ -324,7 +326,7 @@ def _main(bundle_dir: str, repeats: int = 0) -> None:
     predictor = Predictor.load(bundle_dir, engine=Engine("openvino", "float32"))
     mask = predictor.segment_example().mask
     golden = describe(Path(bundle_dir)).get("golden_masks_sha256", {})
-    found: dict[str, Any] = {
+    measured: dict[str, Any] = {
         "digest": predictor.bundle.digest,
         "example_mask_sha256": mask_sha256(mask),
         "golden_masks_sha256": {
@@ -337,9 +339,9 @@ def _main(bundle_dir: str, repeats: int = 0) -> None:
             began = time.perf_counter()
             predictor.segment_example()
             seconds.append(time.perf_counter() - began)
-        found |= {"latency_s": statistics.median(seconds), "memory_mb": _greatest_memory_mb()}
+        measured |= {"latency_s": statistics.median(seconds), "memory_mb": _greatest_memory_mb()}
     load_keras(bundle_dir)  # is what the digest was made of; last, as TensorFlow takes memory
-    print(json.dumps(found))
+    print(json.dumps(measured))
 
 
 def _greatest_memory_mb() -> float | None:
@@ -351,8 +353,8 @@ def _greatest_memory_mb() -> float | None:
         status = Path("/proc/self/status").read_text()
     except OSError:
         return None
-    found = re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
-    return None if found is None else int(found[1]) * 1024 / 1e6
+    peak = re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
+    return None if peak is None else int(peak[1]) * 1024 / 1e6
 
 
 if __name__ == "__main__":

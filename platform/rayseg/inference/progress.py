@@ -106,7 +106,7 @@ class Progress:
     def _tell_file(self) -> None:
         done = self._counts["slices"] + self._counts["rejected_slices"]
         rate = done / (time.monotonic() - self._began) if done else 0.0
-        told = {
+        figures = {
             "series": self._counts["segmented"] + self._counts["rejected"],
             "series_total": self._series,
             "slices": done,
@@ -117,6 +117,6 @@ class Progress:
             "run_id": self._run_id,
         }
         try:
-            storage.write_json(self._file, told)
+            storage.write_json(self._file, figures)
         except OSError as error:
             logger.warning("the output was not told how far the run is: %s", type(error).__name__)

@@ -56,15 +56,15 @@ class Look:
 
 def look(preprocess: Preprocess, judged: Judgement) -> Look:
     """What to keep of a segmented slice; `preprocess` is of the model's bundle."""
-    told = facts(judged.slice, judged.image_HWC, preprocess)
-    spacing_mm = told["pixel_spacing_mm"]
+    known_facts = facts(judged.slice, judged.image_HWC, preprocess)
+    spacing_mm = known_facts["pixel_spacing_mm"]
     bits, pixels = entropy_bits(judged.probabilities_KHW, judged.mask) if judged.mask.any() else (0.0, 0)
     return Look(
-        modality=told["modality"],
-        body_part=told["body_part"],
+        modality=known_facts["modality"],
+        body_part=known_facts["body_part"],
         spacing_mm=spacing_mm and tuple(spacing_mm),
-        intensity_mean=told["intensity_mean"],
-        intensity_sd=told["intensity_sd"],
+        intensity_mean=known_facts["intensity_mean"],
+        intensity_sd=known_facts["intensity_sd"],
         entropy_bits=bits,
         entropy_pixels=pixels,
         pixel_share=float(np.prod(preprocess.scale(*judged.slice.shape)) / np.prod(preprocess.size)),
@@ -81,7 +81,7 @@ def judge(known: Range | None, slices: Sequence[Look], volume_ml: float | None =
         volume_ml: of the foreground; None where it is not known.
     """
     known = known or Range()
-    found: dict[QualityFlag, str] = {}
+    flags: dict[QualityFlag, str] = {}
     foreign = (
         (QualityFlag.MODALITY, known.modalities, {one.modality for one in slices}),
         (QualityFlag.BODY_PART, known.body_parts, {one.body_part for one in slices}),
@@ -89,12 +89,12 @@ def judge(known: Range | None, slices: Sequence[Look], volume_ml: float | None =
     for flag, usual, told in foreign:
         others = sorted(value for value in told if value is not None and value not in usual)
         if usual and others:
-            found[flag] = f"{', '.join(others)}, not {' or '.join(usual)}"
+            flags[flag] = f"{', '.join(others)}, not {' or '.join(usual)}"
     spacings_mm = [mm for one in slices for mm in one.spacing_mm or ()]
     if known.spacing_mm and spacings_mm:
         low, high = known.spacing_mm[0] / _SPACING_FACTOR, known.spacing_mm[1] * _SPACING_FACTOR
         if min(spacings_mm) < low or max(spacings_mm) > high:
-            found[QualityFlag.SPACING] = (
+            flags[QualityFlag.SPACING] = (
                 f"{min(spacings_mm):.3g} to {max(spacings_mm):.3g} mm, not {low:.3g} to {high:.3g}"
             )
     odd = [
@@ -102,24 +102,24 @@ def judge(known: Range | None, slices: Sequence[Look], volume_ml: float | None =
         _outside("spread", [one.intensity_sd for one in slices], known.intensity_sd),
     ]
     if any(odd):
-        found[QualityFlag.INTENSITY] = ", ".join(filter(None, odd))
+        flags[QualityFlag.INTENSITY] = ", ".join(filter(None, odd))
     share = max(one.share for one in slices)
     if known.foreground_share and share > _AREA_FACTOR * known.foreground_share:
-        found[QualityFlag.AREA] = f"{share:.1%} of a slice, at most {known.foreground_share:.1%} in training"
+        flags[QualityFlag.AREA] = f"{share:.1%} of a slice, at most {known.foreground_share:.1%} in training"
     if known.volume_ml and volume_ml is not None and volume_ml > _VOLUME_FACTOR * known.volume_ml:
-        found[QualityFlag.VOLUME] = f"{volume_ml:.3g} mL, at most {known.volume_ml:.3g} in training"
+        flags[QualityFlag.VOLUME] = f"{volume_ml:.3g} mL, at most {known.volume_ml:.3g} in training"
     most, allowed = max(one.pieces for one in slices), max(_LEAST_PIECES, _PIECES_FACTOR * (known.pieces or 0))
     if most > allowed:
-        found[QualityFlag.FRAGMENTS] = f"{most} pieces in a slice, over {allowed}"
+        flags[QualityFlag.FRAGMENTS] = f"{most} pieces in a slice, over {allowed}"
     limit = _MOST_ENTROPY_BITS if known.entropy_bits is None else _ENTROPY_FACTOR * known.entropy_bits
     if (mean := entropy(slices)) is not None and mean > limit:
-        found[QualityFlag.ENTROPY] = f"{mean:.2f} bits a pixel found, over {limit:.2f}"
+        flags[QualityFlag.ENTROPY] = f"{mean:.2f} bits a pixel found, over {limit:.2f}"
     least = known.pairwise_dice
     limit = _LEAST_PAIRWISE_DICE if least is None else 1 - _DISAGREEMENT_FACTOR * (1 - least)
     # Where nothing is found a crumb of one member would be no agreement at all.
     if mean is not None and (dice := pairwise_dice(slices)) is not None and dice < limit:
-        found[QualityFlag.PAIRWISE_DICE] = f"{dice:.2f} between members, below {limit:.2f}"
-    return dict(sorted(found.items()))
+        flags[QualityFlag.PAIRWISE_DICE] = f"{dice:.2f} between members, below {limit:.2f}"
+    return dict(sorted(flags.items()))
 
 
 def entropy(slices: Sequence[Look]) -> float | None:

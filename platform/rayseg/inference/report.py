@@ -95,9 +95,9 @@ def render(run: Run, asked: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
 
 def _not_made(segmented: Sequence[Mapping[str, Any]]) -> list[_NotMade]:
     """By profile and reason, the most frequent first."""
-    told = [one for row in segmented for one in row.get("not_made") or ()]
-    counts = Counter((one["profile"], one["reason"]) for one in told)
-    details = {(one["profile"], one["reason"]): one["detail"] for one in reversed(told)}
+    lacking = [one for row in segmented for one in row.get("not_made") or ()]
+    counts = Counter((one["profile"], one["reason"]) for one in lacking)
+    details = {(one["profile"], one["reason"]): one["detail"] for one in reversed(lacking)}
     return [_NotMade(*which, count, details[which] or "") for which, count in counts.most_common()]
 
 

@@ -76,25 +76,27 @@ def segment_series(
     profiles = [profile for profile in task.profiles if profile not in known]
     refused: dict[Place, Reject] = {}
     try:
-        made = _make(predictor, task, series_key, kind, profiles, wanted, refused, watch)
+        ended = _make(predictor, task, series_key, kind, profiles, wanted, refused, watch)
     except Exception as error:  # a defect of ours must cost this series only
-        made = Reject(Reason.INTERNAL, type(error).__name__)
-    if isinstance(made, Reject):
-        refused = {place: refused.get(place, made) for place in wanted}
+        ended = Reject(Reason.INTERNAL, type(error).__name__)
+    if isinstance(ended, Reject):
+        refused = {slice_place: refused.get(slice_place, ended) for slice_place in wanted}
     else:
-        told = {one["profile"]: one for one in (*not_made, *made["not_made"])}
-        made["not_made"] = [told[profile] for profile in task.profiles if profile in told]
-    row = ledger_row(task, series_key, patient_key, made if isinstance(made, Reject) else None)
+        lacking = {one["profile"]: one for one in (*not_made, *ended["not_made"])}
+        ended["not_made"] = [lacking[profile] for profile in task.profiles if profile in lacking]
+    row = ledger_row(task, series_key, patient_key, ended if isinstance(ended, Reject) else None)
     row |= {
         "input_digest": input_digest,
         "rejected_slices": len(refused),
-        "rejects": [reject_row(*place, STAGE, reject, patient_key, series_key) for place, reject in refused.items()],
+        "rejects": [
+            reject_row(*slice_place, STAGE, reject, patient_key, series_key) for slice_place, reject in refused.items()
+        ],
         "not_made": list(not_made),
         "engine": predictor.engine,
         **{f"{step}_s": watch.seconds[step] for step in STEPS},
         "seconds": time.monotonic() - watch.began,
     }
-    return row if isinstance(made, Reject) else row | made
+    return row if isinstance(ended, Reject) else row | ended
 
 
 def not_made_rows(refused: Mapping[str, Reject]) -> list[dict[str, str]]:
@@ -173,24 +175,24 @@ def _make(
     foreground = [int(np.count_nonzero(mask)) for mask in series.masks]
     volume = volume_ml(foreground, series.geometries)
     flags = quality.judge(predictor.known.range, series.looks, volume)
-    made: list[File] = []
+    exported: list[File] = []
     not_made: dict[str, Reject] = {}
     if any(foreground) or task.write_empty:
         with watch.step("encode"):
             labels = predictor.bundle.labels.names
-            made, not_made = files(series, profiles, labels, task.model, flags, task.settings, predictor.engine)
+            exported, not_made = files(series, profiles, labels, task.model, flags, task.settings, predictor.engine)
     if len(not_made) == len(profiles):
         profile, first = next(iter(not_made.items()))
         return Reject(first.reason, f"{profile}: {first.detail}")
     outputs = []
-    for file in made:
+    for file in exported:
         with watch.step("write"):
             written = deliver(file, task.folder, task.pacs)
         if isinstance(written, Reject):
             return written
         outputs.append(written)
     return {
-        "detail": "; ".join(file.warning for file in made if file.warning) or None,
+        "detail": "; ".join(file.warning for file in exported if file.warning) or None,
         "slices": len(series.masks),
         "foreground_pixels": sum(foreground),
         **_with_interval(volume, series.errors.of_foreground(volume)),

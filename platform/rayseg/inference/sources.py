@@ -8,7 +8,7 @@ import pydicom
 
 from rayseg import storage
 from rayseg.data.manifest import read_failure
-from rayseg.dicom import nifti, volumes
+from rayseg.dicom import nifti
 from rayseg.dicom.reading import Slice, read_slices
 from rayseg.geometry.grid import Geometry
 from rayseg.inference import volume
@@ -40,18 +40,13 @@ class Sources:
             if isinstance(data, OSError):
                 yield from (read_failure(data) for _ in frames)
                 continue
-            for slice in self.watch.each("decode", self._slices(data, frames)):
+            for slice in self.watch.each("decode", read_slices(data, frames, self.color)):
                 if isinstance(slice, Reject) or self._keep(uri, data, slice):
                     yield slice
                 elif self.kind == "dicom":
                     yield Reject(Reason.NOT_DICOM, "an image file, where the manifest has a DICOM instance")
                 else:
                     yield Reject(Reason.NOT_AN_IMAGE, "a DICOM instance, where the manifest has an image file")
-
-    def _slices(self, data: bytes, frames: Sequence[int | None]) -> Iterator[Slice | Reject]:
-        if self.kind == "volume" and volumes.is_volume(data):
-            return volume.slices(data, frames)
-        return read_slices(data, frames, self.color)
 
     def _keep(self, uri: str, data: bytes, slice: Slice) -> bool:
         """Keeps what files take of the slice's object; False where that is of another kind than the manifest says."""

@@ -1,52 +1,24 @@
-"""A volume as a series: its slices, decoded once, and of NIfTI the mask that goes back onto its own voxel grid.
+"""The mask of a NIfTI volume, on the voxel grid of the very file.
 
 Slices come in the order and on the axes of `dicom.voxels`, whatever way the volume is stored; a mask is turned back.
 """
 
 import gzip
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from io import BytesIO
 
 import numpy as np
 from nibabel import Nifti1Header, Nifti2Header
 from nibabel.orientations import apply_orientation, ornt_transform
 
-from rayseg.dicom import nifti, volumes
-from rayseg.dicom.reading import Slice
-from rayseg.geometry.grid import Geometry
-from rayseg.records import Reason, Reject
+from rayseg.dicom import nifti
+from rayseg.records import Reject
 
 _HEADER_BYTES = 544  # of NIfTI-2; of NIfTI-1 348 and what follows
 _NIFTI_2 = b"n+2\0"
 _AS_READ = np.array([[0, 1], [1, 1], [2, 1]])  # the axes that slices come in: columns, rows, slices
 _FLAG_BYTES = 4  # behind the header: zeros, there are no extensions
-
-
-def slices(data: bytes, frames: Sequence[int | None]) -> Iterator[Slice | Reject]:
-    """Axial slices of a volume by their numbers, see `voxels.Volume`; None for the only one.
-
-    `reading.read_slices` gives the same, but remembers one volume for all threads of a process.
-    """
-    volume = volumes.read_header(data)
-    image: tuple[np.ndarray, float, float] | Reject | None = None
-    decoded = -1
-    for frame in frames:
-        if isinstance(volume, Reject):
-            yield volume
-        elif frame is None and volume.slices * volume.count > 1:
-            yield Reject(Reason.UNSUPPORTED_MULTIFRAME, f"a {volume.kind} volume of several slices")
-        elif not 0 <= (frame or 0) < volume.slices * volume.count:
-            yield Reject(Reason.MISSING_ATTRIBUTE, f"{volume.kind}: fewer slices")
-        else:
-            number, index = divmod(frame or 0, volume.slices)
-            if image is None or number != decoded:
-                image, decoded = volumes.image(data, number), number
-            if isinstance(image, Reject):
-                yield image
-            else:
-                stored_SHW, slope, intercept = image
-                yield Slice(stored_SHW[index], slope, intercept, None, Geometry(**volume.place(index)))
 
 
 def header(data: bytes) -> bytes:
@@ -70,7 +42,7 @@ def mask(of: bytes, masks: Sequence[np.ndarray], frames: Sequence[int | None], l
     Args:
         of: the source's `header`.
         masks: uint8 (rows, columns), of some slices; the others have no foreground.
-        frames: which slices these are, as `slices` counts them.
+        frames: which slices these are, as `voxels.Volume` counts them.
         labels: the classes' names.
     """
     volume = nifti.read_header(of)
