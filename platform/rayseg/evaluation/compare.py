@@ -29,7 +29,7 @@ class CompareConfig:
 
     models: tuple[str, ...]  # models:/NAME/VERSION, models:/NAME@ALIAS, or ids of runs that have scores
     tracking_uri: str
-    split: Literal["train", "val", "test"] = "test"
+    split: Literal["train", "val", "test", "out_of_fold"] = "test"  # the last one of cross-validations
     metric: str = "dice_per_case"  # of single patients: what the picture and the report's head are about
     level: float = 0.95  # of the intervals
 
