@@ -1,5 +1,6 @@
 """Storage on the local disk: round trips, atomic writes, listings, retries. `e2e/test_store.py` has the same on S3."""
 
+import errno
 import logging
 import os
 from collections.abc import Callable
@@ -208,10 +209,19 @@ def test_after_the_last_attempt_the_error_is_raised(pauses: list[float]) -> None
     [
         (FileNotFoundError("x"), FileNotFoundError),
         (OSError("AWS Error ACCESS_DENIED during HeadObject operation"), PermissionError),
-        (OSError("AWS Error SIGNATURE_DOES_NOT_MATCH during GetObject"), PermissionError),
+        (OSError("AWS Error SIGNATURE_DOES_NOT_MATCH during GetObject"), retry.CredentialsError),
+        (
+            OSError("AWS Error UNKNOWN (HTTP status 400) during HeadObject operation: No response body."),
+            PermissionError,
+        ),
+        (OSError("AWS Error UNKNOWN [code: ExpiredToken, request id: 1] (HTTP status 400)"), retry.CredentialsError),
+        (OSError(errno.ELOOP, "Too many levels of symbolic links"), OSError),
+        (OSError(errno.ENAMETOOLONG, "File name too long"), OSError),
     ],
 )
-def test_what_cannot_get_better_is_not_tried_again(error: OSError, raised: type[OSError], pauses: list[float]) -> None:
+def test_what_cannot_get_better_is_not_tried_again(
+    error: OSError, raised: type[Exception], pauses: list[float]
+) -> None:
     call, calls = failing(99, error)
     with pytest.raises(raised):
         retry.tried(call)

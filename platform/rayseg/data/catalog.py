@@ -119,7 +119,7 @@ def catalog(config: CatalogConfig) -> CatalogResult:
         objects = unread.objects + unchanged
         _headers(unread, config, pseudonyms, found)
         counts = _write(found, Path(folder, "manifest"), mark, config)
-        _write_without_image(output, [storage.join(source, path) for path in lonely])
+        _write_without_image(output, [_below(source, path) for path in lonely])
         storage.write_file(output, Path(folder, "manifest"))
     rows, rejected = counts.accepted + counts.reasons.total(), counts.reasons.total()
     reasons = dict(sorted(counts.reasons.items()))
@@ -257,7 +257,7 @@ def _listed(source: str, layout: Layout, groups: Mapping[str, str], lonely: list
                 "path": image.name,
                 "bytes": image.file.size,
                 "etag": image.file.etag,
-                "masks": [{"uri": storage.join(source, mask.path), "label": mask.label} for mask in image.masks],
+                "masks": [{"uri": _below(source, mask.path), "label": mask.label} for mask in image.masks],
                 "group": image.group,
             }
     except FileNotFoundError:
@@ -268,6 +268,11 @@ def _listed(source: str, layout: Layout, groups: Mapping[str, str], lonely: list
         raise ValueError(f"catalog.source: {shown} refuses: {error}") from None
     if empty:
         raise ValueError(f"catalog.source: there are no objects below {shown} where the layout looks ({layout})")
+
+
+def _below(source: str, path: str) -> str:
+    """The URI of a listed path: slashes in it stay as they are, as they are part of an S3 key."""
+    return f"{source.rstrip('/')}/{path}"
 
 
 def _headers(unread: _Unread, config: CatalogConfig, pseudonyms: Pseudonyms, found: Spool) -> None:

@@ -14,6 +14,7 @@ from rayseg.dicom.reading import Header, read_headers
 from rayseg.dicom.voxels import Volume
 from rayseg.geometry.grid import Geometry
 from rayseg.records import Reason, Reject
+from rayseg.retry import CredentialsError
 
 MAX_OBJECT_BYTES = 2**31  # larger objects are refused unread
 _STACK, _STACK_DIGITS = "-", 10  # between a series' key and what stands for its stack's name; of that
@@ -39,7 +40,7 @@ class Item:
 def rows(
     item: Item, beginning: bytes | OSError, pseudonyms: Pseudonyms, volume: int | None = None
 ) -> list[dict[str, Any]]:
-    """The manifest rows of one object, one a frame, without a series verdict; never raises.
+    """The manifest rows of one object, one a frame, without a series verdict; raises CredentialsError alone.
 
     Args:
         item: the object.
@@ -55,6 +56,8 @@ def rows(
         found = _describe(item, beginning, pseudonyms, volume)
     except OSError as error:
         found = read_failure(error)
+    except CredentialsError:
+        raise
     except Exception as error:  # a defect of ours must cost this row only
         found = Reject(Reason.INTERNAL, type(error).__name__)
     if isinstance(found, Reject):
