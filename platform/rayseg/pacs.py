@@ -159,6 +159,7 @@ def _search(url: str, keys: list[tuple[str, str]], tag: str) -> Iterator[str]:
     limit, offset, pages = PAGE, 0, 0
     full, from_start, stuck = False, False, False
     seen: set[int] = set()
+    first: list[str] = []
     while True:
         page, told_more = _page(url, keys, tag, limit + offset * from_start, offset)
         if page is None:
@@ -173,6 +174,7 @@ def _search(url: str, keys: list[tuple[str, str]], tag: str) -> Iterator[str]:
         yield from (quote(uid, safe="") for uid in new)
         if new:
             full, stuck = full or told_more or len(page) >= limit, False
+            first = first or page
             offset, pages = offset + len(page), pages + 1
         elif not page:
             # Orthanc 1.10 counts the limit from the start where it is asked for ModalitiesInStudy: pages beyond are
@@ -182,7 +184,7 @@ def _search(url: str, keys: list[tuple[str, str]], tag: str) -> Iterator[str]:
             from_start = True
         elif len(page) < limit:
             limit = len(page)  # it may count offsets in pages, of what it gives at most
-        elif pages == 1:
+        elif pages == 1 and page == first[: len(page)]:
             if full:
                 raise ValueError("the service knows no offset of QIDO-RS: narrow the query, as by StudyDate")
             _warn_of_offset()

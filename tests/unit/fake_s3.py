@@ -17,7 +17,6 @@ class Bucket:
     uploads: dict[str, dict[int, bytes]] = field(default_factory=dict)  # unfinished, by key
     asked: list[tuple[str, str]] = field(default_factory=list)  # method and path with query
     refuse: tuple[int, str] | None = None
-    listing: str | None = None  # in place of the right one
 
     @property
     def environment(self) -> dict[str, str]:
@@ -97,8 +96,7 @@ def fake_s3() -> Iterator[Bucket]:
                 if key.startswith(prefix)
             )
             head = "<Name>b</Name><EncodingType>url</EncodingType><IsTruncated>false</IsTruncated>"
-            right = f"<ListBucketResult>{head}{entries}</ListBucketResult>"
-            self._answer(200, (bucket.listing or right).encode())
+            self._answer(200, f"<ListBucketResult>{head}{entries}</ListBucketResult>".encode())
 
         def _object(self, data: bytes) -> None:
             asked = self.headers.get("Range")

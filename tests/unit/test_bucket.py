@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 from botocore.exceptions import EndpointConnectionError
+from botocore.parsers import ResponseParserError
+from urllib3.exceptions import SSLError
 
 from rayseg import bucket as module
 from rayseg import job, retry, storage
@@ -39,7 +41,7 @@ def bucket(server: Bucket, monkeypatch: pytest.MonkeyPatch) -> Bucket:
     for name, value in server.environment.items():
         monkeypatch.setenv(name, value)
     server.objects = {key: key.encode() for key in KEYS}
-    server.uploads, server.asked, server.refuse, server.listing = {}, [], None, None
+    server.uploads, server.asked, server.refuse = {}, [], None
     monkeypatch.setattr(retry, "sleep", lambda pause: None)
     return server
 
@@ -214,8 +216,14 @@ def test_what_is_worth_another_try(bucket: Bucket, status: int, code: str, kind:
     assert len(bucket.asked) == requests
 
 
-def test_an_answer_that_is_no_s3_is_an_error_of_the_system(bucket: Bucket) -> None:
-    """A proxy's own answer in place of a listing: the parser's error is neither the system's nor boto3's."""
-    bucket.listing = '{"please": "log in"}'
-    with pytest.raises(OSError, match=r"^listing bucket b: ResponseParserError$"):
-        list(storage.list_files("s3://b"))
+def test_an_error_of_a_parser_is_one_of_the_system(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    """botocore's, of an answer that is no XML, and urllib3's own are no kinds of boto3's errors."""
+    client = module._client(module.environment())
+    for error in (ResponseParserError("P-17"), SSLError("P-17")):
+
+        def fail(self: object, error: Exception = error, **given: object) -> None:
+            raise error
+
+        monkeypatch.setattr(type(client), "get_object", fail)
+        (found,) = storage.read_each(["s3://b/P-17.dcm"])
+        assert (type(found), str(found)) == (OSError, f"reading an object: {type(error).__name__}")

@@ -95,6 +95,23 @@ def test_a_listing_is_recursive_and_in_a_fixed_order(tree: Path, scheme: str) ->
     assert [uri.removeprefix(f"{root}/") for uri in now if now[uri] != etags[uri]] == ["p1/y.dcm"]
 
 
+def test_a_loop_of_links_is_walked_once(tree: Path) -> None:
+    once = {info.uri for info in storage.list_files(str(tree))}
+    (tree / "p1" / "deep" / "root").symlink_to("../..")  # two folders up
+    (tree / "p2" / "self").symlink_to(".")
+    (tree / "p10" / "nothing").symlink_to("nothing")  # a link to itself
+    assert {info.uri for info in storage.list_files(str(tree))} == once
+    (tree / "p2" / "other").symlink_to("../p10")  # each to the other: both names of a file are there, once
+    (tree / "p10" / "other").symlink_to("../p2")
+    assert [info.uri.removeprefix(str(tree)) for info in storage.list_files(str(tree)) if "/other/" in info.uri] == [
+        "/p10/other/x.png",
+        "/p2/other/x.png",
+    ]
+    (tree / "second").symlink_to("p1")  # no loop
+    second = {info.uri.removeprefix(f"{tree}/") for info in storage.list_files(str(tree)) if "/second/" in info.uri}
+    assert second == {"second/y.dcm", "second/deep/z.DCM"}
+
+
 def test_a_listing_can_keep_suffixes(tree: Path) -> None:
     assert [Path(info.uri).name for info in storage.list_files(str(tree), (".dcm",))] == [
         "a.dcm",
