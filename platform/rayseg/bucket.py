@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -37,15 +37,18 @@ class Entry:
 
 def objects(bucket: str, prefix: str) -> Iterator[Entry]:
     """All objects whose keys begin with `prefix`, "" for all, in the store's order; a page of them is in memory."""
-    more: dict[str, str] = {}
+    asked = {"Bucket": bucket, "Prefix": prefix}
+
+    def call(client: Any) -> Any:
+        return client.list_objects_v2(**asked)
+
     while True:
-        asked = {"Bucket": bucket, "Prefix": prefix, **more}
-        page = _made(f"listing bucket {bucket}", lambda client, asked=asked: client.list_objects_v2(**asked))
+        page = _made(f"listing bucket {bucket}", call)
         for found in page.get("Contents", ()):
             yield Entry(found["Key"], found["Size"], found["LastModified"], found["ETag"].strip('"'))
         if not page.get("NextContinuationToken"):
             return
-        more = {"ContinuationToken": page["NextContinuationToken"]}
+        asked["ContinuationToken"] = page["NextContinuationToken"]
 
 
 def read(path: str, length: int | None = None) -> bytes:
@@ -92,7 +95,7 @@ def _write_parts(path: str, first: bytes, file: BinaryIO) -> None:
         data = first
         while data:
             part = {"PartNumber": len(parts) + 1}
-            put = _made(doing, lambda client, body=data, part=part: client.upload_part(**place, **part, Body=body))
+            put = _made(doing, partial(_put_part, place=place | part, data=data))
             parts.append(part | {"ETag": put["ETag"]})
             data = file.read(PART_BYTES)
         whole = {"Parts": parts}
@@ -101,6 +104,10 @@ def _write_parts(path: str, first: bytes, file: BinaryIO) -> None:
         with contextlib.suppress(Exception):
             _made(doing, lambda client: client.abort_multipart_upload(**place))
         raise
+
+
+def _put_part(client: Any, place: dict[str, Any], data: bytes) -> Any:
+    return client.upload_part(**place, Body=data)
 
 
 def _place(path: str) -> dict[str, Any]:
