@@ -11,6 +11,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from rayseg import pacs
+from rayseg.retry import CredentialsError
 from serving import answers, audit, findings, upload
 from serving.answers import DICOM
 from serving.findings import Found, SeriesAnswer
@@ -93,7 +94,7 @@ def _fetch(service: str, wanted: PacsRequest, limits: upload.Limits) -> Sequence
                 objects += pool.map(pacs.read, uris[first : first + _AT_ONCE])
                 if sum(map(len, objects)) > limits.inflated_bytes:
                     raise RefusalError(413, "too_large", f"the series has more than {limits.inflated_bytes} bytes")
-    except (OSError, ValueError) as error:  # their texts are ours, but may say where the PACS is
+    except (OSError, ValueError, CredentialsError) as error:  # their texts are ours, but may say where the PACS is
         raise RefusalError(502, "pacs_failed", f"the PACS does not give the series ({type(error).__name__})") from None
     return objects
 
@@ -103,7 +104,7 @@ def _stored(service: str, found: Found) -> PacsAnswer:
     instance = pydicom.dcmread(io.BytesIO(data), stop_before_pixels=True)
     try:
         address = pacs.store(service, str(instance.SOPInstanceUID), data)
-    except OSError as error:
+    except (OSError, CredentialsError) as error:
         raise RefusalError(502, "pacs_failed", f"the PACS does not take the SEG ({type(error).__name__})") from None
     return PacsAnswer(
         stored=address,

@@ -1,18 +1,28 @@
-"""What pyarrow cannot do with S3 buckets, through boto3: listings with ETags, reading objects with odd keys."""
+"""Objects of S3 buckets by BUCKET/KEY, through boto3: listed with ETags, read, written and deleted, whatever the key.
+
+Each request is made as often as `retry` says. Errors are the system's own, and name no key: FileNotFoundError,
+PermissionError, OSError for a store that kept failing; `retry.CredentialsError` where it takes no credentials of ours.
+"""
 
 import contextlib
+import io
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from functools import lru_cache
-from typing import Any
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+from rayseg.retry import failure, refused_credentials, tried
 
 CONNECT_TIMEOUT_S = 5.0
 REQUEST_TIMEOUT_S = 30.0
+CONNECTIONS = 32  # kept open; a call of `storage` has 8 threads, and several may be under way
+PART_BYTES = 2**24  # of a large object; S3 takes 10,000 of them
+_NO_SUCH_RANGE = 416
 
-_MISSING = ("NoSuchBucket", "NoSuchKey", "404")
-_FORBIDDEN = ("AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "403")
+ResultT = TypeVar("ResultT")
 
 
 @dataclass(frozen=True)
@@ -25,79 +35,124 @@ class Entry:
     etag: str  # changes with the content; without its quotes
 
 
-def page(bucket: str, prefix: str, after: str | None) -> tuple[list[Entry], str | None]:
-    """Some of the objects whose keys begin with `prefix`, in the store's order, with one request.
+def objects(bucket: str, prefix: str) -> Iterator[Entry]:
+    """All objects whose keys begin with `prefix`, "" for all, in the store's order; a page of them is in memory."""
+    asked = {"Bucket": bucket, "Prefix": prefix}
 
-    Args:
-        bucket: its name.
-        prefix: "" for all.
-        after: the token that came with the page before; None for the first page.
+    def call(client: Any) -> Any:
+        return client.list_objects_v2(**asked)
 
-    Returns:
-        The entries, and the token of the next page, None where this is the last.
-
-    Raises:
-        FileNotFoundError: there is no such bucket.
-        PermissionError: the store refuses.
-        OSError: the store did not answer, or with an error; another try may help.
-    """
-    more = {} if after is None else {"ContinuationToken": after}
-    with _errors(f"listing bucket {bucket}"):
-        answer = _client(environment()).list_objects_v2(Bucket=bucket, Prefix=prefix, **more)
-    entries = [
-        Entry(found["Key"], found["Size"], found["LastModified"], found["ETag"].strip('"'))
-        for found in answer.get("Contents", ())
-    ]
-    return entries, answer.get("NextContinuationToken")
-
-
-def is_odd(path: str) -> bool:
-    """Whether BUCKET/KEY has a component that pyarrow refuses or resolves: `ct//2.dcm`, `ct/../2.dcm`."""
-    return not {"", ".", ".."}.isdisjoint(path.split("/"))
+    while True:
+        page = _made(f"listing bucket {bucket}", call)
+        for found in page.get("Contents", ()):
+            yield Entry(found["Key"], found["Size"], found["LastModified"], found["ETag"].strip('"'))
+        if not page.get("NextContinuationToken"):
+            return
+        asked["ContinuationToken"] = page["NextContinuationToken"]
 
 
 def read(path: str, length: int | None = None) -> bytes:
-    """The object at BUCKET/KEY, or its first `length` bytes at most, with one request; raises as `page` does."""
-    bucket, _, key = path.partition("/")
+    """The object, or its first `length` bytes at most, with one request."""
     some = {} if length is None else {"Range": f"bytes=0-{length - 1}"}
-    with _errors("reading an object"):
-        data: bytes = _client(environment()).get_object(Bucket=bucket, Key=key, **some)["Body"].read()
+
+    def call(client: Any) -> bytes:
+        try:
+            data: bytes = client.get_object(**_place(path), **some)["Body"].read()
+        except client.exceptions.ClientError as error:
+            if _status(error) == _NO_SUCH_RANGE and length is not None:  # of an object without bytes
+                return b""
+            raise
         return data
 
-
-@contextlib.contextmanager
-def _errors(doing: str) -> Iterator[None]:
-    """Makes boto3's errors the system's own."""
-    # Only here: it takes 50 MB, and who reads local files needs none of it.
-    from botocore.exceptions import (
-        BotoCoreError,
-        ClientError,
-        HTTPClientError,
-        NoCredentialsError,
-        PartialCredentialsError,
-        ProfileNotFound,
-    )
-
-    try:
-        yield
-    except ClientError as error:
-        code = error.response.get("Error", {}).get("Code", "")
-        kind = FileNotFoundError if code in _MISSING else PermissionError if code in _FORBIDDEN else OSError
-        raise kind(f"{doing}: {code}") from error
-    except (NoCredentialsError, PartialCredentialsError, ProfileNotFound) as error:
-        raise PermissionError(f"{doing}: {error}") from error
-    except (BotoCoreError, HTTPClientError) as error:
-        raise OSError(f"{doing}: {type(error).__name__}") from error
+    return _made("reading an object", call)
 
 
-def objects(bucket: str, prefix: str, attempt: Any) -> Iterator[Entry]:
-    """All objects whose keys begin with `prefix`, a page in memory at a time; `attempt(call)` makes each request."""
-    token = None
-    while True:
-        found, token = attempt(lambda after=token: page(bucket, prefix, after))
-        yield from found
-        if token is None:
+def write(path: str, data: bytes | Path) -> None:
+    """Puts the bytes, or those of a local file, as one object; whatever ends this early leaves the old one whole."""
+    with data.open("rb") if isinstance(data, Path) else io.BytesIO(data) as file:
+        first = file.read(PART_BYTES)
+        if len(first) < PART_BYTES:
+            _made("writing an object", lambda client: client.put_object(**_place(path), Body=first))
             return
+        try:
+            _write_parts(path, first, file)
+        except FileNotFoundError:  # completed in a call whose answer was lost, or aborted by others: once more
+            file.seek(PART_BYTES)
+            _write_parts(path, first, file)
+
+
+def delete(path: str) -> None:
+    """Removes the object if it is there."""
+    _made("deleting an object", lambda client: client.delete_object(**_place(path)))
+
+
+def _write_parts(path: str, first: bytes, file: BinaryIO) -> None:
+    """An object in several requests, each tried again by itself; it appears with the last one."""
+    doing, place = "writing an object", _place(path)
+    place["UploadId"] = _made(doing, lambda client: client.create_multipart_upload(**place))["UploadId"]
+    parts: list[dict[str, Any]] = []
+    try:
+        data = first
+        while data:
+            part = {"PartNumber": len(parts) + 1}
+            put = _made(doing, partial(_put_part, place=place | part, data=data))
+            parts.append(part | {"ETag": put["ETag"]})
+            data = file.read(PART_BYTES)
+        whole = {"Parts": parts}
+        _made(doing, lambda client: client.complete_multipart_upload(**place, MultipartUpload=whole))
+    except BaseException:  # Ctrl-C, too: what is uploaded would be kept, and paid for, out of sight
+        with contextlib.suppress(Exception):
+            _made(doing, lambda client: client.abort_multipart_upload(**place))
+        raise
+
+
+def _put_part(client: Any, place: dict[str, Any], data: bytes) -> Any:
+    return client.upload_part(**place, Body=data)
+
+
+def _place(path: str) -> dict[str, Any]:
+    bucket, _, key = path.partition("/")
+    return {"Bucket": bucket, "Key": key}
+
+
+def _made(doing: str, call: Callable[[Any], ResultT]) -> ResultT:
+    """What `call` of a client returns, with boto3's errors as `retry.failure` has them."""
+    # Only here: it takes 50 MB, and who reads local files needs none of it.
+    from botocore import exceptions
+    from botocore.parsers import ResponseParserError
+    from urllib3.exceptions import HTTPError
+
+    def once() -> ResultT:
+        try:
+            return call(_client(environment()))
+        except exceptions.ClientError as error:
+            raise failure(f"{doing}:", error.response.get("Error", {}).get("Code", ""), _status(error)) from error
+        except _without_credentials(exceptions) as error:
+            raise refused_credentials(f"{doing}: {type(error).__name__}") from error
+        except exceptions.ParamValidationError as error:  # such a bucket, or such a key, cannot be
+            raise FileNotFoundError(f"{doing}: no name of an object") from error
+        # urllib3's of a connection that breaks while a body is read; the parser's of an answer that is no XML.
+        except (exceptions.BotoCoreError, exceptions.HTTPClientError, HTTPError, ResponseParserError) as error:
+            raise OSError(f"{doing}: {type(error).__name__}") from error
+
+    return tried(once)
+
+
+def _status(error: Any) -> int:
+    status: int = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    return status
+
+
+def _without_credentials(exceptions: Any) -> tuple[type[Exception], ...]:
+    """botocore's errors of credentials that are absent, or that it cannot get or renew."""
+    return (
+        exceptions.NoCredentialsError,
+        exceptions.PartialCredentialsError,
+        exceptions.ProfileNotFound,
+        exceptions.NoAuthTokenError,
+        exceptions.SSOError,
+        exceptions.LoginError,
+    )
 
 
 def environment() -> tuple[tuple[str, str], ...]:
@@ -124,7 +179,8 @@ def _client(variables: tuple[tuple[str, str], ...]) -> Any:
         config=Config(
             connect_timeout=CONNECT_TIMEOUT_S,
             read_timeout=REQUEST_TIMEOUT_S,
-            retries={"total_max_attempts": 1},  # one place counts attempts: `storage`
+            max_pool_connections=CONNECTIONS,
+            retries={"total_max_attempts": 1},  # one place counts attempts: `retry`
             # As pyarrow does it: other servers seldom have a host name for each bucket.
             s3={"addressing_style": "path" if endpoint else "auto"},
         ),

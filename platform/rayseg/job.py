@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rayseg import build, cluster, config, logs, meters
+from rayseg import build, cluster, config, logs, meters, retry
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,8 @@ def run(
 
     With `whole_recipe` the job reads all sections, not only its own.
 
-    A ValueError (bad config, bad input) ends the process with code 2 and one line on standard error; anything else
+    A ValueError (bad config, bad input) and credentials that a store refuses, wherever a process of the job met them,
+    end the process with code 2 and one line on standard error; anything else
     is a defect or a lost machine and gives a traceback and code 1. Texts of errors that are not ours are left out:
     they quote names of files, or what was read.
     """
@@ -47,16 +48,17 @@ def run(
         cluster.leave()
     except Exception as error:
         cluster.leave()
-        refused = type(error) is ValueError  # ours; libraries and Ray's workers raise kinds of it
+        credentials = retry.said_of_credentials(error)
+        # ValueErrors of ours; libraries and Ray's workers raise kinds of it.
+        refused = type(error) is ValueError or credentials is not None
         meters.add("rayseg_jobs_total", stage=section, outcome="refused" if refused else "failed")
-        print(_refusal(section, error) if refused else logs.without_texts(error), file=sys.stderr)
+        print(_refusal(section, credentials or str(error)) if refused else logs.without_texts(error), file=sys.stderr)
         raise SystemExit(2 if refused else 1) from None
     meters.add("rayseg_jobs_total", stage=section, outcome="succeeded")
     print(json.dumps(dataclasses.asdict(result)), flush=True)
     return result
 
 
-def _refusal(section: str, error: Exception) -> str:
+def _refusal(section: str, text: str) -> str:
     """The error's text, which begins with the section's name, or one of its keys, once."""
-    text = str(error)
     return text if text.startswith((f"{section}:", f"{section}.")) else f"{section}: {text}"

@@ -23,10 +23,14 @@ from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 import requests
 
 from rayseg.bucket import CONNECT_TIMEOUT_S, REQUEST_TIMEOUT_S
-from rayseg.retry import tried
+from rayseg.retry import failure, tried
+
+logger = logging.getLogger(__name__)
 
 SCHEMES = ("dicomweb+https://", "dicomweb+http://")
 PAGE = 1000  # results asked for at once
+_FEWER = 5  # so many times, where a service refuses: Azure's takes 200 at most
+_TOO_MANY = (400, 413, 422)  # what services say to a limit that is over theirs
 _CONNECTIONS = 16  # kept open
 _PREFIX = "RAYSEG_DICOMWEB_"
 
@@ -95,6 +99,7 @@ def read(uri: str) -> bytes:
     Raises:
         FileNotFoundError: there is none.
         PermissionError: the service refuses.
+        CredentialsError: it does so whatever is asked for.
         OSError: the service kept failing.
     """
 
@@ -147,34 +152,75 @@ def _check_stored(answer: requests.Response, sop_instance_uid: str) -> None:
 
 
 def _search(url: str, keys: list[tuple[str, str]], tag: str) -> Iterator[str]:
-    """The UIDs that a search finds, each once, a page in memory at a time, and a number a result."""
-    found, limit_from_start = 0, False
+    """The UIDs that a search finds, each once, a page in memory at a time, and a number a result.
+
+    A page may have fewer than were asked for, with more behind it: only an empty one is the end.
+    """
+    limit, offset, pages = PAGE, 0, 0
+    full, from_start, stuck = False, False, False
     seen: set[int] = set()
+    first: list[str] = []
     while True:
-        page, told_more = _page(url, keys, tag, PAGE + found * limit_from_start, found)
+        page, told_more = _page(url, keys, tag, limit + offset * from_start, offset)
+        if page is None:
+            if from_start:
+                return
+            if limit == 1:
+                raise PermissionError("the service refuses the search, for one result, too")
+            limit = max(1, limit // _FEWER)
+            continue
         new = [uid for uid in page if hash(uid) not in seen]  # a service that changes meanwhile moves its pages
-        if page and not new:
-            raise ValueError("the service knows no offset of QIDO-RS: narrow the query, as by StudyDate")
         seen.update(map(hash, new))
         yield from (quote(uid, safe="") for uid in new)
-        found += len(page)
-        if len(page) >= PAGE or told_more:
-            continue
-        # Orthanc 1.10 counts the limit from the start where it is asked for ModalitiesInStudy: pages beyond are empty.
-        if found == len(page) or limit_from_start or not _page(url, keys, tag, found + 1, found)[0]:
+        if new:
+            full, stuck = full or told_more or len(page) >= limit, False
+            first = first or page
+            offset, pages = offset + len(page), pages + 1
+        elif not page:
+            # Orthanc 1.10 counts the limit from the start where it is asked for ModalitiesInStudy: pages beyond are
+            # empty.
+            if from_start or not full:
+                return
+            from_start = True
+        elif len(page) < limit:
+            limit = len(page)  # it may count offsets in pages, of what it gives at most
+        elif pages == 1 and page == first[: len(page)]:
+            if full:
+                raise ValueError("the service knows no offset of QIDO-RS: narrow the query, as by StudyDate")
+            _warn_of_offset()
             return
-        limit_from_start = True
+        elif stuck:
+            return  # it gives its last page for all offsets beyond
+        else:
+            offset, stuck = offset + len(page), True
 
 
-def _page(url: str, keys: list[tuple[str, str]], tag: str, limit: int, offset: int) -> tuple[list[str], bool]:
-    """UIDs, and whether the service says that it gives less than it was asked for (PS3.18 8.3.4.4)."""
+def _page(url: str, keys: list[tuple[str, str]], tag: str, limit: int, offset: int) -> tuple[list[str] | None, bool]:
+    """UIDs, None where the limit is refused, and whether the service says that it has more (PS3.18 8.3.4.4)."""
     query = urlencode([*keys, ("limit", limit), ("offset", offset)])
-    answer = tried(lambda: _checked(_asked("GET", f"{url}?{query}", _JSON)))
+
+    def call() -> requests.Response | None:
+        answer = _asked("GET", f"{url}?{query}", _JSON)
+        return None if answer.status_code in _TOO_MANY else _checked(answer)
+
+    try:
+        answer = tried(call)
+    except FileNotFoundError:
+        if offset:  # there is no such page
+            return [], False
+        raise
+    if answer is None:
+        return None, False
     try:
         uids = [str(_values(item, tag)[0]) for item in answer.json()] if answer.content else []
     except (ValueError, TypeError, AttributeError, IndexError):
         raise ValueError("the answer is no list of UIDs in DICOM JSON: is it a DICOMweb service's URL?") from None
     return uids, bool(uids) and "Warning" in answer.headers
+
+
+@lru_cache(maxsize=1)
+def _warn_of_offset() -> None:
+    logger.warning("a DICOMweb service knows no offset of QIDO-RS: what it gives at once is taken for all that it has")
 
 
 def _values(item: Mapping[str, Any], tag: str) -> list[Any]:
@@ -198,13 +244,8 @@ def _only_part(body: bytes, content_type: str) -> bytes:
 
 
 def _checked(answer: requests.Response) -> requests.Response:
-    code = answer.status_code
-    if code in (404, 410):
-        raise FileNotFoundError(f"HTTP {code}")
-    if code in (408, 429) or code >= 500:
-        raise OSError(f"HTTP {code}")
-    if code >= 300:  # a redirected POST would become a GET, and nothing be stored
-        raise PermissionError(f"HTTP {code}")
+    if answer.status_code >= 300:  # a redirected POST would become a GET, and nothing be stored
+        raise failure("HTTP", answer.status_code)
     return answer
 
 

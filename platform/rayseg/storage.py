@@ -1,5 +1,6 @@
-"""Files by URI: plain local paths, `file://...` and `s3://BUCKET/KEY`, through pyarrow's filesystems
-(and boto3 for listings, and keys that pyarrow refuses); to list and read also DICOMweb services, see `pacs`.
+"""Files by URI: plain local paths, `file://...` and `s3://BUCKET/KEY`; to list and read also DICOMweb services.
+
+Objects of buckets go through `bucket`, those of services through `pacs`, tables and local listings through pyarrow.
 
 S3 settings are the standard environment variables (`AWS_ENDPOINT_URL`, `AWS_REGION`, `AWS_ACCESS_KEY_ID`, ...), which
 every process reads for itself. URIs are taken as written: nothing in them is percent-decoded. A write is atomic: a
@@ -28,13 +29,15 @@ import pyarrow.parquet as pq
 
 from rayseg import bucket, pacs
 from rayseg.ahead import mapped
-from rayseg.bucket import CONNECT_TIMEOUT_S, REQUEST_TIMEOUT_S, environment, objects, place
+from rayseg.bucket import CONNECT_TIMEOUT_S, REQUEST_TIMEOUT_S, environment, place
 from rayseg.retry import tried
 
 THREADS = 8  # transfers and listings in flight of one call
 # Handing a small local file over from a thread takes longer than reading it: so many at a time, twice as many ahead.
 _LOCAL_AT_A_TIME = 4
 _COPY_BYTES = 2**23
+
+Folders = frozenset[tuple[int, int]]  # by device and inode
 
 _TEMPORARY = (".rayseg-", ".tmp")  # prefix and suffix of half-written local files
 
@@ -90,6 +93,7 @@ def list_files(uri: str, suffixes: Sequence[str] = ()) -> Iterator[FileInfo]:
 
     On S3 that is the store's own, and a page of keys is in memory at a time. On the local disk the files of a folder
     come by name, then its folders by name, recursively; the folders on the way and a few listed ahead are in memory.
+    Links are followed, but for one to a folder that it lies in itself (as `find -L` does it).
     Of a DICOMweb service's studies the order is its own.
 
     Args:
@@ -108,11 +112,11 @@ def list_files(uri: str, suffixes: Sequence[str] = ()) -> Iterator[FileInfo]:
 
 
 def _listed_s3(uri: str) -> Iterator[FileInfo]:
-    name, _, prefix = filesystem(uri)[1].partition("/")
+    name, _, prefix = _in_bucket(uri).rstrip("/").partition("/")
     empty = True
-    for entry in objects(name, f"{prefix}/" if prefix else "", tried):
+    for entry in bucket.objects(name, f"{prefix}/" if prefix else ""):
         empty = False
-        if not entry.key.endswith("/"):  # what some tools leave for a folder
+        if entry.size or not entry.key.endswith("/"):  # else what some tools leave for a folder
             yield FileInfo(f"s3://{name}/{entry.key}", entry.size, entry.modified, entry.etag)
     if empty and prefix:
         raise FileNotFoundError(f"no objects below {uri}")
@@ -122,27 +126,31 @@ def _listed_local(uri: str) -> Iterator[FileInfo]:
     files, root = filesystem(uri)
     prefix = uri if "://" in uri else root
 
-    def entries(path: str) -> list[pafs.FileInfo]:
+    def entries(path: str, above: Folders) -> tuple[list[pafs.FileInfo], Folders]:
+        told = tried(lambda: os.stat(path))  # noqa: PTH116 (the path may be no UTF-8, and links are followed)
+        here = told.st_dev, told.st_ino
+        if here in above:  # through a link
+            return [], above
         found = tried(lambda: files.get_file_info(pafs.FileSelector(path)))
         try:
-            return sorted(found, key=lambda info: info.path)
+            return sorted(found, key=lambda info: info.path), above | {here}
         except UnicodeDecodeError:
             raise ValueError(
                 "a file has a name that is not UTF-8; find . | LC_ALL=C.UTF-8 grep -axv '.*' shows it there: rename it"
             ) from None
 
-    def walk(listing: list[pafs.FileInfo]) -> Iterator[FileInfo]:
+    def walk(listing: list[pafs.FileInfo], above: Folders) -> Iterator[FileInfo]:
         for info in listing:
             temporary = info.base_name.startswith(_TEMPORARY[0]) and info.base_name.endswith(_TEMPORARY[1])
             if info.is_file and not temporary:
                 yield FileInfo(join(prefix, info.path[len(root) :]), info.size, info.mtime, f"{info.mtime_ns:x}")
         folders = (info.path for info in listing if info.type == pafs.FileType.Directory)
-        for below in mapped(pool, entries, folders, THREADS):
-            yield from walk(below)
+        for below in mapped(pool, lambda path: entries(path, above), folders, THREADS):
+            yield from walk(*below)
 
     pool = ThreadPoolExecutor(THREADS, thread_name_prefix="rayseg-list")
     try:
-        yield from walk(entries(root))
+        yield from walk(*entries(root, frozenset()))
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
@@ -156,18 +164,18 @@ def read(uri: str, length: int | None = None) -> bytes:
     """
     if pacs.is_dicomweb(uri):
         return pacs.read(uri)[:length]
-    files, path = filesystem(uri)
-    if uri.startswith("s3://") and bucket.is_odd(path):
-        return tried(lambda: bucket.read(path, length))
+    if uri.startswith("s3://"):
+        return bucket.read(_in_bucket(uri), length)
+    path = filesystem(uri)[1]
 
     def call() -> bytes:
-        with files.open_input_file(path) as file:
+        with Path(path).open("rb") as file:
             return file.read() if length is None else file.read(length)
 
     try:
         return tried(call)
-    except pa.ArrowInvalid as error:  # a ValueError; its text quotes the path
-        raise OSError("the object's name is one that pyarrow refuses") from error
+    except ValueError as error:  # its text quotes the path
+        raise OSError("the file's name is one that the system refuses") from error
 
 
 def read_each(uris: Iterable[str], length: int | None = None) -> Iterator[bytes | OSError]:
@@ -185,9 +193,10 @@ def read_each(uris: Iterable[str], length: int | None = None) -> Iterator[bytes 
     rest = iter(uris)
     first = list(islice(rest, 1))
     local = bool(first) and "://" not in first[0].removeprefix("file://")
-    size, ahead = (_LOCAL_AT_A_TIME, 2) if local else (1, THREADS)
+    # Of a store twice as many as are under way: threads need not wait for who takes what is done, or for a slow one.
+    size, threads, ahead = (_LOCAL_AT_A_TIME, 2, 2) if local else (1, THREADS, 2 * THREADS)
     rest = chain(first, rest)
-    pool = ThreadPoolExecutor(ahead, thread_name_prefix="rayseg-read")
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="rayseg-read")
     try:
         for found in mapped(pool, each, iter(lambda: list(islice(rest, size)), []), ahead):
             yield from found
@@ -197,40 +206,30 @@ def read_each(uris: Iterable[str], length: int | None = None) -> Iterator[bytes 
 
 def write(uri: str, data: bytes) -> None:
     """Writes the object whole or not at all; folders on the way are made; an object that was there is replaced."""
-    files, path = filesystem(uri)
-    if isinstance(files, pafs.LocalFileSystem):
-        tried(lambda: _write_local(Path(path), data))
-        return
-
-    def call() -> None:
-        # An S3 object appears when its upload is completed; a failed upload leaves the old object.
-        with files.open_output_stream(path, compression=None) as file:
-            file.write(data)
-
-    tried(call)
+    _write(uri, data)
 
 
 def write_file(uri: str, path: Path) -> None:
     """Writes the local file `path`, which may be large, as the object `uri`: `write` without its bytes in memory."""
-    files, target = filesystem(uri)
+    _write(uri, path)
 
-    def call() -> None:
-        if isinstance(files, pafs.LocalFileSystem):
-            _write_local(Path(target), path)
-            return
-        with path.open("rb") as source, files.open_output_stream(target, compression=None) as file:
-            shutil.copyfileobj(source, file, _COPY_BYTES)
 
-    tried(call)
+def _write(uri: str, data: bytes | Path) -> None:
+    if uri.startswith("s3://"):
+        bucket.write(_in_bucket(uri), data)
+    else:
+        path = Path(filesystem(uri)[1])
+        tried(lambda: _write_local(path, data))
 
 
 def delete(uri: str) -> None:
     """Removes the object at `uri` if it is there."""
-    files, path = filesystem(uri)
-    try:
-        tried(lambda: files.delete_file(path))
-    except FileNotFoundError:
+    if uri.startswith("s3://"):
+        bucket.delete(_in_bucket(uri))
         return
+    files, path = filesystem(uri)
+    with contextlib.suppress(FileNotFoundError):
+        tried(lambda: files.delete_file(path))
 
 
 def delete_tree(uri: str) -> None:
@@ -326,6 +325,14 @@ def _copy(source: str, destination: str) -> None:
     with ThreadPoolExecutor(THREADS, thread_name_prefix="rayseg-copy") as pool:
         for _ in mapped(pool, copy, list_files(source), THREADS):
             pass
+
+
+def _in_bucket(uri: str) -> str:
+    """BUCKET/KEY, the key as it is written: `ct//2.dcm` is another one than `ct/2.dcm`."""
+    path = uri.removeprefix("s3://")
+    if not path.strip("/"):
+        raise ValueError(f"URI {uri}: expected s3://BUCKET/KEY")
+    return path
 
 
 def _local(path: str) -> str:

@@ -73,7 +73,7 @@ def test_instances_are_listed_and_come_as_they_are_stored(
     with pytest.raises(FileNotFoundError):
         storage.read(f"{uris[0]}.1")
     monkeypatch.setenv(PASSWORD, "wrong")
-    with pytest.raises(PermissionError, match="HTTP 401"):
+    with pytest.raises(retry.CredentialsError, match="HTTP 401"):
         storage.read(uris[0])
 
 

@@ -5,8 +5,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
+import pytest
 
-from rayseg.inference import ledger
+from rayseg.inference import archive, ledger
+from rayseg.inference.refusals import Refusals
+from rayseg.inference.series import STAGE
 from rayseg.records import LEDGER, REJECTS
 
 FILES = [{"profile": "seg", "uri": "out/a.dcm"}]
@@ -85,3 +88,38 @@ def test_rejects_of_no_series_need_no_ledger_row(tmp_path: Path) -> None:
     ledger.append(str(tmp_path), [], [reject("x")])
     assert not (tmp_path / "ledger").exists()
     assert ds.dataset(tmp_path / "rejects").count_rows() == 1
+
+
+def test_the_same_run_again_counts_the_same_rejects_against_the_budget(tmp_path: Path) -> None:
+    """Nine series of four slices: two are rejected, by two reasons, and one lacks a slice: 9 of 36, above a fifth."""
+    output = str(tmp_path)
+    rejects = [reject(f"{key}{number}") | {"series_key": key} for key in "ab" for number in range(4)]
+    rejects[0]["reason"] = "truncated"
+    rejects.append(reject("c0") | {"series_key": "c", "reason": "not_dicom"})
+    rows = [row(key, slices=0, rejected_slices=4, verdict="rejected", reason="corrupt") for key in "ab"]
+    rows += [row("c", rejected_slices=1), *(row(key) for key in "defghi")]
+    ledger.append(output, rows, rejects)
+    # What is told of other stages, and of series that nobody asks about, does not count.
+    ledger.append(output, [row("z", rejected_slices=1)], [reject("z0") | {"series_key": "z"}])
+    ledger.append(output, [], [reject("a9") | {"stage": "catalog"}])
+    first, again = Refusals(), Refusals()
+    first.add(rejects)
+    known = [one for one in ledger.read(output).to_pylist() if one["series_key"] != "z"]
+    again.standing = ledger.refused(output, known, STAGE)
+    told = []
+    for refusals in (first, again):
+        with pytest.raises(ValueError, match="9 of 36 objects rejected") as refused:
+            archive._check_budget(refusals, 36, 0.2, output)
+        told.append(str(refused.value))
+        archive._check_budget(refusals, 36, 0.25, output)
+    assert told[0] == told[1]
+    assert "corrupt 7, not_dicom 1, truncated 1;" in told[0]
+
+
+def test_rejects_that_no_table_names_count_all_the_same(tmp_path: Path) -> None:
+    output = str(tmp_path)
+    rows = [row("a", rejected_slices=3, verdict="rejected", reason="corrupt"), row("b", rejected_slices=2)]
+    ledger.append(output, rows, [])
+    known = ledger.read(output).to_pylist()
+    assert ledger.refused(output, known, STAGE) == {"corrupt": 3, "unknown": 2}
+    assert ledger.refused(output, [], STAGE) == {}

@@ -127,7 +127,6 @@ def test_what_is_stored(service: Service, answers: list[Answer]) -> None:
         (stored(200, uid="1.2"), "HTTP 200"),  # something else was stored
         (Answer(409, b"<NativeDicomModel/>"), "HTTP 409"),
         (Answer(202, b"accepted"), "HTTP 202"),
-        (Answer(401), "HTTP 401"),
         (Answer(400), "HTTP 400"),
         (Answer(301, headers={"Location": "/elsewhere"}), "HTTP 301"),  # a GET would follow, and nothing be stored
     ],
@@ -137,6 +136,20 @@ def test_what_is_refused_is_not_tried_again(service: Service, answer: Answer, to
     with pytest.raises(PermissionError, match=rf"{told}$"):
         pacs.store(service.url, UID, b"data")
     assert len(service.asked) == 1
+
+
+def test_refused_credentials_are_no_fault_of_an_instance(service: Service) -> None:
+    service.respond = lambda path: Answer(401)
+    told = r"^HTTP 401: the credentials are refused: renew them .*RAYSEG_DICOMWEB_\*"
+    for call in (
+        lambda: list(storage.read_each([f"{service.uri}/{INSTANCE}"] * 100)),
+        lambda: pacs.store(service.url, UID, b"data"),
+        lambda: list(pacs.instances(service.uri)),
+    ):
+        service.asked.clear()
+        with pytest.raises(retry.CredentialsError, match=told):
+            call()
+        assert len(service.asked) <= 3 * storage.THREADS
 
 
 def test_a_file_is_whole_on_the_store_before_the_pacs_has_it(service: Service, tmp_path: Path) -> None:
@@ -206,11 +219,43 @@ def test_a_service_that_is_not_there(service: Service, caplog: pytest.LogCapture
     assert "1.2.840" not in caplog.text
 
 
-@pytest.mark.parametrize("kind", ["as asked", "at most three", "limit from the start"])
-@pytest.mark.parametrize("studies", [0, 3, 4, 8, 9])
+def paged(kind: str, found: list[str], limit: int, offset: int) -> list[str] | None:
+    """The page that a service of this kind gives; None where it refuses."""
+    if kind == "at most three":
+        return found[offset:][: min(limit, 3)]
+    if kind == "refuses more than one":
+        return None if limit > 1 else found[offset:][:limit]
+    if kind == "refuses more than two, with 413":
+        return None if limit > 2 else found[offset:][:limit]
+    if kind == "limit from the start":
+        return found[:limit][offset:]
+    if kind == "pages of two":  # it makes the number of a page of an offset and the limit
+        size = min(limit, 2)
+        return found[offset // limit * size :][:size]
+    if kind == "pages of any size":
+        return found[offset:][: min(limit, 1 + offset * 7 % 3)]
+    if kind == "overlapping pages":
+        return found[max(0, offset - 1) :][:limit]
+    if kind == "last page again":
+        return found[min(offset, max(0, len(found) - 1) // limit * limit) :][:limit]
+    if kind == "no page there":
+        return found[offset:][:limit] if offset < len(found) or not offset else []
+    return found[offset:][:limit]
+
+
+KINDS = (
+    *("as asked", "at most three", "limit from the start", "refuses more than one", "refuses more than two, with 413"),
+    *("pages of two", "pages of any size", "overlapping pages", "last page again", "no page there"),
+)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("studies", [0, 1, 3, 4, 5, 8, 9])
 def test_studies_are_listed_whole_whatever_a_page_is(
     service: Service, kind: str, studies: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if kind == "last page again" and studies == 4:
+        pytest.skip("a whole page, and the same again: nobody can tell this from a service that knows no offset")
     monkeypatch.setattr(pacs, "PAGE", 4)
     everything = [f"1.2.{number}" for number in range(studies)]
 
@@ -226,19 +271,39 @@ def test_studies_are_listed_whole_whatever_a_page_is(
         tag, found = {"studies": ("0020000D", everything), "series": ("0020000E", ["9", "7"])}.get(
             level, ("00080018", ["5"])
         )
-        if kind == "at most three":
-            limit = min(limit, 3)
-        some = found[:limit][offset:] if kind == "limit from the start" else found[offset:][:limit]
+        some = paged(kind, found, limit, offset)
+        if some is None:
+            return Answer(413 if "413" in kind else 400)
         if not some:
-            return Answer(204)
-        more = kind == "at most three" and offset + len(some) < len(found)
-        body = json.dumps([{tag: {"vr": "UI", "Value": [uid]}} for uid in some]).encode()
-        return Answer(200, body, {"Warning": '299 service "There are more results"'} if more else {})
+            return Answer(404 if kind == "no page there" and offset else 204)
+        return Answer(200, json.dumps([{tag: {"vr": "UI", "Value": [uid]}} for uid in some]).encode())
 
     service.respond = respond
     query = "?ModalitiesInStudy=CT&StudyDate=20200101-&Modality=CT"
     expected = [f"{service.uri}/studies/{s}/series/{k}/instances/5" for s in everything for k in ("7", "9")]
     assert list(pacs.instances(service.uri + query)) == expected
+
+
+def test_a_service_without_paging_gives_all_at_once_or_is_refused(
+    service: Service, caplog: pytest.LogCaptureFixture
+) -> None:
+    body = json.dumps([{"0020000D": {"Value": [f"1.2.{number}"]}} for number in range(3)]).encode()
+    service.respond = lambda path: Answer(200, body)
+    pacs._warn_of_offset.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            assert list(pacs._search(f"{service.url}/studies", [], "0020000D")) == ["1.2.0", "1.2.1", "1.2.2"]
+    assert caplog.text.count("knows no offset") == 1
+    # It says that there are more, and gives them to nobody.
+    service.respond = lambda path: Answer(200, body, {"Warning": '299 service "There are more results"'})
+    with pytest.raises(ValueError, match="no offset of QIDO-RS"):
+        list(pacs._search(f"{service.url}/studies", [], "0020000D"))
+    service.respond = lambda path: Answer(400)
+    with pytest.raises(PermissionError, match="refuses the search"):
+        list(pacs._search(f"{service.url}/studies", [], "0020000D"))
+    assert [urlsplit(path).query for _, path, _, _ in service.asked[-5:]] == [
+        f"limit={limit}&offset=0" for limit in (1000, 200, 40, 8, 1)
+    ]
 
 
 def test_what_cannot_be_listed_is_said(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rayseg.data.manifest import in_series
+from rayseg.data.spool import Spool, by_series
 from rayseg.inference import plan
 from rayseg.inference.series import Task
 from rayseg.records import MANIFEST
@@ -101,6 +103,33 @@ def test_a_series_in_two_places_is_refused(tmp_path: Path) -> None:
     rows = [instance("a", 0), instance("b", 0), instance("a", 1)]
     with pytest.raises(ValueError, match=r"segment\.manifest: series a stands in several places"):
         made(write(tmp_path / "m.parquet", rows))
+
+
+@pytest.mark.parametrize("rejected", [0, 1, 4, 5, 8, 9])
+def test_a_manifest_has_series_of_one_folder_in_one_place_each_with_what_is_rejected_of_them(
+    tmp_path: Path, rejected: int
+) -> None:
+    """Files of two series alternate; one lacks its mask."""
+    geometry = {"study_key": "s", "localizer": False, "rows": 8, "columns": 8, "slice_thickness_mm": 1.0}
+    geometry |= {"pixel_spacing_mm": [1.0, 1.0], "image_orientation": [1.0, 0.0, 0.0, 0.0, 1.0, 0.0], "modality": "CT"}
+    schema = MANIFEST.insert(0, pa.field("index", pa.int64()))
+    rows = []
+    for number in range(10):
+        place = {"index": number, "instance_key": str(number), "image_position_mm": [0.0, 0.0, number // 2]}
+        made_of = bad("ab"[number % 2], number, "no_mask") if number == rejected else instance("ab"[number % 2], number)
+        rows.append(made_of | geometry | place | {"transfer_syntax_uid": "1.2.840.10008.1.2.1"})
+    rows.append(bad(None, 10, "not_dicom") | {"index": 10})
+    judged = []
+    with Spool(tmp_path / "spool", schema) as spool:
+        spool.append(pa.Table.from_pylist(rows[::-1], schema=schema))
+        for some in by_series(spool):
+            judged += in_series([{name: row[name] for name in MANIFEST.names} for row in some])
+    told = ("uri", "etag", "verdict", "reason", "kind", "series_key", "patient_key")
+    judged = [{name: row[name] for name in told} for row in judged]
+    planned, _, rejects = made(write(tmp_path / "m.parquet", judged))
+    assert sorted(planned.series) == ["a", "b"]
+    assert len(rejects) == 2
+    assert planned.slices == 9
 
 
 def test_no_manifest_is_named(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Storage on the local disk: round trips, atomic writes, listings, retries. `e2e/test_store.py` has the same on S3."""
 
+import errno
 import logging
 import os
 from collections.abc import Callable
@@ -92,6 +93,23 @@ def test_a_listing_is_recursive_and_in_a_fixed_order(tree: Path, scheme: str) ->
     os.utime(tree / "p1/y.dcm", ns=(0, 1))
     now = {info.uri: info.etag for info in storage.list_files(root)}
     assert [uri.removeprefix(f"{root}/") for uri in now if now[uri] != etags[uri]] == ["p1/y.dcm"]
+
+
+def test_a_loop_of_links_is_walked_once(tree: Path) -> None:
+    once = {info.uri for info in storage.list_files(str(tree))}
+    (tree / "p1" / "deep" / "root").symlink_to("../..")  # two folders up
+    (tree / "p2" / "self").symlink_to(".")
+    (tree / "p10" / "nothing").symlink_to("nothing")  # a link to itself
+    assert {info.uri for info in storage.list_files(str(tree))} == once
+    (tree / "p2" / "other").symlink_to("../p10")  # each to the other: both names of a file are there, once
+    (tree / "p10" / "other").symlink_to("../p2")
+    assert [info.uri.removeprefix(str(tree)) for info in storage.list_files(str(tree)) if "/other/" in info.uri] == [
+        "/p10/other/x.png",
+        "/p2/other/x.png",
+    ]
+    (tree / "second").symlink_to("p1")  # no loop
+    second = {info.uri.removeprefix(f"{tree}/") for info in storage.list_files(str(tree)) if "/second/" in info.uri}
+    assert second == {"second/y.dcm", "second/deep/z.DCM"}
 
 
 def test_a_listing_can_keep_suffixes(tree: Path) -> None:
@@ -208,10 +226,19 @@ def test_after_the_last_attempt_the_error_is_raised(pauses: list[float]) -> None
     [
         (FileNotFoundError("x"), FileNotFoundError),
         (OSError("AWS Error ACCESS_DENIED during HeadObject operation"), PermissionError),
-        (OSError("AWS Error SIGNATURE_DOES_NOT_MATCH during GetObject"), PermissionError),
+        (OSError("AWS Error SIGNATURE_DOES_NOT_MATCH during GetObject"), retry.CredentialsError),
+        (
+            OSError("AWS Error UNKNOWN (HTTP status 400) during HeadObject operation: No response body."),
+            PermissionError,
+        ),
+        (OSError("AWS Error UNKNOWN [code: ExpiredToken, request id: 1] (HTTP status 400)"), retry.CredentialsError),
+        (OSError(errno.ELOOP, "Too many levels of symbolic links"), OSError),
+        (OSError(errno.ENAMETOOLONG, "File name too long"), OSError),
     ],
 )
-def test_what_cannot_get_better_is_not_tried_again(error: OSError, raised: type[OSError], pauses: list[float]) -> None:
+def test_what_cannot_get_better_is_not_tried_again(
+    error: OSError, raised: type[Exception], pauses: list[float]
+) -> None:
     call, calls = failing(99, error)
     with pytest.raises(raised):
         retry.tried(call)

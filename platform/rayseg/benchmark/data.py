@@ -11,13 +11,17 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 from unittest.mock import patch
+from urllib.parse import urlsplit
 
+import boto3
 import pyarrow as pa
 import ray
+from botocore.config import Config
 from ray._private import internal_api  # what the object store has spilled is told nowhere else
 
 from rayseg import storage
 from rayseg.benchmark import inputs
+from rayseg.benchmark.delay import delayed
 from rayseg.data.labels import Labels
 from rayseg.data.masks import truth
 from rayseg.data.prepare import PrepareConfig, prepare
@@ -33,6 +37,7 @@ _SCALED = Preprocess(size=(256, 256), window="brain", percentiles=None)
 _FILES = 64  # of which the source of the preparing is made, by links
 _PREPARED_ROWS = 4096
 _OBJECTS = 128  # on S3
+_FAR_S = 0.02  # to a store far away, and back
 _FEED = """
 import json, sys, time
 from rayseg.data.feed import batches
@@ -175,34 +180,41 @@ def _feeding(folder: Path, repeats: int, rows: int) -> dict[str, Any]:
 
 
 def _s3(folder: Path, repeats: int) -> dict[str, Any]:
-    """Objects a second of `storage.read_each` over those of boto3 in as many threads, from a store on this machine."""
-    try:
-        import boto3
-        from botocore.config import Config
-    except ModuleNotFoundError:
-        return {"s3_read_vs_boto3": {"reason": "boto3 is not installed"}}
+    """Objects a second of `storage.read_each` over those of boto3 in as many threads, from a store near and far."""
     data, bucket = inputs.ct_slice("uncompressed"), "benchmark"
     keys = [f"{number}.dcm" for number in range(_OBJECTS)]
-    uris = [f"s3://{bucket}/{key}" for key in keys]
+    figures = {}
     with object_store(folder / "store", bucket) as environment, patch.dict(os.environ, environment):
         os.environ.pop("AWS_ENDPOINT_URL_S3", None)  # it would come first
-        for uri in uris:
-            storage.write(uri, data)
-        client = boto3.client("s3", config=Config(max_pool_connections=storage.THREADS))
-        with ThreadPoolExecutor(storage.THREADS) as pool:
+        for key in keys:
+            storage.write(f"s3://{bucket}/{key}", data)
+        port = urlsplit(environment["AWS_ENDPOINT_URL"]).port
+        assert port is not None
+        figures |= _s3_reads(bucket, keys, len(data), repeats, "s3_read")
+        with delayed(port, _FAR_S / 2) as far:
+            os.environ["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{far}"
+            figures |= _s3_reads(bucket, keys, len(data), repeats, f"s3_read_{1000 * _FAR_S:.0f}ms")
+    return figures
 
-            def theirs() -> None:
-                for read in pool.map(lambda key: client.get_object(Bucket=bucket, Key=key)["Body"].read(), keys):
-                    assert len(read) == len(data)
 
-            def ours() -> None:
-                for read in storage.read_each(uris):
-                    assert isinstance(read, bytes)
-                    assert len(read) == len(data)
+def _s3_reads(bucket: str, keys: list[str], length: int, repeats: int, name: str) -> dict[str, Any]:
+    client = boto3.client("s3", config=Config(max_pool_connections=storage.THREADS))
+    uris = [f"s3://{bucket}/{key}" for key in keys]
+    with ThreadPoolExecutor(storage.THREADS) as pool:
 
-            theirs()  # opens the connections, as writing did for ours
-            seconds = [(_seconds(theirs, 1), _seconds(ours, 1)) for _ in range(repeats)]
+        def theirs() -> None:
+            for read in pool.map(lambda key: client.get_object(Bucket=bucket, Key=key)["Body"].read(), keys):
+                assert len(read) == length
+
+        def ours() -> None:
+            for read in storage.read_each(uris):
+                assert isinstance(read, bytes)
+                assert len(read) == length
+
+        theirs()  # this and the next open the connections
+        ours()
+        seconds = [(_seconds(theirs, 1), _seconds(ours, 1)) for _ in range(repeats)]
     return {
-        "s3_read_vs_boto3": figure([of_theirs / of_ours for of_theirs, of_ours in seconds]),
-        "s3_read.objects_per_second": figure([_OBJECTS / of_ours for _, of_ours in seconds]),
+        f"{name}_vs_boto3": figure([of_theirs / of_ours for of_theirs, of_ours in seconds]),
+        f"{name}.objects_per_second": figure([len(keys) / of_ours for _, of_ours in seconds]),
     }

@@ -119,7 +119,7 @@ def catalog(config: CatalogConfig) -> CatalogResult:
         objects = unread.objects + unchanged
         _headers(unread, config, pseudonyms, found)
         counts = _write(found, Path(folder, "manifest"), mark, config)
-        _write_without_image(output, [storage.join(source, path) for path in lonely])
+        _write_without_image(output, [_below(source, path) for path in lonely])
         storage.write_file(output, Path(folder, "manifest"))
     rows, rejected = counts.accepted + counts.reasons.total(), counts.reasons.total()
     reasons = dict(sorted(counts.reasons.items()))
@@ -257,7 +257,7 @@ def _listed(source: str, layout: Layout, groups: Mapping[str, str], lonely: list
                 "path": image.name,
                 "bytes": image.file.size,
                 "etag": image.file.etag,
-                "masks": [_mask(source, mask) for mask in image.masks],
+                "masks": [_mask(mask) for mask in image.masks],
                 "group": image.group,
             }
     except FileNotFoundError:
@@ -270,10 +270,14 @@ def _listed(source: str, layout: Layout, groups: Mapping[str, str], lonely: list
         raise ValueError(f"catalog.source: there are no objects below {shown} where the layout looks ({layout})")
 
 
-def _mask(source: str, mask: Mask[storage.FileInfo]) -> dict[str, Any]:
+def _mask(mask: Mask[storage.FileInfo]) -> dict[str, Any]:
     """A row of `records.MASK_FILES`."""
-    uri = storage.join(source, mask.path)
-    return {"uri": uri, "label": mask.label, "bytes": mask.file.size, "etag": mask.file.etag}
+    return {"uri": mask.file.uri, "label": mask.label, "bytes": mask.file.size, "etag": mask.file.etag}
+
+
+def _below(source: str, path: str) -> str:
+    """The URI of a listed path: slashes in it stay as they are, as they are part of an S3 key."""
+    return f"{source.rstrip('/')}/{path}"
 
 
 def _headers(unread: _Unread, config: CatalogConfig, pseudonyms: Pseudonyms, found: Spool) -> None:

@@ -14,6 +14,7 @@ from rayseg.dicom.reading import Header, read_headers
 from rayseg.dicom.voxels import Volume
 from rayseg.geometry.grid import Geometry
 from rayseg.records import Reason, Reject
+from rayseg.retry import CredentialsError
 
 MAX_OBJECT_BYTES = 2**31  # larger objects are refused unread
 _STACK, _STACK_DIGITS = "-", 10  # between a series' key and what stands for its stack's name; of that
@@ -39,7 +40,7 @@ class Item:
 def rows(
     item: Item, beginning: bytes | OSError, pseudonyms: Pseudonyms, volume: int | None = None
 ) -> list[dict[str, Any]]:
-    """The manifest rows of one object, one a frame, without a series verdict; never raises.
+    """The manifest rows of one object, one a frame, without a series verdict; raises CredentialsError alone.
 
     Args:
         item: the object.
@@ -55,6 +56,8 @@ def rows(
         found = _describe(item, beginning, pseudonyms, volume)
     except OSError as error:
         found = read_failure(error)
+    except CredentialsError:
+        raise
     except Exception as error:  # a defect of ours must cost this row only
         found = Reject(Reason.INTERNAL, type(error).__name__)
     if isinstance(found, Reject):
@@ -76,22 +79,24 @@ def read_failure(error: OSError, what: str = "object") -> Reject:
 def in_series(rows: list[dict[str, Any]], wanted: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """The rows with the verdict of their series, which stands together in the order of its slices.
 
-    A series stands where its first row stood, its stacks one after the other where it has several: each is then a
-    series with a key of its own, made of the series' key and the stack's name. Rows of a rejected series, and those
+    A series stands where its first row stood, and behind it those of its rows that were rejected before. Where it has
+    several stacks they stand one after the other, each a series with a key of its own, made of the series' key and the
+    stack's name. Rows of a rejected series, and those
     that a salvaged one leaves out, are rejected with the series' reason, those of stacks that no pattern in `wanted`
     matches as STACK_NOT_WANTED; without patterns all are taken.
     """
     members: dict[str, list[dict[str, Any]]] = {}
     for values in rows:
-        if values["verdict"] == "ok" and values["kind"] == "dicom":
+        if values["kind"] == "dicom" and values["series_key"] is not None:
             members.setdefault(values["series_key"], []).append(values)
     ordered: list[dict[str, Any]] = []
     for values in rows:
-        if values["verdict"] != "ok" or values["kind"] != "dicom":
+        if values["kind"] != "dicom" or values["series_key"] is None:
             ordered.append(values)
-        elif values["series_key"] in members:
-            ordered.extend(_split(members.pop(values["series_key"]), wanted))
-        # else: its series stands already
+        elif of_series := members.pop(values["series_key"], None):  # else it stands already
+            accepted = [row for row in of_series if row["verdict"] == "ok"]
+            ordered += _split(accepted, wanted) if accepted else []
+            ordered += [row for row in of_series if row["verdict"] != "ok"]
     assert len(ordered) == len(rows)
     return ordered
 

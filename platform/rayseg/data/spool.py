@@ -86,21 +86,21 @@ class Spool:
 def by_series(found: Spool) -> Iterator[list[dict[str, Any]]]:
     """The rows of `found` (a manifest's, with `index`) in lists of whole series.
 
-    A series stands where its first row, by `index`, stands; so do rows that are of no series, or not accepted. What
-    stays in memory is 24 bytes a row, and the keys of the series.
+    A series stands where its first row, by `index`, stands, with its rows that are not accepted; so do rows that are of
+    no series. What stays in memory is 24 bytes a row, and the keys of the series.
     """
     firsts: dict[str, int] = {}
     indexes, units = np.empty(len(found), np.int64), np.empty(len(found), np.int64)
     for attempt in ("find where each series stands", "place its rows there"):
         start = 0
-        for batch in found.batches(("index", "series_key", "verdict", "kind")):
+        for batch in found.batches(("index", "series_key", "kind")):
             for number, row in enumerate(batch.to_pylist(), start):
                 index, key = row["index"], row["series_key"]
-                judged = row["verdict"] == "ok" and row["kind"] == "dicom"
-                if attempt.startswith("find") and judged:
+                in_series = key is not None and row["kind"] == "dicom"
+                if attempt.startswith("find") and in_series:
                     firsts[key] = min(firsts.get(key, index), index)
                 else:
-                    indexes[number], units[number] = index, firsts[key] if judged else index
+                    indexes[number], units[number] = index, firsts[key] if in_series else index
             start += len(batch)
     order = np.lexsort((indexes, units))
     units = units[order]

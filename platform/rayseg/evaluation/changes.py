@@ -24,6 +24,7 @@ from rayseg.geometry import planes
 from rayseg.geometry.grid import Geometry
 from rayseg.geometry.volume import volume_ml
 from rayseg.records import Reason, Reject
+from rayseg.retry import CredentialsError
 
 # A row for each series, `class` empty, and one for each class of it that both sides know.
 DIFF = pa.schema(
@@ -104,7 +105,7 @@ class _Stacks:
 
 
 def compare_series(pair: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of `CHANGES` of a pair of `sides.pair`; never raises."""
+    """A row of `CHANGES` of a pair of `sides.pair`; raises CredentialsError alone."""
     base = {"series_key": pair["series_key"], "patient_key": pair["patient_key"]}
     try:
         sides = []
@@ -114,6 +115,8 @@ def compare_series(pair: Mapping[str, Any]) -> dict[str, Any]:
                 return _refused(base, read)
             sides.append(read)
         return _compared(base, *sides)
+    except CredentialsError:
+        raise
     except Exception as error:  # a defect of ours must cost this series only
         return _refused(base, Reject(Reason.INTERNAL, type(error).__name__))
 

@@ -25,7 +25,7 @@ from rayseg.inference.postprocess import Postprocess
 from rayseg.inference.predictor import Mirror
 from rayseg.inference.progress import Progress
 from rayseg.inference.refusals import Refusals
-from rayseg.inference.series import Task
+from rayseg.inference.series import STAGE, Task
 from rayseg.models.engine import Engine
 from rayseg.tracking import judged, registry, runs
 from rayseg.tracking.version import ModelVersion, together
@@ -179,6 +179,7 @@ def segment(config: SegmentConfig) -> SegmentResult:
         ended_as = report.Run(len(segmented), rejected, skipped, time.monotonic() - began)
         rows = [*done.values(), *rows_of_run, *unusable]
         storage.write(page, report.render(ended_as, _asked(config, model.uri), rows, refusals).encode())
+    refusals.standing = ledger.refused(output, list(done.values()), STAGE)
     _check_budget(refusals, planned.accepted, config.max_reject_fraction, output)
     ended = [row for row in map((done | segmented).get, planned.series) if row]
     return replace(
@@ -280,10 +281,11 @@ def _appended(output: str, rows: Sequence[dict[str, Any]], refusals: Refusals) -
 
 
 def _check_budget(refusals: Refusals, accepted: int, most: float, output: str) -> None:
-    """Compares what this stage refused with what the catalog had accepted."""
-    ours = refusals.of_run.total()
+    """Compares what this stage refused, in this run or before, with what the catalog had accepted."""
+    against = refusals.against()
+    ours = sum(against.values())
     if ours > most * accepted:
-        counts = ", ".join(f"{reason} {count}" for reason, count in sorted(refusals.of_run.items()) if count)
+        counts = ", ".join(f"{reason} {count}" for reason, count in against.items())
         raise ValueError(
             f"segment: {ours} of {accepted} objects rejected, over max_reject_fraction {most}: {counts}; "
             f"{storage.join(output, ledger.REJECTS_FOLDER)} names each"

@@ -5,6 +5,7 @@ Parts lie at `OUTPUT/ledger/part-<digest>.parquet`, the objects that were refuse
 the same part.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -18,6 +19,7 @@ from rayseg.records import LEDGER, REJECTS
 FOLDER, REJECTS_FOLDER = "ledger", "rejects"
 PROGRESS = "progress.json"  # of the run that is at work there, or was last
 _READERS = 8
+_REFUSED = ("uri", "frame", "stage", "reason", "series_key")
 _IDENTITY = ["series_key", "model_digest", "config_digest"]  # of a row
 
 
@@ -52,6 +54,30 @@ def rows_of(output: str, model_digest: str, config_digest: str) -> pa.Table:
     return read(output).filter(
         (pc.field("model_digest") == model_digest) & (pc.field("config_digest") == config_digest)
     )
+
+
+def refused(output: str, rows: Sequence[Mapping[str, Any]], stage: str) -> Counter[str]:
+    """How many objects of these rows' series a stage refused, by reason; `rows` are of this ledger.
+
+    What the table of rejects does not tell of a row counts by the row's own reason, "unknown" where it has none.
+    """
+    left = {row["series_key"]: row["rejected_slices"] for row in rows if row["rejected_slices"]}
+    reasons = {row["series_key"]: row["reason"] or "unknown" for row in rows}
+    folder = storage.join(output, REJECTS_FOLDER)
+    latest: dict[tuple[str, int | None], tuple[str, str]] = {}
+    if left and storage.exists(folder):
+        wanted = pc.field("series_key").isin(list(left)) & (pc.field("stage") == stage)
+        for part in sorted(storage.list_files(folder, (".parquet",)), key=_age):
+            for row in storage.read_table(part.uri, _REFUSED).filter(wanted).to_pylist():
+                latest[row["uri"], row["frame"]] = row["series_key"], row["reason"]
+    counts: Counter[str] = Counter()
+    for key, reason in latest.values():
+        if left[key]:
+            left[key] -= 1
+            counts[reason] += 1
+    for key, number in left.items():
+        counts[reasons[key]] += number
+    return +counts
 
 
 def _complete(part: pa.Table) -> pa.Table:

@@ -23,6 +23,7 @@ from rayseg.inference.predictor import Prediction, Predictor
 from rayseg.inference.sources import Place, Sources, geometry
 from rayseg.inference.watch import STEPS, Watch
 from rayseg.records import Reason, Reject
+from rayseg.retry import CredentialsError
 from rayseg.tracking.version import ModelVersion
 
 STAGE = "segment"  # as the table of rejects names it
@@ -55,11 +56,11 @@ def segment_series(
     kind: Kind = "dicom",
     not_made: Sequence[dict[str, str]] = (),
 ) -> dict[str, Any]:
-    """Segments the slices of a series, given in order, and writes its files `FOLDER/<series_key>...`; never raises.
+    """Segments the slices of a series, given in order, and writes its files `FOLDER/<series_key>...`.
 
     A slice is an object at one of `uris`, or the frame of it that `frames` has at the same place; `input_digest` of all
     of them goes into the row as it is. A slice that cannot be used is in no file; a series without any other is
-    rejected, and so is one of which no profile can be made, or a file not be written.
+    rejected, and so is one of which no profile can be made, or a file not be written. It raises CredentialsError alone.
 
     Args:
         predictor, task: what all series have in common.
@@ -77,6 +78,8 @@ def segment_series(
     refused: dict[Place, Reject] = {}
     try:
         ended = _make(predictor, task, series_key, kind, profiles, wanted, refused, watch)
+    except CredentialsError:
+        raise
     except Exception as error:  # a defect of ours must cost this series only
         ended = Reject(Reason.INTERNAL, type(error).__name__)
     if isinstance(ended, Reject):
