@@ -67,7 +67,7 @@ def figure(values: list[float]) -> dict[str, float]:
 
 def _by_stage(repeats: int) -> dict[str, Any]:
     """CPU milliseconds a slice, from bytes in memory: reading, the window, and the window with scaling."""
-    figures = {}
+    figures: dict[str, Any] = {}
     for syntax in inputs.SYNTAXES:
         data = inputs.ct_slice(syntax)
         slice = read_slice(data)
@@ -183,7 +183,7 @@ def _s3(folder: Path, repeats: int) -> dict[str, Any]:
     """Objects a second of `storage.read_each` over those of boto3 in as many threads, from a store near and far."""
     data, bucket = inputs.ct_slice("uncompressed"), "benchmark"
     keys = [f"{number}.dcm" for number in range(_OBJECTS)]
-    figures = {}
+    figures: dict[str, Any] = {}
     with object_store(folder / "store", bucket) as environment, patch.dict(os.environ, environment):
         os.environ.pop("AWS_ENDPOINT_URL_S3", None)  # it would come first
         for key in keys:
