@@ -14,7 +14,7 @@ from scipy import ndimage
 from rayseg.config import plain
 from rayseg.data.preprocess import Preprocess
 from rayseg.data.resampling import resized
-from rayseg.evaluation.evaluate import EvaluateConfig, _doubts
+from rayseg.evaluation.evaluate import _doubts
 from rayseg.tracking.bundle import decide
 from rayseg.tracking.version import ModelVersion
 
@@ -207,11 +207,10 @@ def test_a_strided_and_read_only_mask_is_fine() -> None:
 
 
 def test_an_evaluation_tells_of_a_model_that_was_trained_on_shifted_labels() -> None:
-    config = EvaluateConfig("prepared", "models:/m/1", "unused", split="val")
     version = ModelVersion("m", "1", "models:/m/1", "run", "d" * 64)
     plain_of = {one: {"preprocess": plain(Preprocess(mask_filter=one))} for one in ("image", "nearest")}
     before: dict = {"preprocess": {"size": [64, 64]}}
-    assert _doubts(config, [version], [plain_of["image"]], []) == []
+    assert _doubts([version], [plain_of["image"]]) == []
     for described in (plain_of["nearest"], before):
-        (doubt,) = _doubts(config, [version], [described], [])
+        (doubt,) = _doubts([version], [described])
         assert "models:/m/1 was trained on masks with mask_filter nearest" in doubt
