@@ -52,8 +52,9 @@ def test_rows_say_what_the_headers_say(phantoms: Path, tmp_path: Path) -> None:
         assert row["verdict"] == "ok"
         assert row["kind"] == "dicom"
         assert row["bytes"] == path.stat().st_size
-        mask = str(path).replace("/images/", "/masks/").replace(".dcm", ".png")
-        assert row["masks"] == [{"uri": mask, "label": None}]
+        mask = Path(str(path).replace("/images/", "/masks/")).with_suffix(".png")
+        told = {"bytes": mask.stat().st_size, "etag": f"{mask.stat().st_mtime_ns:x}"}
+        assert row["masks"] == [{"uri": str(mask), "label": None, **told}]
         assert row["patient_key"] == pseudonyms.key("patient", dataset.PatientID)
         assert row["series_key"] == pseudonyms.key("series", dataset.SeriesInstanceUID)
         assert (row["rows"], row["columns"]) == (32, 32)
