@@ -314,12 +314,15 @@ def test_bad_bodies_are_told_why(service: Service, body: bytes, status: int, rea
     assert post(service, slice_bytes(3, 64)).status_code == 200, "the next one is served"
 
 
-def test_a_slice_without_a_place_is_segmented_but_gets_no_seg(service: Service):
+def test_the_seg_of_a_slice_without_a_place_names_the_slice(service: Service):
     body = without("ImagePositionPatient")
-    assert post(service, body, "image/png").status_code == 200
-    refused = post(service, body, "application/dicom")
-    assert refused.status_code == 422
-    assert refused.json() == {"reason": "missing_attribute", "detail": "ImagePositionPatient"}
+    answer = post(service, body, "application/dicom")
+    assert answer.status_code == 200
+    segmentation = pydicom.dcmread(io.BytesIO(answer.content))
+    [frame] = segmentation.PerFrameFunctionalGroupsSequence
+    assert "PlanePositionSequence" not in frame
+    [source] = frame.DerivationImageSequence[0].SourceImageSequence
+    assert source.ReferencedSOPInstanceUID == pydicom.dcmread(io.BytesIO(body)).SOPInstanceUID
 
 
 def test_a_body_without_end_is_refused_while_it_arrives(service: Service):

@@ -100,10 +100,15 @@ def confusion_by_class(mask_NHW: Any, probability_NHWC: Any, weight_N: Any) -> A
     Returns:
         float64 (classes, 3).
     """
-    found_NHW = ops.cast(ops.argmax(probability_NHWC, axis=-1), "float32")
     index_NHW = ops.cast(mask_NHW, "float32")
-    classes = range(1, probability_NHWC.shape[-1])
-    return ops.stack([_counts(index_NHW == index, found_NHW == index, weight_N) for index in classes])
+    # Keras's argmax looks at signs as int32, which TensorFlow does on the host. The first of equal ones counts, as there.
+    greatest_NHW = ops.max(probability_NHWC, axis=-1)
+    confusions = []
+    for index in range(1, probability_NHWC.shape[-1]):
+        before_NHW = ops.max(probability_NHWC[..., :index], axis=-1)
+        found_NHW = ops.logical_and(probability_NHWC[..., index] == greatest_NHW, before_NHW < greatest_NHW)
+        confusions.append(_counts(index_NHW == index, found_NHW, weight_N))
+    return ops.stack(confusions)
 
 
 def _counts(truth_NHW: Any, found_NHW: Any, weight_N: Any) -> Any:
