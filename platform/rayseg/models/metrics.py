@@ -101,7 +101,7 @@ def confusion_by_class(mask_NHW: Any, probability_NHWC: Any, weight_N: Any) -> A
         float64 (classes, 3).
     """
     index_NHW = ops.cast(mask_NHW, "float32")
-    # Keras's argmax looks at signs as int32, which TensorFlow does on the host. The first of equal ones counts, as there.
+    # Keras's argmax looks at signs as int32, which TensorFlow does on the host. The first of equal ones counts.
     greatest_NHW = ops.max(probability_NHWC, axis=-1)
     confusions = []
     for index in range(1, probability_NHWC.shape[-1]):
