@@ -20,20 +20,17 @@ def settle(undetermined: str | None = None) -> None:
         tf.config.experimental.enable_op_determinism()
 
 
-def undetermined(model: keras.Model, jit_compile: bool) -> str | None:
-    """What of the gradients of a network TensorFlow has no deterministic kernel for on a GPU; None: it has all.
-
-    On a CPU it has all of any network.
-    """
+def undetermined(model: keras.Model, jit_compile: bool, on_gpu: bool) -> str | None:
+    """What of the gradients of a network TensorFlow has no deterministic kernel for; None: it has all."""
     layers: list[Any] = model._flatten_layers()
-    if any(isinstance(layer, keras.layers.DepthwiseConv2D) for layer in layers):
+    if on_gpu and any(isinstance(layer, keras.layers.DepthwiseConv2D) for layer in layers):
         return "depthwise convolutions"  # tensorflow#47174
     if jit_compile and any(isinstance(layer, keras.layers.MaxPooling2D) for layer in layers):
-        return "max pooling by XLA"
+        return "max pooling by XLA"  # refused on a CPU, too, as TensorFlow does not look where it computes
     return None
 
 
 def told(model: keras.Model, jit_compile: bool, on_gpu: bool) -> dict[str, str]:
     """What a run is computed with, as tags."""
-    without = undetermined(model, jit_compile) if on_gpu else None
+    without = undetermined(model, jit_compile, on_gpu)
     return {"rayseg.tf32": "off", "rayseg.deterministic_ops": f"off: {without}" if without else "on"}

@@ -229,7 +229,7 @@ def _told(config: TrainConfig, devices: list[Any]) -> str:
 
 
 def _settle(config: TrainConfig, model: keras.Model, on_gpu: bool) -> None:
-    undetermined = numerics.undetermined(model, config.jit_compile) if on_gpu else None
+    undetermined = numerics.undetermined(model, config.jit_compile, on_gpu)
     numerics.settle(undetermined)
     if undetermined:
         logger.warning(
