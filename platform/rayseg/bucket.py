@@ -44,8 +44,8 @@ def objects(bucket: str, prefix: str) -> Iterator[Entry]:
 
     while True:
         page = _made(f"listing bucket {bucket}", call)
-        for found in page.get("Contents", ()):
-            yield Entry(found["Key"], found["Size"], found["LastModified"], found["ETag"].strip('"'))
+        for entry in page.get("Contents", ()):
+            yield Entry(entry["Key"], entry["Size"], entry["LastModified"], entry["ETag"].strip('"'))
         if not page.get("NextContinuationToken"):
             return
         asked["ContinuationToken"] = page["NextContinuationToken"]
@@ -88,26 +88,26 @@ def delete(path: str) -> None:
 
 def _write_parts(path: str, first: bytes, file: BinaryIO) -> None:
     """An object in several requests, each tried again by itself; it appears with the last one."""
-    doing, place = "writing an object", _place(path)
-    place["UploadId"] = _made(doing, lambda client: client.create_multipart_upload(**place))["UploadId"]
+    doing, upload = "writing an object", _place(path)
+    upload["UploadId"] = _made(doing, lambda client: client.create_multipart_upload(**upload))["UploadId"]
     parts: list[dict[str, Any]] = []
     try:
         data = first
         while data:
             part = {"PartNumber": len(parts) + 1}
-            put = _made(doing, partial(_put_part, place=place | part, data=data))
+            put = _made(doing, partial(_put_part, part=upload | part, data=data))
             parts.append(part | {"ETag": put["ETag"]})
             data = file.read(PART_BYTES)
         whole = {"Parts": parts}
-        _made(doing, lambda client: client.complete_multipart_upload(**place, MultipartUpload=whole))
+        _made(doing, lambda client: client.complete_multipart_upload(**upload, MultipartUpload=whole))
     except BaseException:  # Ctrl-C, too: what is uploaded would be kept, and paid for, out of sight
         with contextlib.suppress(Exception):
-            _made(doing, lambda client: client.abort_multipart_upload(**place))
+            _made(doing, lambda client: client.abort_multipart_upload(**upload))
         raise
 
 
-def _put_part(client: Any, place: dict[str, Any], data: bytes) -> Any:
-    return client.upload_part(**place, Body=data)
+def _put_part(client: Any, part: dict[str, Any], data: bytes) -> Any:
+    return client.upload_part(**part, Body=data)
 
 
 def _place(path: str) -> dict[str, Any]:

@@ -140,7 +140,7 @@ def require(stage: str, bundle: Mapping[str, float], count: int = 1, keys: Mappi
     if fits >= count:
         return
     wanted = {name: amount for name, amount in bundle.items() if amount > 0}
-    told = told_of(bundle)
+    told = in_words(bundle)
     for name, amount in wanted.items():
         largest = max((shape.get(name, 0.0) for shape, _ in _most() or ()), default=0.0)
         if largest < amount:
@@ -153,7 +153,7 @@ def require(stage: str, bundle: Mapping[str, float], count: int = 1, keys: Mappi
     )
 
 
-def told_of(bundle: Mapping[str, float]) -> str:
+def in_words(bundle: Mapping[str, float]) -> str:
     """What a worker asks for, in words."""
     return " + ".join(f"{amount:g} {name}" for name, amount in bundle.items() if amount > 0)
 

@@ -65,9 +65,9 @@ def refused_credentials(what: str) -> CredentialsError:
 
 def said_of_credentials(error: BaseException) -> str | None:
     """The text of a CredentialsError, which Ray gives, of a task, as text within text; None of another error."""
-    told = re.findall(rf"^\S*{CredentialsError.__name__}: (.+)$", str(error), re.MULTILINE)
-    if told:
-        return str(told[-1])
+    texts = re.findall(rf"^\S*{CredentialsError.__name__}: (.+)$", str(error), re.MULTILINE)
+    if texts:
+        return str(texts[-1])
     return str(error) if isinstance(error, CredentialsError) else None
 
 

@@ -127,8 +127,8 @@ def _listed_local(uri: str) -> Iterator[FileInfo]:
     prefix = uri if "://" in uri else root
 
     def entries(path: str, above: Folders) -> tuple[list[pafs.FileInfo], Folders]:
-        told = tried(lambda: os.stat(path))  # noqa: PTH116 (the path may be no UTF-8, and links are followed)
-        here = told.st_dev, told.st_ino
+        status = tried(lambda: os.stat(path))  # noqa: PTH116 (the path may be no UTF-8, and links are followed)
+        here = status.st_dev, status.st_ino
         if here in above:  # through a link
             return [], above
         found = tried(lambda: files.get_file_info(pafs.FileSelector(path)))

@@ -1,18 +1,12 @@
 """A cross-validation whose driver is killed: everybody is held out once, and nothing is done or registered twice."""
 
 import csv
-import os
-import signal
-import subprocess
-import sys
-import threading
 from collections import Counter
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
-import ray
 import yaml
 
 from rayseg.config import load, plain
@@ -27,6 +21,7 @@ from rayseg.inference.predictor import Predictor
 from rayseg.models.presets import NetworkConfig
 from rayseg.tracking import registry, runs
 from rayseg.training.settings import TrainConfig
+from tests.drivers import kill_when
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster"), pytest.mark.slow]
 
@@ -77,7 +72,9 @@ def test_a_killed_cross_validation_goes_on_and_scores_everybody_once(tmp_path: P
     )
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(plain(config)))
-    kill_when(recipe, tmp_path, "runs/squares-folds-*/training/squares-fold-1-*/epoch-00001/state.json")
+    kill_when(
+        "crossvalidate", recipe, tmp_path, "runs/squares-folds-*/training/squares-fold-1-*/epoch-00001/state.json"
+    )
     (first,) = tmp_path.glob("runs/squares-folds-*/fold-0.json")
     mlflow = runs.client(uri)
     (of_first,) = mlflow.search_model_versions("name = 'squares-folds'")
@@ -126,27 +123,3 @@ def test_a_killed_cross_validation_goes_on_and_scores_everybody_once(tmp_path: P
     again.write_bytes(runs.read_bytes(uri, result.run_id, again.name))
     assert again.name in card
     assert load(CrossValidateConfig, None, again).prepare == config.prepare, "an artifact that is a recipe"
-
-
-def kill_when(recipe: Path, folder: Path, pattern: str) -> None:
-    """Starts the job as a process of its own and kills it as soon as a file matches."""
-    environment = os.environ | {
-        "RAY_ADDRESS": ray.get_runtime_context().gcs_address,
-        "PYTHONPATH": f"{Path('platform').absolute()}:{Path.cwd()}",
-    }
-    command = [sys.executable, "-m", "jobs.crossvalidate", "--config", str(recipe)]
-    driver = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    ended = threading.Event()
-
-    def watch() -> None:
-        while not list(folder.glob(pattern)):
-            if ended.wait(0.02):
-                return
-        driver.kill()
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    _, told = driver.communicate()
-    ended.set()
-    watcher.join()
-    assert driver.returncode == -signal.SIGKILL, told.decode()

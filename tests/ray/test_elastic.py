@@ -19,39 +19,30 @@ from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
 
-from rayseg.models.presets import NetworkConfig
 from rayseg.tracking import registry, runs
 from rayseg.training import trainer
-from rayseg.training.settings import EarlyStopping, Plateau
 from rayseg.training.trainer import TrainConfig, fit
+from tests import long_runs
+from tests.long_runs import EPOCHS
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
-EPOCHS = 3
 # Of weights, with group normalisation: Adam turns rounding into steps of its own. Losses are equal to 1e-4.
 TOLERANCE = 5e-3
 CPUS = 3  # of a worker: one on the cluster's own node of four, and one on each that joins
 
 
-def config(prepared: str, folder: Path, **changes: object) -> TrainConfig:
-    values = {
-        "prepared": prepared,
-        "storage": str(folder / "runs"),
-        "tracking_uri": f"sqlite:///{folder}/mlflow.db",
-        "model": NetworkConfig(widths=(4, 8)),
-        "batch_size": 7,  # two workers have four and three
-        "epochs": EPOCHS,
-        "learning_rate": 0.02,
-        "schedule": "plateau",
-        "plateau": Plateau(patience=1, min_delta=0.5),
-        "early_stopping": EarlyStopping(patience=EPOCHS),
-        "clip_norm": 1.0,
-        "ema_momentum": 0.8,
-        "cpus_per_worker": CPUS,
-        "max_failures": 0,
-        "hang_timeout_s": 200.0,
-    }
-    return TrainConfig(**(values | changes))  # type: ignore[arg-type]
+def config(prepared: str, folder: Path, num_workers: int | tuple[int, int]) -> TrainConfig:
+    return long_runs.config(
+        prepared,
+        folder,
+        num_workers=num_workers,
+        batch_size=7,  # two workers have four and three
+        tensorboard=False,
+        cpus_per_worker=CPUS,
+        max_failures=0,
+        hang_timeout_s=200.0,
+    )
 
 
 @pytest.fixture

@@ -22,39 +22,16 @@ from scipy.stats import entropy
 from rayseg import storage
 from rayseg.config import build, plain
 from rayseg.data.prepared import describe
-from rayseg.models.presets import NetworkConfig
 from rayseg.tracking import bundle, registry, runs
-from rayseg.training.settings import EarlyStopping, Plateau
 from rayseg.training.trainer import TrainConfig, TrainResult, fit
 from tests.faults import faulty
+from tests.long_runs import EPOCHS, config
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
-EPOCHS = 3
 OUTAGE_S = 60.0
 # Adam turns rounding noise of small gradients into steps of its own; a wrong loss is off by 0.01 and more.
 TOLERANCE = 2e-3
-
-
-def config(prepared: str, folder: Path, **changes: object) -> TrainConfig:
-    """A run with all that a checkpoint must hold: plateaus, a patience, a moving average."""
-    values = {
-        "prepared": prepared,
-        "storage": str(folder / "runs"),
-        "tracking_uri": f"sqlite:///{folder}/mlflow.db",
-        "model": NetworkConfig(widths=(4, 8)),
-        "batch_size": 6,
-        "epochs": EPOCHS,
-        "learning_rate": 0.02,
-        "schedule": "plateau",
-        "plateau": Plateau(patience=1, min_delta=0.5),
-        "early_stopping": EarlyStopping(patience=EPOCHS),
-        "clip_norm": 1.0,
-        "ema_momentum": 0.8,
-        "tensorboard": True,
-        "cpus_per_worker": 1.0,
-    }
-    return TrainConfig(**(values | changes))  # type: ignore[arg-type]
 
 
 def final(job: TrainConfig) -> dict[str, np.ndarray]:

@@ -1,16 +1,10 @@
 """A sweep on real Ray Train workers whose driver is killed: it goes on as if nothing had happened."""
 
 import csv
-import os
-import signal
-import subprocess
-import sys
-import threading
 from pathlib import Path
 
 import keras
 import pytest
-import ray
 import yaml
 from mlflow.entities import ViewType
 
@@ -21,6 +15,7 @@ from rayseg.tracking import registry, runs
 from rayseg.training.learner import Learner
 from rayseg.training.settings import TrainConfig
 from rayseg.training.tune import Tune, TuneConfig, tune
+from tests.drivers import kill_when
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
@@ -54,7 +49,7 @@ def test_a_sweep_whose_driver_is_killed_goes_on_as_if_undisturbed(
     )
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(plain(config)))
-    kill_when(recipe, tmp_path, "runs/*/trials/*-003-*/epoch-00001/state.json")
+    kill_when("tune", recipe, tmp_path, "runs/*/trials/*-003-*/epoch-00001/state.json")
     before = {file.name for file in tmp_path.glob("runs/*/ended/*.json")}
     assert {"00001.json", "00002.json"} <= before != {f"{number:05d}.json" for number in range(4)}
     mlflow = runs.client(config.train.tracking_uri)
@@ -99,27 +94,6 @@ def test_a_sweep_whose_driver_is_killed_goes_on_as_if_undisturbed(
         assert (kept / name).read_bytes() == (tmp_path / "found" / name).read_bytes()
     assert not list(tmp_path.glob("runs/*.unfinished.json"))
     assert not list(tmp_path.glob("runs/*/trials")), "their checkpoints are of no use any more"
-
-
-def kill_when(recipe: Path, folder: Path, pattern: str) -> None:
-    """Starts the job as a process of its own and kills it as soon as a file matches."""
-    environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address, "PYTHONPATH": "platform"}
-    command = [sys.executable, "-m", "jobs.tune", "--config", str(recipe)]
-    driver = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    ended = threading.Event()
-
-    def watch() -> None:
-        while not list(folder.glob(pattern)):
-            if ended.wait(0.02):
-                return
-        driver.kill()
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    _, told = driver.communicate()
-    ended.set()
-    watcher.join()
-    assert driver.returncode == -signal.SIGKILL, told.decode()
 
 
 def undisturbed(discs: str, train: TrainConfig, rate: float) -> list[float]:

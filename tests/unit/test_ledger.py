@@ -105,7 +105,7 @@ def test_the_same_run_again_counts_the_same_rejects_against_the_budget(tmp_path:
     first, again = Refusals(), Refusals()
     first.add(rejects)
     known = [one for one in ledger.read(output).to_pylist() if one["series_key"] != "z"]
-    again.standing = ledger.refused(output, known, STAGE)
+    again.earlier = ledger.refused(output, known, STAGE)
     told = []
     for refusals in (first, again):
         with pytest.raises(ValueError, match="9 of 36 objects rejected") as refused:

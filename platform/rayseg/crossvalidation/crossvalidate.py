@@ -62,13 +62,7 @@ class CrossValidateConfig:
     crossvalidate: CrossValidate = field(default_factory=CrossValidate)
 
     def __post_init__(self) -> None:
-        if self.train.reproduce:
-            raise ValueError("train.reproduce: not for a cross-validation; give the section's other keys")
-        if self.train.elastic:
-            raise ValueError(
-                "train.num_workers: one number expected in a cross-validation, as the first folds would take the nodes "
-                f"of the others; got {self.train.workers_told}"
-            )
+        self.train.check_among_others("a cross-validation")
 
 
 @dataclass(frozen=True)
@@ -130,8 +124,8 @@ def crossvalidate(config: CrossValidateConfig) -> CrossValidateResult:
             doubts=doubts,
         )
         scores.publish_folds(base.tracking_uri, run_id, folds)
-        told = evaluation(record, sets[0], findings, str(Tolerance()))
-        version = joined.register(base, sets[0], trained, config.crossvalidate.mirror, told, run_id)
+        of_folds = evaluation(record, sets[0], findings, str(Tolerance()))
+        version = joined.register(base, sets[0], trained, config.crossvalidate.mirror, of_folds, run_id)
     except BaseException as error:
         trainer.finish(base.tracking_uri, run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
         raise

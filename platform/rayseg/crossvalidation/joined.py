@@ -52,7 +52,7 @@ def register(
         "its members. Judge it on a test set that no fold saw.",
     )
     with tempfile.TemporaryDirectory(prefix="rayseg-bundle-") as temporary:
-        example, *golden = (synthetic.slice_bytes(seed, size) for seed, size in ((0, 64), (1, 96), (2, 128)))
+        example, *golden = synthetic.of_bundle()
         ranges = [one.range for one in bundles if one.range is not None]
         known_range = widest(ranges) if len(ranges) == len(bundles) else None
         saved = Path(temporary, "bundle")

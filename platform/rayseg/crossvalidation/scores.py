@@ -98,5 +98,5 @@ def publish_folds(tracking_uri: str, run_id: str, folds: Sequence[Fold]) -> None
     runs.log_bytes(tracking_uri, run_id, f"{SPLIT}/{FOLDS_FILE}", "\n".join([",".join(names), *lines, ""]).encode())
     for fold in folds:
         values = {"fold/dice_pooled": fold.dice_pooled, "fold/val_dice": fold.val_dice}
-        told = {name: value for name, value in values.items() if value is not None}
-        runs.log_metrics(tracking_uri, run_id, told, step=fold.fold)
+        known = {name: value for name, value in values.items() if value is not None}
+        runs.log_metrics(tracking_uri, run_id, known, step=fold.fold)

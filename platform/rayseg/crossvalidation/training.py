@@ -93,12 +93,12 @@ def train(
             done, _ = ray.wait(list(running), timeout=_LOOK_S)
             clock.look(ray.get(epochs.done.remote()), set(ended))
             for reference in done:
-                fold, told = running.pop(reference), ray.get(reference)
-                if "failure" in told:
-                    kind = ValueError if told["refused"] else RuntimeError
-                    raise kind(f"crossvalidate: fold {fold}: {told['failure']}")
-                storage.write_json(storage.join(folder, f"fold-{fold}.json"), told["result"])
-                ended[fold] = TrainResult(**told["result"])
+                fold, outcome = running.pop(reference), ray.get(reference)
+                if "failure" in outcome:
+                    kind = ValueError if outcome["refused"] else RuntimeError
+                    raise kind(f"crossvalidate: fold {fold}: {outcome['failure']}")
+                storage.write_json(storage.join(folder, f"fold-{fold}.json"), outcome["result"])
+                ended[fold] = TrainResult(**outcome["result"])
                 clock.ended(fold, ended[fold].val_dice, ended[fold].best_epoch, len(ended))
     finally:
         for reference in running:

@@ -207,9 +207,9 @@ class Batches(Iterator[Batch]):
             if lane is None:  # fewer rows than lanes
                 continue
             # A lane that has ended repeats its last row: real pixels for batch statistics.
-            place, last = step - lane.window.start, lane.window.rows - 1
-            image_NHWC[position], mask_NHW[position] = self._reader.row(lane.rows.result(), min(place, last))
-            weight_N[position] = place <= last
+            row, last = step - lane.window.start, lane.window.rows - 1
+            image_NHWC[position], mask_NHW[position] = self._reader.row(lane.rows.result(), min(row, last))
+            weight_N[position] = row <= last
         image_NHWC[self._own :], mask_NHW[self._own :] = image_NHWC[0], mask_NHW[0]
         return Batch(image_NHWC, mask_NHW, weight_N)
 

@@ -82,6 +82,11 @@ def slice_bytes(seed: int = 0, size: int = 64) -> bytes:
     return _ct(head, 0, phantom.render(head, 0, size)[0])
 
 
+def of_bundle() -> list[bytes]:
+    """Slices of several sizes: a bundle's example, and those whose masks it must give again everywhere."""
+    return [slice_bytes(seed, size) for seed, size in ((0, 64), (1, 96), (2, 128))]
+
+
 def _write(writers: ThreadPoolExecutor, objects: Iterable[tuple[str, bytes]]) -> None:
     for _ in writers.map(lambda item: storage.write(*item), objects):
         pass

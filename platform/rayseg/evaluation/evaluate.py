@@ -209,8 +209,8 @@ def _leaks(config: EvaluateConfig, versions: Sequence[ModelVersion], patients: C
     if config.split == "train" or (config.split == "val" and config.alone):
         return []
     held_out_by = ("test", config.split)
-    found = [checks.no_leak(config.tracking_uri, one, patients, held_out_by) for one in versions]
-    return [check.detail for check in found if not check.passed]
+    outcomes = [checks.no_leak(config.tracking_uri, one, patients, held_out_by) for one in versions]
+    return [check.detail for check in outcomes if not check.passed]
 
 
 def _doubts(versions: Sequence[ModelVersion], described: Sequence[Mapping[str, Any]]) -> list[str]:

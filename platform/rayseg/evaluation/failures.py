@@ -166,11 +166,11 @@ def _detector(suspicion: np.ndarray, risk: np.ndarray, resamples: int) -> Detect
 def _covered(classes: Mapping[str, Columns], errors: VolumeErrors) -> dict[str, Covered]:
     names = [*classes, "foreground"] if len(classes) > 1 else list(classes)
     first = next(iter(classes.values()))
-    told = {}
-    for place, name in enumerate(names):
-        radius_mm = errors.radius_mm[place] if errors.radius_mm else None
+    covered = {}
+    for index, name in enumerate(names):
+        radius_mm = errors.radius_mm[index] if errors.radius_mm else None
         apart_mm = classes[name]["volume_error_mm"] if name in classes else first["foreground_error_mm"]
         apart_mm = apart_mm[np.isfinite(apart_mm)]
         if radius_mm is not None and len(apart_mm):
-            told[name] = Covered(int((apart_mm <= radius_mm).sum()), len(apart_mm))
-    return told
+            covered[name] = Covered(int((apart_mm <= radius_mm).sum()), len(apart_mm))
+    return covered

@@ -102,7 +102,7 @@ class _Patient:
             "slice_distance_mm": _mean(self._distances_mm),
         }
         foreground_ml = [conformal.total_ml(of) for of in zip(*(case.volumes_ml for case in self._cases), strict=True)]
-        told = {
+        of_patient = {
             "foreground_error_mm": conformal.farthest_mm(foreground_ml),
             **{f"suspicion_{flag}": number for flag, number in self._suspicion(foreground_ml).items()},
         }
@@ -111,7 +111,7 @@ class _Patient:
         sums = [case.probabilities for case in self._cases]
         return {
             "patient_key": patient_key,
-            "cases": [{**slices, "class": name, **case.row(), **subgroups, **told} for name, case in named],
+            "cases": [{**slices, "class": name, **case.row(), **subgroups, **of_patient} for name, case in named],
             "negative": [one.negative.tobytes() for one in sums],
             "positive": [one.positive.tobytes() for one in sums],
             "reliability": [one.reliability.tobytes() for one in sums],

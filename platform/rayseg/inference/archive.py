@@ -179,7 +179,7 @@ def segment(config: SegmentConfig) -> SegmentResult:
         ended_as = report.Run(len(segmented), rejected, skipped, time.monotonic() - began)
         rows = [*done.values(), *rows_of_run, *unusable]
         storage.write(page, report.render(ended_as, _asked(config, model.uri), rows, refusals).encode())
-    refusals.standing = ledger.refused(output, list(done.values()), STAGE)
+    refusals.earlier = ledger.refused(output, list(done.values()), STAGE)
     _check_budget(refusals, planned.accepted, config.max_reject_fraction, output)
     ended = [row for row in map((done | segmented).get, planned.series) if row]
     return replace(

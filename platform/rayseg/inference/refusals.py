@@ -14,7 +14,7 @@ class Refusals:
 
     reasons: Counter[str] = field(default_factory=Counter)
     of_run: Counter[str] = field(default_factory=Counter)  # of these, what the catalog had accepted
-    standing: Counter[str] = field(default_factory=Counter)  # of what runs before this one have done, by the ledger
+    earlier: Counter[str] = field(default_factory=Counter)  # of what runs before this one have done, by the ledger
     details: dict[str, str] = field(default_factory=dict)  # of one of each reason, which says something if any does
 
     def add(self, rejects: Iterable[Mapping[str, Any]]) -> None:
@@ -27,7 +27,7 @@ class Refusals:
 
     def against(self) -> dict[str, int]:
         """What counts against the budget, sorted: all that the output lacks now, whichever run refused it."""
-        return dict(sorted((self.of_run + self.standing).items()))
+        return dict(sorted((self.of_run + self.earlier).items()))
 
     def counts(self) -> dict[str, int]:
         """How many of each reason, sorted."""

@@ -28,12 +28,14 @@ def mean(models: Sequence[keras.Model], flips: Sequence[tuple[int, ...]] = ((),)
     if any((one.input_shape, one.output_shape) != (first.input_shape, first.output_shape) for one in models):
         raise ValueError("ensemble: models of one input and output size expected")
     images = keras.Input(first.input_shape[1:], dtype="uint8", name="image")
-    made = []
+    probabilities = []
     for number, model in enumerate(models):
         alone = portable(model)
         member = keras.Model(alone.input, alone.output, name=f"member_{number}")
-        made += [_flipped(member(_flipped(images, axes)), axes) for axes in flips]
-    probability = layers.Average(dtype="float32", name="mean")(made) if len(made) > 1 else made[0]
+        probabilities += [_flipped(member(_flipped(images, axes)), axes) for axes in flips]
+    probability = (
+        layers.Average(dtype="float32", name="mean")(probabilities) if len(probabilities) > 1 else probabilities[0]
+    )
     return keras.Model(images, probability, name="ensemble")
 
 

@@ -289,8 +289,8 @@ def _failures(one: Evaluation) -> Iterator[str]:
         yield from _table(("flag",), [((flag,), ends) for flag, ends in failures.aurc.items()])
     if failures.covered:
         yield ""
-        told = ", ".join(f"{name} {covered} of {of}" for name, (covered, of) in failures.covered.items())
-        yield f"Patients whose true volume lies in its 95 % interval: {told}."
+        shares = ", ".join(f"{name} {covered} of {of}" for name, (covered, of) in failures.covered.items())
+        yield f"Patients whose true volume lies in its 95 % interval: {shares}."
 
 
 def _table(head: Sequence[str], rows: Sequence[tuple[Sequence[str], Ends]]) -> Iterator[str]:

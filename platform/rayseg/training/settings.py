@@ -153,6 +153,16 @@ class TrainConfig:
             if not getattr(self, key):
                 raise ValueError(f"train.{key}: missing; give it in the recipe or by --set {key}=...")
 
+    def check_among_others(self, of: str) -> None:
+        """Raises ValueError for what a run of several at once, as `of` says, cannot have."""
+        if self.reproduce:
+            raise ValueError(f"train.reproduce: not for {of}; give the section's other keys")
+        if self.elastic:
+            raise ValueError(
+                f"train.num_workers: one number expected in {of}, as the first runs would take the nodes of the "
+                f"others; got {self.workers_told}"
+            )
+
     @property
     def elastic(self) -> bool:
         """Whether the number of workers follows the cluster."""

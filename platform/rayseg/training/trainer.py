@@ -165,7 +165,7 @@ def _train(
     """Runs the workers, who leave their checkpoints in the folder; returns how often they began."""
     storage.delete(storage.join(folder, NO_GPU_FILE))  # of an earlier start
     files, path = storage.filesystem(config.storage, retry.ATTEMPTS)
-    wanted = cluster.told_of(config.bundle)
+    wanted = cluster.in_words(config.bundle)
     logger.info("train: asks for num_workers %s, each with %s on one node", config.workers_told, wanted)
     trainer = TensorflowTrainer(
         train_worker,
@@ -244,7 +244,7 @@ def _conclude(
         if register and version is None:
             saved = Path(temporary, "bundle")
             # Phantoms, as a bundle goes where no patient's picture may.
-            example, *golden = (synthetic.slice_bytes(seed, size) for seed, size in ((0, 64), (1, 96), (2, 128)))
+            example, *golden = synthetic.of_bundle()
             known = dataclasses.replace(measure(prepared), pieces=looked.pieces, entropy_bits=looked.entropy_bits)
             bundle.save(saved, model, prepared.preprocess, prepared.labels, threshold, example, golden, known)
             bundle.calibrate(saved, calibrate.volume_errors(saved, prepared))
@@ -252,9 +252,9 @@ def _conclude(
     reproduced = record.repeated(config, state, run_id) if config.reproduce else None
     interruptions = dataclasses.asdict(Interruptions.of(folder))
     if restarts:
-        told = ", ".join(f"{name} {number}" for name, number in interruptions.items())
+        reasons = ", ".join(f"{name} {number}" for name, number in interruptions.items())
         workers = " ".join(str(row.get("workers", "?")) for row in state.history)
-        logger.info("train: workers began anew: %s; workers at the end of each epoch: %s", told, workers)
+        logger.info("train: workers began anew: %s; workers at the end of each epoch: %s", reasons, workers)
     outcome: dict[str, float] = {"best_epoch": best_epoch, "restarts": restarts, **interruptions}
     if len(prepared.labels.names) == 1:
         outcome["threshold"] = threshold

@@ -69,13 +69,7 @@ class TuneConfig:
     tune: Tune = field(default_factory=Tune)
 
     def __post_init__(self) -> None:
-        if self.train.reproduce:
-            raise ValueError("train.reproduce: not for a sweep; give the section's other keys")
-        if self.train.elastic:
-            raise ValueError(
-                "train.num_workers: one number expected in a sweep, as the first trials would take the nodes of the "
-                f"others; got {self.train.workers_told}"
-            )
+        self.train.check_among_others("a sweep")
 
 
 @dataclass(frozen=True)
