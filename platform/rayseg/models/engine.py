@@ -188,7 +188,7 @@ def _openvino() -> Any:
 
 
 def _with_policy(model: "keras.Model", policy: str) -> "keras.Model":
-    """The same network and weights computing in another precision; itself where it does already."""
+    """The same network and weights computing in another precision, and group normalisation in our form of it."""
     import keras
 
     config = _replaced(model.get_config(), policy)
@@ -198,13 +198,27 @@ def _with_policy(model: "keras.Model", policy: str) -> "keras.Model":
 
 
 def _replaced(config: Any, policy: str) -> Any:
-    if isinstance(config, dict):
-        if config.get("class_name") == "DTypePolicy" and config["config"].get("name", "") in _FLOATS:
-            return config | {"config": {"name": policy}}
-        return {key: _replaced(value, policy) for key, value in config.items()}
     if isinstance(config, list | tuple):
         return type(config)(_replaced(value, policy) for value in config)
-    return config
+    if not isinstance(config, dict):
+        return config
+    if config.get("class_name") == "DTypePolicy" and config["config"].get("name", "") in _FLOATS:
+        return config | {"config": {"name": policy}}
+    if config.get("class_name") == "GroupNormalization" and _is_of_images(config):
+        import keras
+
+        from rayseg.models.blocks import GroupNormalization  # faster, and more exact: see there
+
+        name = keras.saving.get_registered_name(GroupNormalization)
+        config |= {"module": GroupNormalization.__module__, "registered_name": name}
+    return {key: _replaced(value, policy) for key, value in config.items()}
+
+
+def _is_of_images(config: dict[str, Any]) -> bool:
+    """Whether a group normalisation is one that ours can stand for: of (N, H, W, C), scaled and shifted."""
+    shape, values = config.get("build_config", {}).get("input_shape", ()), config["config"]
+    fixed = len(shape) == 4 and None not in shape[1:]
+    return fixed and values["axis"] in (-1, 3) and values["scale"] and values["center"]
 
 
 _FLOATS = ("float32", "mixed_bfloat16", "mixed_float16")
