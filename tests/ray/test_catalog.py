@@ -224,6 +224,20 @@ def test_rows_of_an_object_are_never_taken_over_in_part_or_twice(
     assert (catalog(config).unchanged, storage.read(config.output)) == (3, whole)
 
 
+def test_what_a_catalog_keeps_beside_its_manifest_is_no_object_of_its_source(
+    phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(phantoms / "images", source)
+    monkeypatch.setattr(standing, "_FIRST_S", 0.0)
+    monkeypatch.setattr(standing.Parts, "remove", lambda parts: None)
+    assert catalog(config_of(source, source, Layout())).objects == 12
+    (source / "manifest.parquet").unlink()
+    assert next((source / "manifest.parquet.parts").iterdir())
+    result = catalog(config_of(source, source, Layout()))
+    assert (result.objects, result.unchanged) == (12, 12)
+
+
 @pytest.mark.parametrize("change", ["key", "layout", "foreign"])
 def test_rows_made_otherwise_are_not_taken_over(
     phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str

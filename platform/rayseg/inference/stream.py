@@ -3,6 +3,7 @@
 import logging
 import math
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
@@ -30,6 +31,8 @@ _SERIES_PER_THREAD = 16  # of a task, at most: the actor ends one before it begi
 # Ray Data takes milliseconds and memory of the driver for each block before the first is worked on. Actors that are
 # started again for the next dataset take seconds, of hours.
 _SERIES_PER_DATASET = 16_000
+# Series that end within this time come together, at most so many: a picture takes milliseconds, as a block of Ray does.
+_TELL_S, _AT_ONCE = 0.2, 4
 _TASKS_PER_ACTOR = 8  # at least, so that all end at about the same time
 _NUMBER = pa.field("number", pa.int64())  # of the series in its dataset
 _FOUND = pa.schema([_NUMBER, *LEDGER, pa.field("rejects", pa.list_(pa.struct(list(REJECTS))))])
@@ -54,7 +57,7 @@ class Workers:
 def rows(
     todo: Sequence[bytes], task: Task, bundle_dirs: Sequence[Path], workers: Workers
 ) -> Iterator[list[dict[str, Any]]]:
-    """Yields the series' ledger rows as each ends, with their rejects beside in `rejects`; each series once.
+    """Yields the series' ledger rows as they end, with their rejects beside in `rejects`; each series once.
 
     Args:
         todo: series, each as `plan.Plan` has it.
@@ -83,7 +86,7 @@ def rows(
                 num_cpus=workers.cpus,
                 num_gpus=workers.gpus,
             )
-            dataset.context.target_max_block_size = 1  # each row comes by itself, not at the end of its task
+            dataset.context.target_max_block_size = 1  # rows come when they are yielded, not at the end of their task
             for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
                 # Ray runs the task of a lost actor again, and numbers what it yields: rows come in the order in which
                 # they end, so that one may come twice, and another one not.
@@ -124,9 +127,16 @@ class _Segmenter:
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         numbered = zip(batch["number"].to_pylist(), batch["series"].to_pylist(), strict=True)
         under_way = [self._threads.submit(self._segment, *one) for one in numbered]
+        rows: list[dict[str, Any]] = []
+        told = time.monotonic()
         try:
             for ended in as_completed(under_way):
-                yield pa.Table.from_pylist([ended.result()], schema=_FOUND)
+                rows.append(ended.result())
+                if len(rows) == _AT_ONCE or time.monotonic() - told > _TELL_S:
+                    yield pa.Table.from_pylist(rows, schema=_FOUND)
+                    rows, told = [], time.monotonic()
+            if rows:
+                yield pa.Table.from_pylist(rows, schema=_FOUND)
         finally:
             for one in under_way:
                 one.cancel()
