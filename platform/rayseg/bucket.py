@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from email.utils import parsedate_to_datetime
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -20,7 +21,7 @@ CONNECT_TIMEOUT_S = 5.0
 REQUEST_TIMEOUT_S = 30.0
 CONNECTIONS = 32  # kept open; a call of `storage` has 8 threads, and several may be under way
 PART_BYTES = 2**24  # of a large object; S3 takes 10,000 of them
-_NO_SUCH_RANGE = 416
+_CONFLICT, _NOT_MET, _NO_SUCH_RANGE, _NOT_IMPLEMENTED = 409, 412, 416, 501
 
 ResultT = TypeVar("ResultT")
 
@@ -33,6 +34,15 @@ class Entry:
     size: int  # bytes
     modified: datetime
     etag: str  # changes with the content; without its quotes
+
+
+@dataclass(frozen=True)
+class Version:
+    """An object as it was when the store answered."""
+
+    data: bytes
+    etag: str
+    age_s: float  # since it was written, by the store's clock alone
 
 
 def objects(bucket: str, prefix: str) -> Iterator[Entry]:
@@ -84,6 +94,57 @@ def write(path: str, data: bytes | Path) -> None:
 def delete(path: str) -> None:
     """Removes the object if it is there."""
     _made("deleting an object", lambda client: client.delete_object(**_place(path)))
+
+
+def version(path: str) -> Version:
+    """The object, with its ETag and its age."""
+
+    def call(client: Any) -> Version:
+        answer = client.get_object(**_place(path))
+        told = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
+        age_s = (told - answer["LastModified"]).total_seconds()
+        return Version(answer["Body"].read(), answer["ETag"].strip('"'), age_s)
+
+    return _made("reading an object", call)
+
+
+def write_if(path: str, data: bytes, etag: str | None) -> str | None:
+    """Writes the object where the one that is there has this ETag, or, for None, where there is none.
+
+    Returns its new ETag; None where the condition was not met. After an answer that was lost that may be so although
+    the object was written: read it.
+
+    Raises:
+        NotImplementedError: the store says that it takes no conditions. One that ignores them says nothing.
+    """
+    condition = {"IfNoneMatch": "*"} if etag is None else {"IfMatch": f'"{etag}"'}
+    put = _made("writing an object", _if_met(lambda client: client.put_object(**_place(path), Body=data, **condition)))
+    return None if put is None else str(put["ETag"]).strip('"')
+
+
+def delete_if(path: str, etag: str) -> None:
+    """Removes the object if it is there and has this ETag; raises as `write_if`."""
+    call = _if_met(lambda client: client.delete_object(**_place(path), IfMatch=f'"{etag}"'))
+    with contextlib.suppress(FileNotFoundError):
+        _made("deleting an object", call)
+
+
+def _if_met(call: Callable[[Any], ResultT]) -> Callable[[Any], ResultT | None]:
+    """The call, which gives None where its condition was not met."""
+
+    def once(client: Any) -> ResultT | None:
+        try:
+            return call(client)
+        except client.exceptions.ClientError as error:
+            if _status(error) == _NOT_MET or error.response.get("Error", {}).get("Code") == "NoSuchKey":
+                return None
+            if _status(error) == _CONFLICT:  # with another write at the same moment: the same call once more
+                raise OSError("conditional write: a conflict") from error
+            if _status(error) == _NOT_IMPLEMENTED:
+                raise NotImplementedError("the store takes no conditional writes") from error
+            raise
+
+    return once
 
 
 def _write_parts(path: str, first: bytes, file: BinaryIO) -> None:

@@ -15,6 +15,7 @@ import highdicom
 import keras
 import nibabel as nib
 import numpy as np
+import psutil
 import pyarrow.dataset as ds
 import pydicom
 import pytest
@@ -31,7 +32,7 @@ from rayseg.data.preprocess import Preprocess, Window
 from rayseg.data.range import Range
 from rayseg.dicom import segmentation
 from rayseg.evaluation.diff import DiffConfig, diff
-from rayseg.inference import ledger, report
+from rayseg.inference import ledger, report, stream
 from rayseg.inference.archive import SegmentConfig, SegmentResult, _config_digest, _settings, segment
 from rayseg.inference.plan import Estimate
 from rayseg.inference.postprocess import Postprocess
@@ -303,8 +304,10 @@ def test_a_series_that_has_got_a_slice_is_done_again(spoilable: SegmentConfig, m
     assert len(masks_of(result.seg_paths)) == PATIENTS * SLICES
 
 
-def test_a_killed_run_is_taken_up_and_ends_as_an_undisturbed_one(archive: SegmentConfig, done: Done) -> None:
-    # A driver of its own, that dies by SIGKILL as soon as two series stand in the ledger.
+def test_a_killed_run_is_taken_up_by_one_that_waited_and_ends_as_an_undisturbed_one(
+    archive: SegmentConfig, done: Done, caplog: pytest.LogCaptureFixture
+) -> None:
+    # A driver of its own, that dies by SIGKILL as soon as a series stands in the ledger; all are one task.
     script = f"""
 import os
 from rayseg import cluster
@@ -321,30 +324,65 @@ def append_and_die(output, rows, rejects):
         os.kill(os.getpid(), {signal.SIGKILL.value})
 
 ledger.append = append_and_die
-stream.SERIES_PER_PART = 2
+stream._TASKS_PER_ACTOR = 1
 cluster.connect()
-archive.segment(archive.{archive!r})
+archive.segment(archive.{replace(archive, unrecorded=2)!r})
 """
-    killed = subprocess.run(
+    with subprocess.Popen(
         [sys.executable, "-c", script],
         env=os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address},
-        capture_output=True,
+        stderr=subprocess.PIPE,
         text=True,
-        check=False,
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    survived = ledger.read(archive.output).num_rows
-    assert 2 <= survived < PATIENTS
-    result = segment(archive)
-    assert (result.segmented, result.skipped, result.rejected) == (PATIENTS - survived, survived, 0)
+    ) as killed:
+        while not Path(archive.output, "_segment.lease").exists():
+            assert killed.poll() is None, killed.stderr.read()
+        with caplog.at_level("INFO", "rayseg.lease"):
+            result = segment(archive)
+        assert killed.wait() == -signal.SIGKILL, killed.stderr.read()
+    assert f"segment: waits for the segment job on {os.uname().nodename}, process {killed.pid}, since" in caplog.text
+    assert 1 <= result.skipped < PATIENTS
+    assert (result.segmented, result.rejected) == (PATIENTS - result.skipped, 0)
     assert contents(archive) == contents(done.config)
     assert len(result.seg_paths) == PATIENTS
+    assert same_rows(archive, done.config)
+    lost, cut = sorted(Path(archive.output).rglob("*.dcm"))[:2]
+    lost.unlink()
+    cut.write_bytes(cut.read_bytes()[:-1])
+    assert segment(archive).skipped == PATIENTS, "it goes by the ledger"
+    verified = segment(replace(archive, verify=True))
+    assert (verified.segmented, verified.skipped) == (2, PATIENTS - 2)
+    assert contents(archive) == contents(done.config)
+
+
+def same_rows(one: SegmentConfig, other: SegmentConfig) -> bool:
+    """Whether two ledgers are equal but for times and places."""
     varying = {"seconds", "outputs", *(f"{step}_s" for step in STEPS)}
     ledgers = [
         [{name: value for name, value in row.items() if name not in varying} for row in ledger.read(run).to_pylist()]
-        for run in (archive.output, done.config.output)
+        for run in (one.output, other.output)
     ]
-    assert ledgers[0] == ledgers[1]
+    return ledgers[0] == ledgers[1]
+
+
+def test_an_actor_that_dies_loses_and_doubles_no_row(
+    archive: SegmentConfig, done: Done, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append, appended = ledger.append, []
+
+    def append_and_kill(output: str, rows: list[dict[str, Any]], rejects: list[dict[str, Any]]) -> None:
+        if rows and not appended:
+            ours = psutil.Process().children(recursive=True)
+            [actor] = [one for one in ours if "_Segmenter" in " ".join(one.cmdline())]
+            actor.kill()
+        appended.extend(row["series_key"] for row in rows)
+        append(output, rows, rejects)
+
+    monkeypatch.setattr(ledger, "append", append_and_kill)
+    monkeypatch.setattr(stream, "_TASKS_PER_ACTOR", 1)
+    result = segment(replace(archive, unrecorded=1, cpus_per_actor=2))
+    assert (result.segmented, len(appended), len(set(appended))) == (PATIENTS, PATIENTS, PATIENTS)
+    assert contents(archive) == contents(done.config)
+    assert same_rows(archive, done.config)
 
 
 def test_what_cannot_be_read_costs_its_slice_or_its_series_and_no_other(spoilable: SegmentConfig, done: Done) -> None:

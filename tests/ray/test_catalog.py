@@ -6,19 +6,25 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pydicom
 import pytest
+import ray.data
+import yaml
 from PIL import Image
 
+from rayseg import config as configuration
 from rayseg import storage
 from rayseg.data import catalog as module
-from rayseg.data import synthetic
+from rayseg.data import standing, synthetic
 from rayseg.data.catalog import CatalogConfig, catalog
 from rayseg.data.layouts import Layout
 from rayseg.dicom.pseudonyms import from_environment
 from rayseg.records import MANIFEST, REJECTS
+from tests.drivers import kill_when
 from tests.unit.mr_images import image
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
@@ -168,6 +174,68 @@ def test_unchanged_objects_are_not_read_again(phantoms: Path, tmp_path: Path) ->
     fresh = catalog(dataclasses.replace(config, output=str(tmp_path / "fresh.parquet")))
     assert fresh.unchanged == 0
     assert storage.read(fresh.manifest) == storage.read(third.manifest)
+
+
+def test_what_a_killed_catalog_has_read_is_not_read_again(phantoms: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    images = [path.read_bytes() for path in sorted((phantoms / "images").rglob("*.dcm"))]
+    for number in range(3_000):
+        (source / f"{number:04d}.dcm").write_bytes(images[number % 12])
+    config = config_of(source, tmp_path, Layout(), max_reject_fraction=1.0, concurrency=1)
+    undisturbed = catalog(dataclasses.replace(config, output=str(tmp_path / "undisturbed.parquet")))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"catalog": configuration.plain(config)}))
+    kill_when("catalog", recipe, tmp_path, "manifest.parquet.parts/*.parquet")
+    assert not Path(config.output).exists()
+    parts = pa.concat_tables(pq.read_table(part) for part in Path(f"{config.output}.parts").iterdir())
+    read = sorted(set(parts["uri"].to_pylist()))
+    assert 256 <= len(read) < 3_000
+    for uri in read:  # whoever read them again would find nothing in them
+        changed(Path(uri), bytes(Path(uri).stat().st_size), 0)
+    result = catalog(config)
+    assert (result.objects, result.unchanged) == (3_000, len(read))
+    assert storage.read(config.output) == storage.read(undisturbed.manifest)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("source", "recipe.yaml", "manifest.parquet", "undisturbed.parquet")
+    }
+
+
+def test_rows_of_an_object_are_never_taken_over_in_part_or_twice(
+    phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever Ray cuts its blocks into; and parts that outlive their manifest, of a catalog killed at its very end."""
+    source = tmp_path / "source"
+    source.mkdir()
+    for number in range(3):
+        volume = nibabel.Nifti1Image(np.full((2, 2, 40), number, np.uint8), np.eye(4))
+        (source / f"{number}.nii").write_bytes(volume.to_bytes())
+    config = config_of(source, tmp_path, Layout(images="{patient}.nii"))
+    monkeypatch.setattr(standing, "_FIRST_S", 0.0)
+    monkeypatch.setattr(ray.data.DataContext.get_current(), "target_max_block_size", 1_000)
+    with monkeypatch.context() as dying:
+        dying.setattr(standing.Parts, "remove", lambda parts: None)
+        first = catalog(config)
+    assert first.accepted == 120
+    whole = storage.read(config.output)
+    rows = [len(pq.read_table(part)) for part in Path(f"{config.output}.parts").iterdir()]
+    assert sum(rows) == 120
+    assert not any(number % 40 for number in rows)
+    assert (catalog(config).unchanged, storage.read(config.output)) == (3, whole)
+
+
+def test_what_a_catalog_keeps_beside_its_manifest_is_no_object_of_its_source(
+    phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(phantoms / "images", source)
+    monkeypatch.setattr(standing, "_FIRST_S", 0.0)
+    monkeypatch.setattr(standing.Parts, "remove", lambda parts: None)
+    assert catalog(config_of(source, source, Layout())).objects == 12
+    (source / "manifest.parquet").unlink()
+    assert next((source / "manifest.parquet.parts").iterdir())
+    result = catalog(config_of(source, source, Layout()))
+    assert (result.objects, result.unchanged) == (12, 12)
 
 
 @pytest.mark.parametrize("change", ["key", "layout", "foreign"])

@@ -6,6 +6,7 @@ import hashlib
 import io
 import itertools
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -23,7 +24,7 @@ from PIL import Image
 
 from rayseg import config as configuration
 from rayseg import storage
-from rayseg.data import prepared, synthetic
+from rayseg.data import feed, prepared, synthetic
 from rayseg.data import split as splitting
 from rayseg.data.catalog import CatalogConfig, catalog
 from rayseg.data.labels import Labels
@@ -195,6 +196,33 @@ def test_what_a_killed_run_has_written_is_not_made_again(manifest: Path, tmp_pat
     assert files(output) == files(tmp_path / "whole")
     assert {path: path.stat().st_mtime_ns for path in found[1:]} == {path: times[path] for path in found[1:]}
     assert torn.stat().st_mtime_ns != times[torn]
+
+
+def test_a_set_that_is_read_keeps_its_shards_until_nobody_reads_it(manifest: Path, tmp_path: Path) -> None:
+    first, second = (config_of(manifest, tmp_path / "set", rows_per_shard=rows) for rows in (6, 8))
+    prepare(first)
+    old = shards_of(tmp_path / "set")
+    with prepared.reading(first.output, "train") as described:
+        rows = described.read_rows("train").to_pylist()
+        prepare(second)
+        assert set(old) < set(shards_of(tmp_path / "set"))
+        assert described.read_rows("train").to_pylist() == rows
+        new = prepared.describe(first.output)
+        assert new.digest != described.digest
+        assert not set(new.files("train")) & set(described.files("train"))
+    assert not prepare(first).cached
+    assert shards_of(tmp_path / "set") == old, "what nobody reads is swept"
+    (tmp_path / "set/_prepared.json").unlink()  # as between the steps of a prepare
+    with pytest.raises(ValueError, match="no finished prepared set"), prepared.reading(first.output, "train"):
+        pass
+    shutil.rmtree(tmp_path / "set/_readers")
+    prepare(first)
+    batches = feed.batches(described, "train", global_batch=4, rank=0, world_size=1, seed=1, epoch=0)
+    next(batches)
+    shutil.rmtree(tmp_path / "set/split=train")
+    with pytest.raises(ValueError, match=r"prepared: there is no .* any more: another set was prepared"):
+        list(feed.batches(new, "train", global_batch=4, rank=0, world_size=1, seed=1, epoch=0))
+    batches.close()
 
 
 def test_rejects_of_a_kept_shard_are_kept_and_failed_reads_are_tried_again(tmp_path: Path) -> None:

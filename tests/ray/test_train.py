@@ -21,7 +21,7 @@ from scipy.stats import entropy
 
 from rayseg import storage
 from rayseg.config import build, plain
-from rayseg.data.prepared import describe
+from rayseg.data.prepared import DESCRIPTION, describe
 from rayseg.tracking import bundle, registry, runs
 from rayseg.training.trainer import TrainConfig, TrainResult, fit
 from tests.faults import faulty
@@ -185,12 +185,18 @@ def test_a_run_whose_worker_is_killed_reproduces_the_undisturbed_one(
     tmp_path: Path, undisturbed: tuple[TrainConfig, TrainResult], unregistered: None
 ) -> None:
     before, first = undisturbed
+    copied, runs_folder = tmp_path / "prepared", str(tmp_path / "runs")
+    shutil.copytree(before.prepared, copied)
     again = TrainConfig(
-        reproduce=first.run_id, tracking_uri=before.tracking_uri, storage=str(tmp_path / "runs"), prepared=""
+        reproduce=first.run_id, tracking_uri=before.tracking_uri, storage=runs_folder, prepared=str(copied)
     )
-    with when_there_is(
-        tmp_path, "runs/*/epoch-00001/state.json", lambda: os.kill(_train_workers()[-1], signal.SIGKILL)
-    ):
+
+    def replace_the_set_and_kill_a_worker() -> None:
+        other = storage.read_json(str(copied / DESCRIPTION)) | {"digest": "1" * 64, "rows": {"train": 1}, "shards": {}}
+        storage.write_json(str(copied / DESCRIPTION), other)
+        os.kill(_train_workers()[-1], signal.SIGKILL)
+
+    with when_there_is(tmp_path, "runs/*/epoch-00001/state.json", replace_the_set_and_kill_a_worker):
         result = fit(again)
     assert (result.restarts, result.epochs, result.reproduced) == (1, EPOCHS, True)
     assert unequal(again, before) == []

@@ -12,7 +12,7 @@ from botocore.parsers import ResponseParserError
 from urllib3.exceptions import SSLError
 
 from rayseg import bucket as module
-from rayseg import job, retry, storage
+from rayseg import job, lease, retry, storage
 from rayseg.data import catalog
 from rayseg.data.catalog import CatalogConfig
 from rayseg.data.layouts import Layout
@@ -231,3 +231,24 @@ def test_an_error_of_a_parser_is_one_of_the_system(bucket: Bucket, monkeypatch: 
         monkeypatch.setattr(type(client), "get_object", fail)
         (found,) = storage.read_each(["s3://b/P-17.dcm"])
         assert (type(found), str(found)) == (OSError, f"reading an object: {type(error).__name__}")
+
+
+def test_a_store_that_ignores_conditions_is_told_once_and_keeps_nobody_off(
+    bucket: Bucket, caplog: pytest.LogCaptureFixture
+) -> None:
+    lease._warn.cache_clear()
+    with lease.held("s3://b/out.lease", "first") as first, lease.held("s3://b/out.lease", "second") as second:
+        first.check()
+        second.check()
+    assert caplog.messages == [
+        "the store ignores the conditions of writes: two jobs on one output are not kept apart there; start one at a "
+        "time"
+    ]
+    assert "out.lease" not in bucket.objects
+
+
+def test_a_store_that_refuses_conditions_is_not_asked_again(bucket: Bucket) -> None:
+    bucket.refuse = (501, "NotImplemented")
+    with pytest.raises(NotImplementedError):
+        module.write_if("b/x", b"", None)
+    assert len(bucket.asked) == 1

@@ -1,10 +1,13 @@
 """Who gets the alias: on a real MLflow store (SQLite), with versions that have cases and no weights."""
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
+from rayseg.evaluation import promote as module
 from rayseg.evaluation.promote import PromoteConfig, PromoteResult, promote
 from rayseg.evaluation.scores import Counts
 from rayseg.tracking import aliases, registry, runs
@@ -309,6 +312,52 @@ def test_one_command_gives_the_alias_back_and_its_history_is_told(tracking: str)
     # Whoever moves it by hand goes unnoticed until the next command, which goes back to what was last decided.
     registry.set_alias(tracking, "back", "champion", "3")
     assert run(tracking, third, rollback=True).model_uri == first
+
+
+def test_who_was_compared_with_a_former_champion_is_compared_anew(
+    tracking: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, good = standing_and(tracking, "race", shifted(1))
+    better = register(tracking, "race", shifted(8))
+    compared = module._checks
+
+    def overtaken(*arguments: object) -> object:
+        """The other one is promoted while this one's checks run."""
+        monkeypatch.setattr(module, "_checks", compared)
+        made = compared(*arguments)
+        assert run(tracking, better).promoted
+        return made
+
+    monkeypatch.setattr(module, "_checks", overtaken)
+    result = run(tracking, good)  # no worse than the first, but worse than the one that is champion by now
+    assert (result.promoted, result.champion) == (False, better)
+    assert champion_of(tracking, "race") == better
+    assert [move["version"] for move in result.history] == [first[-1], better[-1]]
+
+
+def test_of_processes_that_move_an_alias_one_does_so_at_a_time(tracking: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    register(tracking, "busy", shifted(0))
+    monkeypatch.setattr(aliases, "STALE_S", 1.0)
+    within = threading.Semaphore()
+
+    def moves(_: int) -> bool:
+        with aliases.moving(tracking, "busy", "champion") as check:
+            alone = within.acquire(blocking=False)
+            check()
+            within.release()
+            return alone
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(moves, range(8)))
+    client = runs.client(tracking)
+    with aliases.moving(tracking, "busy", "champion") as check:  # paused for longer than STALE_S
+        assert moves(0)
+        with pytest.raises(RuntimeError, match="another process went on"):
+            check()
+    with aliases.moving(tracking, "busy", "champion"), aliases.moving(tracking, "busy", "other"):
+        locks = [model.name for model in client.search_registered_models() if "moving" in model.name]
+    assert len(locks) == 2
+    assert not [model for model in client.search_registered_models() if "moving" in model.name]
 
 
 def test_other_aliases_are_left_alone(tracking: str) -> None:

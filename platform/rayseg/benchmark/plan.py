@@ -18,7 +18,7 @@ from rayseg.tracking.version import ModelVersion
 
 _SLICES = 200  # a series
 _SERIES_PER_GROUP = 20
-_SERIES_PER_PART = 64  # of the ledger, as a run writes it
+_SERIES_PER_PART = 32  # of the ledger, as a run writes it
 
 
 def measure(folder: Path, repeats: int, rows: int) -> dict[str, Any]:

@@ -10,6 +10,7 @@ A driver that was lost goes on when the same job is started again: with the epoc
 those that have ended, and nothing is registered twice.
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -98,7 +99,13 @@ def crossvalidate(config: CrossValidateConfig) -> CrossValidateResult:
     cluster.connect()
     base = trainer.absolute(config.train)
     cluster.require("train", base.bundle, base.most_workers, trainer.KEYS)
-    sets = [_prepared(config, fold) for fold in range(config.crossvalidate.folds)]
+    with contextlib.ExitStack() as stack:
+        sets = [stack.enter_context(_prepared(config, fold)) for fold in range(config.crossvalidate.folds)]
+        result = _crossvalidated(config, base, sets)
+    return dataclasses.replace(result, seconds=time.monotonic() - began)
+
+
+def _crossvalidated(config: CrossValidateConfig, base: TrainConfig, sets: list[PreparedSet]) -> CrossValidateResult:
     # How many train at once changes nothing of what comes out: a start with another number goes on.
     same = dataclasses.replace(config, crossvalidate=dataclasses.replace(config.crossvalidate, concurrent=None))
     key = configuration.digest([configuration.plain(same), [one.digest for one in sets]])[:12]
@@ -132,17 +139,17 @@ def crossvalidate(config: CrossValidateConfig) -> CrossValidateResult:
     runs.finish(base.tracking_uri, run_id, "FINISHED")
     storage.delete(unfinished)
     storage.delete_tree(folder)  # checkpoints
-    return _result(run_id, version, record, findings, folds, doubts, artifacts, time.monotonic() - began)
+    return _result(run_id, version, record, findings, folds, doubts, artifacts)
 
 
-def _prepared(config: CrossValidateConfig, fold: int) -> PreparedSet:
-    """The set whose test split is the fold; an equal one that stands is taken."""
+def _prepared(config: CrossValidateConfig, fold: int) -> contextlib.AbstractContextManager[PreparedSet]:
+    """To read: the set whose test split is the fold; an equal one that stands is taken."""
     split = dataclasses.replace(
         config.prepare.split, folds=config.crossvalidate.folds, fold=fold, held_out=True, val=0.0
     )
     output = storage.join(f"{config.prepare.output.rstrip('/')}-folds", f"{config.crossvalidate.folds}-{fold}")
     prepare(dataclasses.replace(config.prepare, output=output, split=split))
-    return prepared_sets.describe(output)
+    return prepared_sets.reading(output, "crossvalidate")
 
 
 def _begin(config: CrossValidateConfig, base: TrainConfig, unfinished: str) -> str:
@@ -171,7 +178,6 @@ def _result(
     folds: list[Fold],
     doubts: list[str],
     artifacts: Artifacts,
-    seconds: float,
 ) -> CrossValidateResult:
     values = {name: one.value for name, one in findings.together.items()}
     return CrossValidateResult(
@@ -190,5 +196,5 @@ def _result(
         doubts=doubts,
         cases_table=artifacts.cases_table,
         report=artifacts.report,
-        seconds=seconds,
+        seconds=0.0,
     )

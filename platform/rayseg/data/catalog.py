@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import ray.data
 from tqdm import tqdm
 
-from rayseg import cluster, logs, meters, pacs, storage
+from rayseg import cluster, lease, logs, meters, pacs, storage
 from rayseg.data import manifest, standing
 from rayseg.data.layouts import Layout, Mask, plan, read_groups
 from rayseg.data.spool import Spool, by_series, packed, unpacked
@@ -74,7 +74,7 @@ class CatalogResult:
 
     manifest: str
     objects: int
-    unchanged: int  # of `objects`: their rows are those of the manifest that stood there
+    unchanged: int  # of `objects`: their rows are those of the manifest, or the parts of one, that stood there
     accepted: int
     rejected: int
     reasons: dict[str, int]
@@ -92,8 +92,9 @@ def without_image_table(manifest: str) -> str:
 def catalog(config: CatalogConfig) -> CatalogResult:
     """Reads the header of every object below the source and writes the manifest, one row an object or frame.
 
-    Where a manifest of the same layout and key stands at `output`, objects whose size and ETag are still the
-    same are not read again. A DICOMweb service tells neither: its instances are read each time, and whole, and what
+    Where a manifest of the same layout and key stands at `output`, or parts that a catalog has left which was stopped,
+    objects whose size and ETag are still the same are not read again. One catalog at a time writes a manifest: another
+    one waits, see `lease`. A DICOMweb service tells neither: its instances are read each time, and whole, and what
     stands for their ETag is a digest of the bytes. Memory does not grow with the source but for some 60 bytes an
     object.
 
@@ -112,15 +113,22 @@ def catalog(config: CatalogConfig) -> CatalogResult:
     source, output = storage.absolute(config.source), storage.absolute(config.output)
     groups = _groups(source, config.layout)
     mark = standing.mark(config.layout, groups, pseudonyms)
-    with TemporaryDirectory(prefix="rayseg-catalog-") as folder, Spool(Path(folder, "found"), _FOUND) as found:
-        earlier = standing.Standing(output, mark, Path(folder, "standing"))
+    parts = standing.Parts(output, mark)
+    with (
+        lease.held(f"{output}{lease.SUFFIX}", "catalog") as held,
+        TemporaryDirectory(prefix="rayseg-catalog-") as folder,
+        Spool(Path(folder, "found"), _FOUND) as found,
+    ):
+        earlier = standing.Standing(output, mark, Path(folder, "standing"), parts.uris())
         lonely: list[str] = []
-        unread, unchanged = _plan(source, config.layout, groups, earlier, found, lonely)
+        unread, unchanged = _plan(source, output, config.layout, groups, earlier, found, lonely)
         objects = unread.objects + unchanged
-        _headers(unread, config, pseudonyms, found)
+        _headers(unread, config, pseudonyms, found, parts)
         counts = _write(found, Path(folder, "manifest"), mark, config)
+        held.check()
         _write_without_image(output, [_below(source, path) for path in lonely])
         storage.write_file(output, Path(folder, "manifest"))
+        parts.remove()
     rows, rejected = counts.accepted + counts.reasons.total(), counts.reasons.total()
     reasons = dict(sorted(counts.reasons.items()))
     logger.info(
@@ -207,6 +215,7 @@ class _Unread:
 
 def _plan(
     source: str,
+    output: str,
     layout: Layout,
     groups: Mapping[str, str],
     earlier: standing.Standing,
@@ -218,7 +227,9 @@ def _plan(
     Paths of masks that no image pairs with go to `lonely`.
     """
     unread, unchanged = _Unread(), 0
-    listed = enumerate(_listed(source, layout, groups, lonely))
+    ours = f"{output}{lease.SUFFIX}", f"{output}{standing.PARTS}/"  # of a manifest that is written into its own source
+    objects = _listed(source, layout, groups, lonely)
+    listed = enumerate(one for one in objects if not one["uri"].startswith(ours))
     while some := [{"index": index, **row} for index, row in islice(listed, _ROWS_PER_TASK)]:
         rows = earlier.rows(some)
         known = [{**row, "index": one["index"]} for one, of_one in zip(some, rows, strict=True) for row in of_one]
@@ -280,8 +291,10 @@ def _below(source: str, path: str) -> str:
     return f"{source.rstrip('/')}/{path}"
 
 
-def _headers(unread: _Unread, config: CatalogConfig, pseudonyms: Pseudonyms, found: Spool) -> None:
-    """Puts the rows of the unread objects, without series verdicts, into `found`; tasks of some objects read them."""
+def _headers(
+    unread: _Unread, config: CatalogConfig, pseudonyms: Pseudonyms, found: Spool, parts: standing.Parts
+) -> None:
+    """Puts the rows of the unread objects, without series verdicts, into `found` and `parts`; tasks read them."""
     if not unread.cells:
         return
     blocks = [pa.table({"objects": pa.array([cell], pa.binary())}) for cell in unread.cells]
@@ -296,16 +309,19 @@ def _headers(unread: _Unread, config: CatalogConfig, pseudonyms: Pseudonyms, fou
     read = 0
     with tqdm(total=unread.objects, desc="catalog: headers", unit=" objects", disable=None) as progress:
         for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-            found.append(batch)
-            objects = len(batch["index"].unique())
-            read += objects
-            progress.update(objects)
+            for cell in batch["rows"].to_pylist():
+                rows = unpacked(cell)
+                found.append(rows)
+                parts.add(rows)
+                objects = len(rows["index"].unique())
+                read += objects
+                progress.update(objects)
             meters.show("rayseg_waiting", unread.objects - read, stage="catalog")
     assert read == unread.objects, "every object is one row"
 
 
 def _read_headers(cells: pa.Table, layout: Layout, pseudonyms: Pseudonyms) -> pa.Table:
-    """A task: a cell of packed rows of the plan to rows of the manifest."""
+    """A task: a cell of packed rows of the plan to one of rows of the manifest, which Ray cannot cut in two."""
     (cell,) = cells["objects"].to_pylist()
     plan = unpacked(cell)
     indexes, etags = plan["index"].to_pylist(), plan["etag"].to_pylist()
@@ -322,4 +338,4 @@ def _read_headers(cells: pa.Table, layout: Layout, pseudonyms: Pseudonyms) -> pa
             elif row["verdict"] == "ok" and needs_mask and not item.masks:
                 row = manifest.refused(row, Reject(Reason.NO_MASK))
             rows.append({"index": index, "etag": etag, **row})
-    return pa.Table.from_pylist(rows, schema=_FOUND)
+    return pa.table({"rows": pa.array([packed(pa.Table.from_pylist(rows, schema=_FOUND))], pa.binary())})

@@ -223,6 +223,16 @@ def _footer(uri: str, digest: str) -> bytes:
 
 
 def _read(piece: Piece) -> pa.Table:
+    try:
+        return _rows(piece)
+    except FileNotFoundError:
+        raise ValueError(
+            f"prepared: there is no {piece.uri} any more: another set was prepared in the place of this one, or it was "
+            "removed; start the job again"
+        ) from None
+
+
+def _rows(piece: Piece) -> pa.Table:
     metadata = pq.read_metadata(io.BytesIO(_footer(piece.uri, piece.digest)))
     if piece.index >= metadata.num_row_groups or piece.last > metadata.row_group(piece.index).num_rows:
         raise ValueError(f"prepared: {piece.uri} has fewer rows than the set says; prepare again")

@@ -1,5 +1,6 @@
 """Prepare: the accepted rows of a manifest become fixed-shape samples in Parquet shards, split by patient."""
 
+import dataclasses
 import hashlib
 import logging
 import re
@@ -17,11 +18,11 @@ import ray
 import ray.data
 from tqdm import tqdm
 
-from rayseg import cluster, logs, meters, storage
+from rayseg import cluster, lease, logs, meters, storage
 from rayseg import config as configuration
 from rayseg.data import voxels
 from rayseg.data.labels import Labels
-from rayseg.data.prepared import DESCRIPTION, PATIENTS, VERSION
+from rayseg.data.prepared import DESCRIPTION, PATIENTS, READERS, VERSION
 from rayseg.data.preprocess import Preprocess
 from rayseg.data.samples import PLAN, TAKEN, limited, positive_patients, row_id, write_shards
 from rayseg.data.split import LEAK_COLUMNS, SPLITS, Split, check_leak, read_standing, to_csv
@@ -81,7 +82,7 @@ class PrepareResult:
 
 
 def prepare(config: PrepareConfig) -> PrepareResult:
-    """Writes the prepared set, or finds that an equal one stands at `output` already.
+    """Writes the prepared set, or finds that an equal one stands at `output` already. One at a time, see `lease`.
 
     Names, order and bytes of the shards depend on the manifest, the objects and the configuration alone. The set
     exists from the moment when its description, written last, does; a run that ended before goes on with the shards
@@ -96,6 +97,11 @@ def prepare(config: PrepareConfig) -> PrepareResult:
     cluster.require("prepare", {"CPU": 1, **config.resources}, keys=dict.fromkeys(config.resources, "resources"))
     # As it is read from a recipe: a caller may have given 40 for 40.0, and a digest tells these apart.
     config = configuration.build(PrepareConfig, configuration.plain(config))
+    with lease.held(storage.join(storage.absolute(config.output), f"_prepare{lease.SUFFIX}"), "prepare") as held:
+        return dataclasses.replace(_prepared(config, held), seconds=time.monotonic() - began)
+
+
+def _prepared(config: PrepareConfig, held: lease.Lease) -> PrepareResult:
     manifest_uri, output = storage.absolute(config.manifest), storage.absolute(config.output)
     try:
         manifest = storage.read(manifest_uri)
@@ -107,7 +113,7 @@ def prepare(config: PrepareConfig) -> PrepareResult:
     standing = _standing(output, digest)
     if standing is not None:
         logger.info("prepare: an equal set stands at %s", output)
-        return _result(output, standing, cached=True, seconds=time.monotonic() - began)
+        return _result(output, standing, cached=True)
 
     placing = PLACE if config.preprocess.neighbours else ()
     columns = list(dict.fromkeys([*TAKEN, *placing, *voxels.COLUMNS, "verdict", "bytes", "etag"]))
@@ -117,9 +123,11 @@ def prepare(config: PrepareConfig) -> PrepareResult:
         taken, parts = _seen(taken, parts, config.split)
     samples = _samples(taken, parts, config.split)
     plan = _shards(samples, config, missing_mask)
+    held.check()
     _clear(output, keep={path for path, _ in plan})
     written = _write(plan, len(samples), output, config, missing_mask)
     rejects = [reject for shard in written for reject in shard["rejects"]]
+    held.check()
     storage.write_table(storage.join(output, REJECTS_FILE), pa.Table.from_pylist(rejects, schema=REJECTS))
     reasons = dict(sorted(Counter(reject["reason"] for reject in rejects).items()))
     if len(rejects) > config.max_reject_fraction * len(samples):
@@ -150,10 +158,11 @@ def prepare(config: PrepareConfig) -> PrepareResult:
     keys = _keys(output, filled)
     check_leak(keys)
     patients = _patients(keys, parts)
+    held.check()
     storage.write(storage.join(output, PATIENTS), to_csv(patients))
     description["patients"] = len(patients)
     storage.write_json(storage.join(output, DESCRIPTION), description)
-    return _result(output, description, cached=False, seconds=time.monotonic() - began)
+    return _result(output, description, cached=False)
 
 
 def _digest(config: PrepareConfig, manifest_sha256: str, standing_split: Mapping[str, str]) -> str:
@@ -197,7 +206,7 @@ def _standing(output: str, digest: str) -> dict[str, Any] | None:
     return description if complete else None
 
 
-def _result(output: str, description: dict[str, Any], cached: bool, seconds: float) -> PrepareResult:
+def _result(output: str, description: dict[str, Any], cached: bool) -> PrepareResult:
     rows, reasons = description["rows"], description["reasons"]
     return PrepareResult(
         prepared=output,
@@ -210,14 +219,19 @@ def _result(output: str, description: dict[str, Any], cached: bool, seconds: flo
         rejected=sum(reasons.values()),
         reasons=reasons,
         cached=cached,
-        seconds=seconds,
+        seconds=0.0,
     )
 
 
 def _clear(output: str, keep: set[str]) -> None:
-    """Takes away an older set but for the shards to `keep`, its description first: no reader sees a mixture."""
+    """Takes away an older set but for the shards to `keep`, its description first: no reader sees a mixture.
+
+    While a job reads it its shards stay, until a later set is prepared here: names of other shards are others.
+    """
     storage.delete(storage.join(output, DESCRIPTION))
-    if storage.exists(output):
+    if readers := lease.living(storage.join(output, READERS)):
+        logger.info("prepare: shards of the set that stood there stay: %s reads them", readers[0])
+    elif storage.exists(output):
         for info in list(storage.list_files(output, (".parquet",))):
             path = info.uri[len(output.rstrip("/")) + 1 :]
             if _SHARD.fullmatch(path) and path not in keep:

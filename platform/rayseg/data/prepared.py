@@ -1,17 +1,23 @@
 """A prepared set as its readers see it: what `_prepared.json` tells, and the rows of the shards."""
 
-from collections.abc import Sequence
+import logging
+import secrets
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import pyarrow as pa
 
-from rayseg import config, storage
+from rayseg import config, lease, storage
 from rayseg.data.labels import Labels
 from rayseg.data.preprocess import Preprocess
 from rayseg.records import PREPARED
 
+logger = logging.getLogger(__name__)
+
 DESCRIPTION = "_prepared.json"
 PATIENTS = "split.csv"  # which patient is where
+READERS = "_readers"  # below the set: a lease of each job that `reading` is open in
 VERSION = 6  # of the format and of what preparing does: another number makes older sets stale
 
 
@@ -66,3 +72,23 @@ def describe(uri: str) -> PreparedSet:
         row_group_rows=values["row_group_rows"],
         limited=values.get("limit") is not None,
     )
+
+
+@contextmanager
+def reading(uri: str, job: str) -> Iterator[PreparedSet]:
+    """The set at `uri`, whose shards stay while this is open, whatever is prepared there meanwhile.
+
+    Raises:
+        ValueError: as `describe`.
+    """
+    described = describe(uri)
+    with ExitStack() as stack:
+        try:
+            mark = storage.join(uri, READERS, f"{secrets.token_hex(8)}{lease.SUFFIX}")
+            stack.enter_context(lease.held(mark, job))
+            # Prepare takes the description away before it looks for readers: one of the two sees the other.
+            described = describe(uri)
+        except OSError as error:
+            why = type(error).__name__
+            logger.warning("%s: it cannot mark %s as read (%s): preparing into it would remove shards", job, uri, why)
+        yield described

@@ -112,9 +112,7 @@ def by_series(found: Spool) -> Iterator[list[dict[str, Any]]]:
         start = end
 
 
-def opened(uri: str, path: Path, columns: pa.Schema) -> Spool:
-    """The Parquet file at `uri` as a spool in the file `path`, a row group at a time."""
-    spool = Spool(path, columns)
-    for table in storage.read_row_groups(uri, columns.names):
+def fill(spool: Spool, uri: str) -> None:
+    """Adds the rows of the Parquet file at `uri`, a row group at a time."""
+    for table in storage.read_row_groups(uri, spool.schema.names):
         spool.append(table)
-    return spool

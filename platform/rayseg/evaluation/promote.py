@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -12,6 +13,8 @@ from rayseg.evaluation.checks import Check, Demand
 from rayseg.evaluation.evaluated import Evaluated
 from rayseg.tracking import aliases, registry, runs
 from rayseg.tracking.registry import ModelVersion
+
+logger = logging.getLogger(__name__)
 
 _SPLITS = ("train", "val", "test")
 
@@ -98,17 +101,24 @@ def promote(config: PromoteConfig) -> PromoteResult:
     candidate = registry.resolve(config.tracking_uri, config.model_uri)
     champion = registry.champion(config.tracking_uri, candidate.name, config.alias)
     if config.rollback:
-        return _roll_back(config, candidate.name, champion)
+        return _roll_back(config, candidate.name)
     if champion is not None and champion.version == candidate.version:
         return _result(config, candidate, champion, True, f"is the {config.alias} already", [], None)
     made = _checks(config, candidate, champion)
     failed = [one.detail for one in made if not one.passed]
     compared = [one.detail for one in made if one.name in ("superiority", "non-inferiority", "reference")]
     reason = "; ".join(failed or compared or [f"the first {config.alias}, {_own(made)}"])
-    evidence = _tell(config, candidate, champion, made, not failed, reason)
-    if not failed:
-        aliases.move(config.tracking_uri, candidate.name, config.alias, candidate.version, "promoted")
-    return _result(config, candidate, champion, not failed, reason, made, evidence)
+    if failed:
+        evidence = _tell(config, candidate, champion, made, False, reason)
+        return _result(config, candidate, champion, False, reason, made, evidence)
+    with aliases.moving(config.tracking_uri, candidate.name, config.alias) as check:
+        if registry.champion(config.tracking_uri, candidate.name, config.alias) == champion:
+            evidence = _tell(config, candidate, champion, made, True, reason)
+            check()
+            aliases.move(config.tracking_uri, candidate.name, config.alias, candidate.version, "promoted")
+            return _result(config, candidate, champion, True, reason, made, evidence)
+    logger.warning("promote: %s was moved meanwhile: compares anew", config.alias)
+    return promote(config)
 
 
 def _checks(config: PromoteConfig, candidate: ModelVersion, champion: ModelVersion | None) -> list[Check]:
@@ -152,13 +162,16 @@ def _against_reference(
         return [Check("reference", False, told, {"reference": wanted})]
 
 
-def _roll_back(config: PromoteConfig, name: str, champion: ModelVersion | None) -> PromoteResult:
-    moves = aliases.history(config.tracking_uri, name, config.alias)
-    version = aliases.earlier(moves, None if champion is None else champion.version)
-    if version is None:
-        raise ValueError(f"promote.rollback: {config.alias} of {name} has no earlier version to go back to")
-    before = registry.resolve(config.tracking_uri, f"models:/{name}/{version}")
-    aliases.move(config.tracking_uri, name, config.alias, version, "rolled back")
+def _roll_back(config: PromoteConfig, name: str) -> PromoteResult:
+    uri, alias = config.tracking_uri, config.alias
+    with aliases.moving(uri, name, alias) as check:
+        champion = registry.champion(uri, name, alias)
+        version = aliases.earlier(aliases.history(uri, name, alias), None if champion is None else champion.version)
+        if version is None:
+            raise ValueError(f"promote.rollback: {alias} of {name} has no earlier version to go back to")
+        before = registry.resolve(uri, f"models:/{name}/{version}")
+        check()
+        aliases.move(uri, name, alias, version, "rolled back")
     reason = f"rolled back from {'nothing' if champion is None else champion.uri}"
     return _result(config, before, champion, True, reason, [], None)
 

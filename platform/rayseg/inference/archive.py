@@ -7,13 +7,15 @@ anywhere and started again skips what is done before reading anything, and does 
 import logging
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from rayseg import cluster, storage
+import pyarrow as pa
+
+from rayseg import cluster, lease, storage
 from rayseg import config as configuration
 from rayseg.data.catalog import CatalogConfig, catalog
 from rayseg.data.layouts import Layout
@@ -54,12 +56,15 @@ class SegmentConfig:
     nothing_found: Literal["write", "ledger"] = "write"  # files without foreground, or a row in the ledger only
     retry: Literal["rejected"] | None = None  # does rejected series again, too
     only_changed: bool = True  # False: does everything again, changed or not
+    verify: bool = False  # does series again whose files are not in the output any more, or of another size
     dry_run: bool = False  # only says what there is to do, and about how long it takes
     cost_per_hour: float | None = None  # of the machines that run this, in any currency: for the estimate
     pacs: str | None = None  # URL of a DICOMweb service that gets the DICOM files, too
     concurrency: int = 1  # actors
     cpus_per_actor: int = 1  # as many series, and slices of theirs, at once; on a GPU these share batches
     gpus_per_actor: float = 0.0
+    # Series that have ended and the ledger lacks, at most: what a killed run does again beside those that were in work.
+    unrecorded: int = 64
     experiment: str = "rayseg"  # of MLflow, where the run shows its progress
     max_reject_fraction: float = 0.2  # of the manifest's accepted objects
 
@@ -69,7 +74,7 @@ class SegmentConfig:
         before = [profile for profile in self.profiles if profile == "report" or profile in SEGMENTATIONS]
         if before and before[0] == "report":
             raise ValueError("segment.profiles: a report is about a segmentation; name seg or seg-labelmap before it")
-        for name in ("concurrency", "cpus_per_actor"):
+        for name in ("concurrency", "cpus_per_actor", "unrecorded"):
             if getattr(self, name) < 1:
                 raise ValueError(f"segment.{name}: a positive number expected, got {getattr(self, name)}")
         if (self.manifest is None) == (self.source is None):
@@ -107,8 +112,9 @@ class SegmentResult:
 def segment(config: SegmentConfig) -> SegmentResult:
     """Segments what the ledger does not have yet, and says what became of every series of the manifest.
 
-    A series is done again when the model, the settings or its objects (by URI, frame and ETag) have changed. A rejected
-    one is done again where that may help: its objects could not be read or its files not be written.
+    A series is done again when the model, the settings or its objects (by URI, frame and ETag) have changed; with
+    `verify` also when a file of it is gone. A rejected one is done again where that may help: its objects could not be
+    read or its files not be written. One run at a time writes to an output: another one waits, see `lease`.
 
     Raises:
         ValueError: no such manifest or model, actors that the cluster could never hold, or, after all is written, more
@@ -120,6 +126,17 @@ def segment(config: SegmentConfig) -> SegmentResult:
         bundle = {"CPU": config.cpus_per_actor, "GPU": config.gpus_per_actor}
         cluster.require("segment", bundle, config.concurrency, _KEYS)
     output = storage.absolute(config.output)
+    if config.dry_run:
+        result = _archive(config, output, lambda: None)
+    else:
+        with lease.held(storage.join(output, f"_segment{lease.SUFFIX}"), STAGE) as held:
+            result = _archive(config, output, held.check)
+    return replace(result, seconds=time.monotonic() - began)
+
+
+def _archive(config: SegmentConfig, output: str, check: Callable[[], None]) -> SegmentResult:
+    """The run; `check` raises where another one has taken the output over."""
+    began = time.monotonic()
     manifest = config.manifest or _cataloged(config, output)
     fetched = [registry.fetch(config.tracking_uri, uri) for uri in (config.model_uri, *config.ensemble)]
     folders, versions = [folder for folder, _ in fetched], [version for _, version in fetched]
@@ -139,6 +156,8 @@ def segment(config: SegmentConfig) -> SegmentResult:
     )
     earlier = ledger.rows_of(output, model.digest, digest)
     latest = {row["series_key"]: row for row in earlier.select(["series_key", *plan.KNOWN]).to_pylist()}
+    for key in _damaged(output, earlier) if config.verify else ():
+        del latest[key]
     retry = config.retry == "rejected"
     planned = plan.make(
         manifest,
@@ -158,7 +177,7 @@ def segment(config: SegmentConfig) -> SegmentResult:
         at_once = config.concurrency * config.cpus_per_actor
         estimate = plan.estimate(planned, ledger.read(output), at_once, config.cost_per_hour)
         lacking = dict(sorted(planned.not_made.items()))
-        return replace(result, estimate=estimate, not_made=lacking, seconds=time.monotonic() - began)
+        return replace(result, estimate=estimate, not_made=lacking)
     rows_of_run: list[dict[str, Any]] = []
     run_id = None
     if planned.todo:
@@ -170,7 +189,7 @@ def segment(config: SegmentConfig) -> SegmentResult:
             {"rayseg.kind": "archive", "rayseg.model_version": model.uri},
             [one.run_id for one in versions],
         ) as run_id:
-            rows_of_run = _segmented(planned, task, folders, output, config, known, run_id)
+            rows_of_run = _segmented(planned, task, folders, output, config, known, run_id, check)
     segmented = {row["series_key"]: row for row in rows_of_run if row["verdict"] == "segmented"}
     done = {row["series_key"]: row for row in earlier.to_pylist() if row["series_key"] in planned.done}
     rejected = len(unusable) + len(rows_of_run) - len(segmented)
@@ -178,6 +197,7 @@ def segment(config: SegmentConfig) -> SegmentResult:
     if rows_of_run or not storage.exists(page):  # with nothing to do that of the run before stays
         ended_as = report.Run(len(segmented), rejected, skipped, time.monotonic() - began)
         rows = [*done.values(), *rows_of_run, *unusable]
+        check()
         storage.write(page, report.render(ended_as, _asked(config, model.uri), rows, refusals).encode())
     refusals.earlier = ledger.refused(output, list(done.values()), STAGE)
     _check_budget(refusals, planned.accepted, config.max_reject_fraction, output)
@@ -194,8 +214,23 @@ def segment(config: SegmentConfig) -> SegmentResult:
         seg_paths=[uri for row in ended for uri in ledger.uris(row, config.profiles[0])],
         report=page,
         run_id=run_id,
-        seconds=time.monotonic() - began,
     )
+
+
+def _damaged(output: str, earlier: pa.Table) -> set[str]:
+    """The series of which a file is not in the output, or is of another size than the ledger tells, by one listing."""
+    try:
+        sizes = {info.uri: info.size for info in storage.list_files(output)}
+    except FileNotFoundError:
+        sizes = {}
+    damaged = {
+        row["series_key"]
+        for row in earlier.select(["series_key", "outputs"]).to_pylist()
+        if any(sizes.get(file["uri"]) != file["bytes"] for file in row["outputs"] or ())
+    }
+    if damaged:
+        logger.warning("segment: files of %d series are gone or of another size; they are made again", len(damaged))
+    return damaged
 
 
 def _cataloged(config: SegmentConfig, output: str) -> str:
@@ -251,6 +286,7 @@ def _segmented(
     config: SegmentConfig,
     known: Known | None,
     run_id: str,
+    check: Callable[[], None],
 ) -> list[dict[str, Any]]:
     """Segments what is to do, writes the ledger's rows and returns them; the plan counts the refusals."""
     workers = stream.Workers(
@@ -263,10 +299,13 @@ def _segmented(
             for some in stream.rows(planned.todo, task, folders, workers):
                 waiting += some
                 progress.update(some)
-                if len(waiting) >= stream.SERIES_PER_PART:
+                # More end while the ledger is written: the other half is for those.
+                if len(waiting) >= max(1, config.unrecorded // 2):
+                    check()
                     rows += _appended(output, waiting, planned.refusals)
                     waiting = []
         finally:
+            check()
             rows += _appended(output, waiting, planned.refusals)
     assert len(rows) == len(planned.todo), "every series is one row"
     return rows

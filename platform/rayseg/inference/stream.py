@@ -3,8 +3,9 @@
 import logging
 import math
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,15 @@ from rayseg.tracking.bundle import KERAS_FILE
 
 logger = logging.getLogger(__name__)
 
-SERIES_PER_PART = 64  # of the ledger: what a killed run does again, at most
 _SERIES_PER_THREAD = 16  # of a task, at most: the actor ends one before it begins the next
 # Ray Data takes milliseconds and memory of the driver for each block before the first is worked on. Actors that are
 # started again for the next dataset take seconds, of hours.
 _SERIES_PER_DATASET = 16_000
+# Series that end within this time come together, at most so many: a picture takes milliseconds, as a block of Ray does.
+_TELL_S, _AT_ONCE = 0.2, 4
 _TASKS_PER_ACTOR = 8  # at least, so that all end at about the same time
-_FOUND = pa.schema([*LEDGER, pa.field("rejects", pa.list_(pa.struct(list(REJECTS))))])
+_NUMBER = pa.field("number", pa.int64())  # of the series in its dataset
+_FOUND = pa.schema([_NUMBER, *LEDGER, pa.field("rejects", pa.list_(pa.struct(list(REJECTS))))])
 
 # A bundle's files by name, uint8. It travels through Ray: actors need neither the registry nor its artifact store. What
 # is bytes would be pickled, which takes seconds where a network is large; arrays are copied once.
@@ -54,7 +57,7 @@ class Workers:
 def rows(
     todo: Sequence[bytes], task: Task, bundle_dirs: Sequence[Path], workers: Workers
 ) -> Iterator[list[dict[str, Any]]]:
-    """Yields the series' ledger rows as they end, with their rejects beside in `rejects`.
+    """Yields the series' ledger rows as they end, with their rejects beside in `rejects`; each series once.
 
     Args:
         todo: series, each as `plan.Plan` has it.
@@ -70,18 +73,25 @@ def rows(
     share = len(todo) // (_TASKS_PER_ACTOR * workers.actors)
     per_task = min(max(share, workers.cpus), _SERIES_PER_THREAD * workers.cpus)
     for first in range(0, len(todo), _SERIES_PER_DATASET):
-        some = [{"series": cell} for cell in todo[first : first + _SERIES_PER_DATASET]]
-        dataset = ray.data.from_items(some, override_num_blocks=math.ceil(len(some) / per_task)).map_batches(
-            _Segmenter,
-            batch_size=None,
-            batch_format="pyarrow",
-            fn_constructor_args=(bundles, task, workers, logs.told()),
-            compute=ray.data.ActorPoolStrategy(size=workers.actors),
-            num_cpus=workers.cpus,
-            num_gpus=workers.gpus,
-        )
-        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-            yield batch.to_pylist()
+        left = dict(enumerate(todo[first : first + _SERIES_PER_DATASET]))
+        while left:
+            before = len(left)
+            some = [{"number": number, "series": cell} for number, cell in left.items()]
+            dataset = ray.data.from_items(some, override_num_blocks=math.ceil(len(some) / per_task)).map_batches(
+                _Segmenter,
+                batch_size=None,
+                batch_format="pyarrow",
+                fn_constructor_args=(bundles, task, workers, logs.told()),
+                compute=ray.data.ActorPoolStrategy(size=workers.actors),
+                num_cpus=workers.cpus,
+                num_gpus=workers.gpus,
+            )
+            dataset.context.target_max_block_size = 1  # rows come when they are yielded, not at the end of their task
+            for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+                # Ray runs the task of a lost actor again, and numbers what it yields: rows come in the order in which
+                # they end, so that one may come twice, and another one not.
+                yield [row for row in batch.to_pylist() if left.pop(row.pop("number"), None) is not None]
+            assert len(left) < before, "a pass over the rest ends some of it"
 
 
 class _Segmenter:
@@ -114,14 +124,27 @@ class _Segmenter:
                 known=workers.known,
             )
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        rows = self._threads.map(self._segment, batch["series"].to_pylist())
-        return pa.Table.from_pylist(list(rows), schema=_FOUND)
+    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+        numbered = zip(batch["number"].to_pylist(), batch["series"].to_pylist(), strict=True)
+        under_way = [self._threads.submit(self._segment, *one) for one in numbered]
+        rows: list[dict[str, Any]] = []
+        told = time.monotonic()
+        try:
+            for ended in as_completed(under_way):
+                rows.append(ended.result())
+                if len(rows) == _AT_ONCE or time.monotonic() - told > _TELL_S:
+                    yield pa.Table.from_pylist(rows, schema=_FOUND)
+                    rows, told = [], time.monotonic()
+            if rows:
+                yield pa.Table.from_pylist(rows, schema=_FOUND)
+        finally:
+            for one in under_way:
+                one.cancel()
 
-    def _segment(self, cell: bytes) -> dict[str, Any]:
+    def _segment(self, number: int, cell: bytes) -> dict[str, Any]:
         series = unpacked_series(cell)
         with logs.about(series=series["series_key"]):
             row = segment_series(self._predictor, self._task, **series)
             if row["verdict"] == "rejected":
                 logger.warning("series %s is rejected: %s", series["series_key"], row["reason"])
-            return row
+            return {"number": number, **row}

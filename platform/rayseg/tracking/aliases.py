@@ -1,13 +1,32 @@
 """Where an alias has been: each move is a tag of the registered model, so the UI shows them too, and none overwrites
-another."""
+another.
 
+MLflow sets an alias whatever it was before. But of several who create a registered model of one name it lets one do so:
+a model without versions is there while an alias is `moving`, and keeps others of this code off. Who sets aliases by
+MLflow's UI or client does not ask it.
+"""
+
+import hashlib
 import json
+import logging
 import re
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Literal
 
+from mlflow import MlflowClient, MlflowException
+from mlflow.protos.databricks_pb2 import PERMISSION_DENIED, RESOURCE_ALREADY_EXISTS, RESOURCE_DOES_NOT_EXIST, ErrorCode
+
 from rayseg.tracking import limits, registry, runs
+
+logger = logging.getLogger(__name__)
+
+STALE_S = 60.0  # to move an alias takes seconds: who takes longer has died
+_LOOK_S = 0.2
 
 _TAG = "rayseg.alias.{alias}.{at}"
 _SERVED = "rayseg.served.{alias}"
@@ -22,6 +41,64 @@ class Move:
     action: Literal["promoted", "rolled back"]
     version: str
     previous: str | None
+
+
+@contextmanager
+def moving(tracking_uri: str, name: str, alias: str) -> Iterator[Callable[[], None]]:
+    """Within it no other process is; waits for that. Look where the alias is, decide, and `move` it here.
+
+    Yields what raises RuntimeError when this process was paused for so long that another one went on: call it before.
+    Where MLflow does not let this user create a registered model it says so, and keeps nobody off.
+    """
+    client, token = runs.client(tracking_uri), secrets.token_hex(8)
+    lock = f"rayseg-moving-{hashlib.sha256(f'{name}@{alias}'.encode()).hexdigest()[:16]}"
+    about = f"{alias} of {name} is being moved; this has no versions and is removed at once"
+    seen, since = None, time.monotonic()
+    while True:
+        try:
+            client.create_registered_model(lock, tags={"token": token}, description=about)
+            break
+        except MlflowException as error:
+            if error.error_code == ErrorCode.Name(PERMISSION_DENIED):
+                logger.warning("MLflow lets this user create no registered model: two promotions are not kept apart")
+                yield lambda: None
+                return
+            if error.error_code != ErrorCode.Name(RESOURCE_ALREADY_EXISTS):
+                raise
+        other = _token(client, lock)
+        if other == token:  # the answer was lost, not the model
+            break
+        if other != seen:
+            seen, since = other, time.monotonic()
+        elif time.monotonic() - since > STALE_S:
+            _remove(client, lock)
+        time.sleep(_LOOK_S)
+
+    def check() -> None:
+        if _token(client, lock) != token:
+            raise RuntimeError(f"alias {alias}: another process went on while this one was paused; start it again")
+
+    try:
+        yield check
+    finally:
+        if _token(client, lock) == token:
+            _remove(client, lock)
+
+
+def _token(client: MlflowClient, lock: str) -> str | None:
+    """Whose it is; None where it is not there."""
+    try:
+        token: str | None = client.get_registered_model(lock).tags.get("token")
+    except MlflowException as error:
+        if error.error_code != ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
+            raise
+        return None
+    return token
+
+
+def _remove(client: MlflowClient, lock: str) -> None:
+    with suppress(MlflowException):  # another one was faster, or it will be removed as stale
+        client.delete_registered_model(lock)
 
 
 def move(

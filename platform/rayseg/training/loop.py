@@ -22,7 +22,6 @@ from ray.train.collective import barrier
 
 from rayseg import config as configuration
 from rayseg import logs, meters, storage
-from rayseg.data.prepared import describe
 from rayseg.grant import keep_to_grant
 from rayseg.models import numerics
 from rayseg.models.encoders import encoder_layers
@@ -48,7 +47,8 @@ def train_worker(job: dict[str, Any]) -> dict[str, Any]:
     """Trains from the run's last checkpoint, if it has one, to its last epoch.
 
     Args:
-        job: `config`, a plain `TrainConfig` with absolute URIs; `run_id` in MLflow; `folder`, URI of the run's folder;
+        job: `config`, a plain `TrainConfig` with absolute URIs; `prepared`, its set, as it was when the driver began,
+            even if another one is prepared in its place; `run_id` in MLflow; `folder`, URI of the run's folder;
             `quiet`, whether to leave out the lines on each epoch; `told`, of the driver, for the log.
 
     Returns:
@@ -72,7 +72,7 @@ def train_worker(job: dict[str, Any]) -> dict[str, Any]:
         Watchdog(config.hang_timeout_s) as watchdog,
         tempfile.TemporaryDirectory(prefix="rayseg-outputs-") as outputs,
     ):
-        learner = Learner(config, describe(config.prepared), rank, ranks, watchdog.beat)
+        learner = Learner(config, job["prepared"], rank, ranks, watchdog.beat)
         _settle(config, learner.model, on_gpu=bool(devices))
         state = State.load(job["folder"], Path(outputs), learner.model)
         if state is None:

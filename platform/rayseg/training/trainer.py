@@ -22,7 +22,7 @@ from ray.train.tensorflow import TensorflowTrainer
 from rayseg import cluster, logs, retry, storage
 from rayseg import config as configuration
 from rayseg.data import synthetic
-from rayseg.data.prepared import PreparedSet, describe
+from rayseg.data.prepared import PreparedSet, reading
 from rayseg.data.range import measure
 from rayseg.data.split import LEAK_COLUMNS, SPLITS, check_leak
 from rayseg.inference import calibrate
@@ -70,7 +70,14 @@ def fit(config: TrainConfig, trial: Trial | None = None, callbacks: Sequence[Use
     config = absolute(config)
     if config.reproduce:
         config = absolute(record.to_repeat(config))
-    prepared = describe(config.prepared)
+    with reading(config.prepared, "train") as prepared:
+        result = _fit(config, prepared, trial, callbacks)
+    return dataclasses.replace(result, seconds=time.monotonic() - began)
+
+
+def _fit(
+    config: TrainConfig, prepared: PreparedSet, trial: Trial | None, callbacks: Sequence[UserCallback]
+) -> TrainResult:
     with_what = check(config, prepared)
     cluster.require("train", config.bundle, config.least_workers, KEYS)
     if config.reproduce:
@@ -89,7 +96,7 @@ def fit(config: TrainConfig, trial: Trial | None = None, callbacks: Sequence[Use
     folder = storage.join(config.storage, f"{key}-{run_id[:8]}")
     try:
         start.bring_initial(config, prepared, folder)
-        attempts = _attempts_to_the_end(config, folder) or _train(config, folder, run_id, trial, callbacks)
+        attempts = _attempts_to_the_end(config, folder) or _train(config, prepared, folder, run_id, trial, callbacks)
         result = _conclude(config, prepared, folder, run_id, attempts - 1, trial is None or trial.register)
     except runs.UnreachableError:
         raise  # to ask once more would take as long again
@@ -99,7 +106,7 @@ def fit(config: TrainConfig, trial: Trial | None = None, callbacks: Sequence[Use
     runs.finish(config.tracking_uri, run_id, "FINISHED")
     if trial is None:
         storage.delete(unfinished)
-    return dataclasses.replace(result, seconds=time.monotonic() - began)
+    return result
 
 
 def absolute(config: TrainConfig) -> TrainConfig:
@@ -160,7 +167,12 @@ def _attempts_to_the_end(config: TrainConfig, folder: str) -> int | None:
 
 
 def _train(
-    config: TrainConfig, folder: str, run_id: str, trial: Trial | None, callbacks: Sequence[UserCallback]
+    config: TrainConfig,
+    prepared: PreparedSet,
+    folder: str,
+    run_id: str,
+    trial: Trial | None,
+    callbacks: Sequence[UserCallback],
 ) -> int:
     """Runs the workers, who leave their checkpoints in the folder; returns how often they began."""
     storage.delete(storage.join(folder, NO_GPU_FILE))  # of an earlier start
@@ -171,6 +183,7 @@ def _train(
         train_worker,
         train_loop_config={
             "config": configuration.plain(config),
+            "prepared": prepared,
             "run_id": run_id,
             "folder": folder,
             "quiet": trial is not None,

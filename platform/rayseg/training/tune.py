@@ -18,7 +18,7 @@ import yaml
 
 from rayseg import cluster, storage
 from rayseg import config as configuration
-from rayseg.data.prepared import describe
+from rayseg.data.prepared import PreparedSet, reading
 from rayseg.tracking import figures, runs
 from rayseg.training import findings, trainer
 from rayseg.training.findings import Scaling
@@ -108,9 +108,14 @@ def tune(config: TuneConfig) -> TuneResult:
     began = time.monotonic()
     cluster.connect()
     config = dataclasses.replace(config, train=trainer.absolute(config.train))
+    with reading(config.train.prepared, "tune") as prepared:
+        found = _swept(config, prepared)
+    return dataclasses.replace(found, seconds=time.monotonic() - began)
+
+
+def _swept(config: TuneConfig, prepared: PreparedSet) -> TuneResult:
     base, options = config.train, config.tune
     space = Space(options.space, options.points, base)
-    prepared = describe(base.prepared)
     trainer.check(base, prepared)
     abreast = min(_room(base), options.trials, options.concurrent or options.trials)
 
@@ -150,7 +155,7 @@ def tune(config: TuneConfig) -> TuneResult:
     storage.delete(unfinished)
     for below in ("trials", "tune"):  # checkpoints of the trials, and Ray Tune's own files
         storage.delete_tree(storage.join(folder, below))
-    return dataclasses.replace(found, seconds=time.monotonic() - began)
+    return found
 
 
 def _room(train: TrainConfig) -> int:
