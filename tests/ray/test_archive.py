@@ -15,7 +15,6 @@ import highdicom
 import keras
 import nibabel as nib
 import numpy as np
-import pyarrow.dataset as ds
 import pydicom
 import pytest
 import ray
@@ -148,7 +147,7 @@ def masks_of(paths: list[str]) -> dict[str, np.ndarray]:
 
 
 def rejects_of(config: SegmentConfig) -> list[dict[str, Any]]:
-    return ds.dataset(Path(config.output) / ledger.REJECTS_FOLDER).to_table().to_pylist()
+    return ledger.rejects(config.output).to_pylist()
 
 
 def fail(*arguments: object, **options: object) -> None:
