@@ -15,6 +15,7 @@ import highdicom
 import keras
 import nibabel as nib
 import numpy as np
+import pyarrow.dataset as ds
 import pydicom
 import pytest
 import ray
