@@ -4,8 +4,6 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from rayseg.inference import archive, ledger
 from rayseg.inference.refusals import News, Refusals
 from rayseg.inference.series import STAGE
 from rayseg.records import ARCHIVE_REJECTS, LEDGER, LEDGER_TABLE, REJECTS, Reason, Reject
+from tests import appending
 
 FILES = [{"profile": "seg", "uri": "out/a.dcm"}]
 
@@ -178,33 +177,8 @@ def test_a_death_between_the_tables_is_as_none(tmp_path: Path, monkeypatch: pyte
     assert told(output) == told(undisturbed) == [("m1", "y", "corrupt")]
 
 
-def test_several_drivers_at_once_lose_nothing(tmp_path: Path) -> None:
-    """Each adds rows of its own, and one for the same series, while files are put together."""
-    script = """
-import sys
-from rayseg import tables
-from rayseg.inference import ledger
-tables.COMMITS_PER_COMPACTION = 5
-output, me = sys.argv[1:]
-for number in range(6):
-    base = {"model_digest": "m1", "config_digest": "c", "verdict": "segmented", "rejected_slices": 1}
-    keys = ["both", f"{me}{number}"]
-    rejects = [{"uri": key, "frame": number, "stage": "segment", "reason": me, "series_key": key} for key in keys]
-    ledger.append(output, [base | {"series_key": key, "slices": number, "detail": me} for key in keys], rejects)
-"""
-    drivers = [subprocess.Popen([sys.executable, "-c", script, str(tmp_path), me]) for me in ("p", "q")]
-    assert [driver.wait() for driver in drivers] == [0, 0]
-    rows = {one["series_key"]: one for one in ledger.read(str(tmp_path)).to_pylist()}
-    assert rows.keys() == {"both", *(f"{me}{number}" for me in "pq" for number in range(6))}
-    table = DeltaTable(tmp_path / "ledger")
-    every = table.to_pandas()
-    assert len(every) == 24
-    assert every["sequence"].nunique() == 12  # each append has a number of its own
-    assert "OPTIMIZE" in {commit["operation"] for commit in table.history()}
-    last = every[every["series_key"] == "both"].sort_values("sequence").iloc[-1]
-    assert (rows["both"]["slices"], rows["both"]["detail"]) == (last["slices"], last["detail"]) == (5, last["detail"])
-    rejects = {one["uri"]: (one["frame"], one["reason"]) for one in ledger.rejects(str(tmp_path)).to_pylist()}
-    assert rejects == {key: (one["slices"], one["detail"]) for key, one in rows.items()}
+def test_two_drivers_at_once_lose_nothing(tmp_path: Path) -> None:
+    appending.check(str(tmp_path))
 
 
 def test_many_small_appends_are_few_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
