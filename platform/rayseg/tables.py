@@ -27,6 +27,7 @@ SEQUENCE = "sequence"  # int64, of every table: the number of the commit that a 
 COMMITS_PER_COMPACTION = 64  # small files that a reader may meet, some more while several processes write
 _FILE_BYTES = 2**25  # of what compaction makes: so much is written again each time, at most
 _CHECKPOINT = 32  # commits, whose files of the log are read one by one
+_HINT = "_last_checkpoint"  # of the log: where to begin reading it
 _COMMIT_ATTEMPTS = 100  # at a commit: each failure is another process's success
 _LONGEST_PAUSE_S = 2.0
 _JITTER = random.SystemRandom()
@@ -155,7 +156,7 @@ def latest(rows: pa.Table, key: Sequence[str]) -> pa.Table:
 def _opened(uri: str) -> Any | None:
     """The latest version of the table, None where there is none."""
     from deltalake import DeltaTable
-    from deltalake.exceptions import TableNotFoundError
+    from deltalake.exceptions import DeltaError, TableNotFoundError
 
     address, options = _address(uri)
     try:
@@ -163,6 +164,13 @@ def _opened(uri: str) -> Any | None:
             return DeltaTable(address, storage_options=options)
     except TableNotFoundError:
         return None
+    except DeltaError as error:
+        hint = storage.join(uri, "_delta_log", _HINT)
+        if _HINT not in str(error) or not storage.exists(hint):
+            raise
+        # In a copy that was made amid a run it may be newer than the log. Nobody needs it: a new one comes by itself.
+        storage.delete(hint)
+        return _opened(uri)
 
 
 def _address(uri: str) -> tuple[str, dict[str, str]]:

@@ -109,6 +109,24 @@ def test_the_latest_row_of_a_series_counts_in_every_copy(tmp_path: Path) -> None
         assert [uri for _, uri, _ in told(str(tmp_path / name))] == ["x0", "x1", "x2", "x3"]
 
 
+def test_a_copy_made_amid_a_run_lacks_the_last_rows_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What hints at the latest checkpoint is copied last, and may be newer than what was copied before."""
+    monkeypatch.setattr(tables, "_CHECKPOINT", 4)
+    output = str(tmp_path)
+    for number in range(9):
+        ledger.append(output, [row(f"a{number}")], [])
+    log = tmp_path / "ledger" / "_delta_log"
+    newest = json.loads((log / "_last_checkpoint").read_text())["version"]
+    later = [file for file in log.iterdir() if file.name[:20].isdigit() and int(file.name[:20]) >= newest]
+    assert len(later) >= 2
+    for file in later:
+        file.unlink()
+    keys = [f"a{number}" for number in range(newest)]
+    assert ledger.read(output)["series_key"].to_pylist() == keys
+    ledger.append(output, [row("b")], [])
+    assert ledger.read(output)["series_key"].to_pylist() == [*keys, "b"]
+
+
 def test_rejects_are_of_a_model_and_end_when_their_object_succeeds(tmp_path: Path) -> None:
     output = str(tmp_path)
     bad = {"verdict": "rejected", "reason": "corrupt", "slices": 0}
