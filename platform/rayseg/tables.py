@@ -139,18 +139,18 @@ def compact(uri: str) -> None:
 
 def latest(rows: pa.Table, key: Sequence[str]) -> pa.Table:
     """Of the rows with equal `key` that of the greatest `sequence`, sorted by `key`."""
-    order = [*((name, "ascending") for name in key), (SEQUENCE, "descending")]
-    ordered = rows.take(pc.sort_indices(rows, order))
-    if ordered.num_rows < 2:
-        return ordered
+    rows = rows.combine_chunks()
+    order = pc.sort_indices(rows, [*((name, "ascending") for name in key), (SEQUENCE, "descending")])
+    if len(order) < 2:
+        return rows
     # Equal to the row before, in all of the key; null equals null.
-    again = pa.array([True] * (ordered.num_rows - 1))
+    again = pa.array([True] * (len(order) - 1))
     for name in key:
-        column = ordered[name].combine_chunks()
+        column = rows[name].combine_chunks().take(order)
         here, before = column[1:], column[:-1]
         both_null = pc.and_(pc.is_null(here), pc.is_null(before))
         again = pc.and_(again, pc.or_(pc.fill_null(pc.equal(here, before), False), both_null))
-    return ordered.filter(pa.concat_arrays([pa.array([True]), pc.invert(again)]))
+    return rows.take(order.filter(pa.concat_arrays([pa.array([True]), pc.invert(again)])))
 
 
 def _opened(uri: str) -> Any | None:
