@@ -7,6 +7,7 @@ fact of the table, whatever becomes of the times of its files. Who reads sees th
 
 import logging
 import random
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from time import sleep
@@ -27,6 +28,7 @@ SEQUENCE = "sequence"  # int64, of every table: the number of the commit that a 
 COMMITS_PER_COMPACTION = 64  # small files that a reader may meet, some more while several processes write
 _FILE_BYTES = 2**25  # of what compaction makes: so much is written again each time, at most
 _CHECKPOINT = 32  # commits, whose files of the log are read one by one
+_DATA = re.compile(r"part-\d+-[0-9a-f-]{36}-c\d+\.(\w+\.)?parquet")  # names of files of rows
 _HINT = "_last_checkpoint"  # of the log: where to begin reading it
 _COMMIT_ATTEMPTS = 100  # at a commit: each failure is another process's success
 _LONGEST_PAUSE_S = 2.0
@@ -132,7 +134,9 @@ def compact(uri: str) -> None:
             table.optimize.compact(
                 target_size=_FILE_BYTES, max_concurrent_tasks=1, writer_properties=_writing()["writer_properties"]
             )
-            table.vacuum(dry_run=False, full=True)  # a week is the default
+            useless = table.vacuum(full=True)  # only tells; a week is the default
+        for name in filter(_DATA.fullmatch, useless):  # what others have put here stays
+            storage.delete(storage.join(uri, name))
     except (DeltaError, OSError) as error:
         logger.info("a table was not compacted, which the next does: %s", type(error).__name__)
 

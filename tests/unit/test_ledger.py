@@ -210,6 +210,19 @@ def test_many_small_appends_are_few_files(tmp_path: Path, monkeypatch: pytest.Mo
     found = ledger.read(output)
     assert found["series_key"].to_pylist() == ["a", *(f"b{number:02d}" for number in range(20))]
     assert found["slices"].to_pylist()[0] == 19
+    # A week later what is of no use goes: what was put together, and what somebody left who was killed amid a commit.
+    superseded = {Path(file).name for file in (tmp_path / "ledger").glob("*.parquet")} - {
+        Path(uri).name for uri in table.file_uris()
+    }
+    assert superseded
+    useless = tmp_path / "ledger" / "part-00000-01234567-89ab-cdef-0123-456789abcdef-c000.zstd.parquet"
+    of_before = tmp_path / "ledger" / f"part-{'0' * 32}.parquet"
+    for file in (useless, of_before):
+        file.write_bytes(b"old")
+        os.utime(file, (1_000_000_000, 1_000_000_000))
+    tables.compact(str(tmp_path / "ledger"))
+    assert (useless.exists(), of_before.exists()) == (False, True)
+    assert all((tmp_path / "ledger" / name).exists() for name in superseded)  # of today
     # Who began to read before goes on with what was there.
     early = tables.append(str(tmp_path / "ledger"), LEDGER_TABLE.empty_table(), ledger.IDENTITY) - 4
     assert DeltaTable(tmp_path / "ledger", version=early).to_pyarrow_table().num_rows < 40

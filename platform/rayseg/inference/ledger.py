@@ -168,10 +168,7 @@ def _counting(row: Mapping[str, Any], rejects: _Rows) -> tuple[dict[str, Any], l
 
 
 def _convert(output: str) -> None:
-    """Makes tables of what was written before there were tables, once; the parts stay until a table's own leavings go.
-
-    Of several processes one does it.
-    """
+    """Makes tables of what was written before there were tables, once: of several processes one does it. Parts stay."""
     if tables.exists(storage.join(output, FOLDER)):
         return
     before = _before(output)
