@@ -227,3 +227,26 @@ LEDGER = pa.schema(
         ("seconds", pa.float64()),  # of the clock, in all
     ]
 )
+
+# What rows of an archive's two tables say of where they come from.
+_WRITTEN = (
+    pa.field("run_id", pa.string()),  # of MLflow; null of what the plan decided, before there was a run
+    pa.field("rejects_digest", pa.string()),  # of the rejects that a row of the ledger counts; they have it, too
+    pa.field("sequence", pa.int64()),  # of two rows of one object the later one is that of the greater number
+)
+
+# The ledger as it is stored: all rows that were ever written. `LEDGER` has the latest of each series, model and
+# configuration.
+LEDGER_TABLE = pa.schema([*LEDGER, *_WRITTEN])
+
+# The rejects of an archive run as they are stored. Those with a `rejects_digest` are of the row of the ledger that has
+# it, too, and hold as long as that is the latest of its series. The others are of no model: the latest of an object and
+# a stage holds; one without a reason says that the object is refused no more.
+ARCHIVE_REJECTS = pa.schema(
+    [
+        *REJECTS,
+        pa.field("model_digest", pa.string()),
+        pa.field("config_digest", pa.string()),
+        *_WRITTEN,
+    ]
+)

@@ -42,7 +42,7 @@ _MEANINGS: dict[str, type[Exception]] = {
 }
 _FINAL = (FileExistsError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 _FINAL_NUMBERS = {errno.ELOOP, errno.ENAMETOOLONG, errno.EROFS}
-_IN_TEXT = re.compile(r"AWS Error (\w+)|code: (\w+)|HTTP status (\d+)")  # of pyarrow's errors
+_IN_TEXT = re.compile(r"AWS Error (\w+)|code: (\w+)|HTTP status (\d+)|<Code>(\w+)")  # of pyarrow's errors; deltalake's
 _JITTER = random.SystemRandom()
 
 
@@ -71,6 +71,12 @@ def said_of_credentials(error: BaseException) -> str | None:
     return str(error) if isinstance(error, CredentialsError) else None
 
 
+def meant(error: OSError) -> Exception:
+    """The error that one of a library is, by the codes in its text; itself where that has none."""
+    codes = [code for names in _IN_TEXT.findall(str(error)) for code in names if code]
+    return failure("the object store says", *codes) if codes else error
+
+
 def tried(call: Callable[[], ResultT]) -> ResultT:
     """What `call` returns, made `ATTEMPTS` times as long as it raises an OSError that may pass.
 
@@ -83,10 +89,9 @@ def tried(call: Callable[[], ResultT]) -> ResultT:
         except _FINAL:
             raise
         except OSError as error:
-            codes = [code for names in _IN_TEXT.findall(str(error)) for code in names if code]
-            meant = failure("the object store says", *codes) if codes else error
-            if type(meant) not in (OSError, type(error)):
-                raise meant from error
+            known = meant(error)
+            if type(known) not in (OSError, type(error)):
+                raise known from error
             if attempt == ATTEMPTS or error.errno in _FINAL_NUMBERS:
                 raise
             # The text may name an object, and its name a patient: only the type is logged.

@@ -46,10 +46,9 @@ print("{}")
 """
 LEDGER = """
 import hashlib, json, sys
-from rayseg import storage
+from rayseg import storage, tables
 from rayseg.inference import ledger
-parts = [storage.read_table(info.uri) for info in storage.list_files("s3://rayseg/segmentations/ledger")]
-rows = [row for part in parts for row in part.to_pylist()]
+rows = tables.read("s3://rayseg/segmentations/ledger").to_pylist()
 kept = {row["series_key"]: row["verdict"] for row in rows}
 stored = {uri: hashlib.sha256(storage.read(uri)).hexdigest() for row in rows for uri in ledger.uris(row, "seg")}
 print(json.dumps({"rows": len(rows), "kept": kept, "stored": stored}))

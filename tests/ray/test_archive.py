@@ -149,7 +149,7 @@ def masks_of(paths: list[str]) -> dict[str, np.ndarray]:
 
 
 def rejects_of(config: SegmentConfig) -> list[dict[str, Any]]:
-    return ds.dataset(Path(config.output) / ledger.REJECTS_FOLDER).to_table().to_pylist()
+    return ledger.rejects(config.output).to_pylist()
 
 
 def fail(*arguments: object, **options: object) -> None:

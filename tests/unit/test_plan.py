@@ -1,5 +1,6 @@
 """What an archive run has to do, read from a manifest a part at a time."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from rayseg.data.manifest import in_series
 from rayseg.data.spool import Spool, by_series
-from rayseg.inference import plan
+from rayseg.inference import archive, ledger, plan
 from rayseg.inference.series import Task
 from rayseg.records import MANIFEST
 from rayseg.tracking.version import ModelVersion
@@ -71,6 +72,34 @@ def test_series_are_to_do_done_or_unusable_and_every_object_is_one_of_them(tmp_p
     assert told[1][:2] == ("e", "not_dicom")
     assert [reject["uri"] for reject in rejects] == ["a/3.dcm", "None/4.dcm", "c/0.dcm", "c/1.dcm", "e/0.dcm"]
     assert unusable == planned.unusable
+
+
+def test_a_second_plan_writes_what_is_new_and_no_more(tmp_path: Path) -> None:
+    """Both tables after each plan: unusable series by model, objects that the catalog refuses until it accepts them."""
+    output = str(tmp_path / "output")
+
+    def state(rows: list[dict[str, Any]]) -> tuple[list[Any], list[Any], int]:
+        done = ledger.rows_of(output, TASK.model.digest, TASK.config_digest).to_pylist()
+        latest = {row["series_key"]: row for row in done}
+        keep = partial(archive._keep, output, latest)
+        plan.make(write(tmp_path / "m.parquet", rows), TASK, lambda row: False, keep, ledger.refused_by_catalog(output))
+        series = [(row["series_key"], row["reason"]) for row in ledger.read(output).to_pylist()]
+        objects = [(row["uri"], row["reason"]) for row in ledger.rejects(output).to_pylist()]
+        return series, objects, sum(1 for _ in tmp_path.glob("output/*/_delta_log/*.json"))
+
+    rows = [instance("a", 0), bad("a", 1), bad(None, 2, "not_dicom"), bad("c", 0), instance("e", 0, kind="image")]
+    series = [("c", "corrupt"), ("e", "not_dicom")]
+    objects = [("None/2.dcm", "not_dicom"), ("a/1.dcm", "corrupt"), ("c/0.dcm", "corrupt"), ("e/0.dcm", "not_dicom")]
+    for _ in range(2):
+        assert state(rows) == (series, objects, 2)
+    rows[1:3] = [instance("a", 1), bad(None, 2, "truncated")]  # one was mended, one is bad for another reason
+    objects[:2] = [("None/2.dcm", "truncated")]
+    for _ in range(2):
+        assert state(rows) == (series, objects, 3)
+    rows[-1] = instance("e", 1, kind="image")  # another file: its series is refused anew
+    objects[-1] = ("e/1.dcm", "not_dicom")
+    for _ in range(2):
+        assert state(rows) == (series, objects, 5)
 
 
 @settings(max_examples=30, deadline=None)

@@ -1,4 +1,7 @@
-"""What comes before the first slice of an archive run: the plan of a large manifest, new and with all of it done."""
+"""What comes before the first slice of an archive run: the plan of a large manifest, new and with all of it done.
+
+A ledger is read by itself, too, see `benchmark.ledger`.
+"""
 
 import hashlib
 import time
@@ -9,6 +12,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from rayseg.benchmark import ledger as reading
 from rayseg.benchmark.data import figure
 from rayseg.benchmark.watch import greatest
 from rayseg.inference import ledger, plan
@@ -18,7 +22,7 @@ from rayseg.tracking.version import ModelVersion
 
 _SLICES = 200  # a series
 _SERIES_PER_GROUP = 20
-_SERIES_PER_PART = 32  # of the ledger, as a run writes it
+_OBJECTS_PER_SERIES = 100  # of the ledger that is read by itself
 
 
 def measure(folder: Path, repeats: int, rows: int) -> dict[str, Any]:
@@ -53,10 +57,10 @@ def measure(folder: Path, repeats: int, rows: int) -> dict[str, Any]:
         made["skip_s_per_million"].append((time.perf_counter() - began) / millions)
         assert not again.todo
     figures = {name: figure(values) for name, values in made.items()}
-    parts = sum(part.stat().st_size for part in Path(output, ledger.FOLDER).iterdir())
+    parts = sum(file.stat().st_size for file in Path(output, ledger.FOLDER).rglob("*") if file.is_file())
     figures["manifest_bytes_per_object"] = figure([manifest.stat().st_size / (series * _SLICES)])
     figures["ledger_bytes_per_series"] = figure([parts / series])
-    return figures
+    return figures | reading.measure(folder, repeats, rows // _OBJECTS_PER_SERIES)
 
 
 def _write_manifest(path: Path, series: int) -> None:
@@ -108,6 +112,6 @@ def _write_ledger(output: str, task: Task, planned: plan.Plan) -> None:
         file = {"profile": "seg", "uri": f"{task.folder}/{key}.dcm", "sha256": key, "bytes": 7_000_000, "pacs": None}
         done = {"input_digest": series["input_digest"], "slices": _SLICES, "outputs": [file], "seconds": 20.0}
         rows.append(ledger_row(task, key, series["patient_key"], None) | done)
-        if len(rows) == _SERIES_PER_PART or number == len(planned.todo):
+        if len(rows) == reading.SERIES_PER_PART or number == len(planned.todo):
             ledger.append(output, rows, [])
             rows = []

@@ -7,7 +7,7 @@ anywhere and started again skips what is done before reading anything, and does 
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -163,7 +163,8 @@ def _archive(config: SegmentConfig, output: str, check: Callable[[], None]) -> S
         manifest,
         task,
         lambda row: config.only_changed and plan.is_done(latest.get(row["series_key"]), row, retry),
-        (lambda rows, rejects: None) if config.dry_run else partial(ledger.append, output),
+        (lambda rows, rejects: None) if config.dry_run else partial(_keep, output, latest),
+        {} if config.dry_run else ledger.refused_by_catalog(output),
     )
     skipped, refusals, unusable = len(planned.done), planned.refusals, planned.unusable
     logger.info("segment: %d series to do, %d done, %d unusable", len(planned.todo), skipped, len(unusable))
@@ -302,21 +303,32 @@ def _segmented(
                 # More end while the ledger is written: the other half is for those.
                 if len(waiting) >= max(1, config.unrecorded // 2):
                     check()
-                    rows += _appended(output, waiting, planned.refusals)
+                    rows += _appended(output, waiting, planned.refusals, run_id)
                     waiting = []
         finally:
             check()
-            rows += _appended(output, waiting, planned.refusals)
+            rows += _appended(output, waiting, planned.refusals, run_id)
     assert len(rows) == len(planned.todo), "every series is one row"
     return rows
 
 
-def _appended(output: str, rows: Sequence[dict[str, Any]], refusals: Refusals) -> list[dict[str, Any]]:
+def _keep(
+    output: str,
+    latest: Mapping[str, Mapping[str, Any]],
+    rows: Sequence[dict[str, Any]],
+    rejects: Sequence[dict[str, Any]],
+) -> None:
+    """Writes what the plan says of series that cannot be used, where the tables do not say the same already."""
+    ledger.append(output, *ledger.news(rows, rejects, latest))
+
+
+def _appended(output: str, rows: Sequence[dict[str, Any]], refusals: Refusals, run_id: str) -> list[dict[str, Any]]:
     """The rows without their rejects, which are counted and written."""
     rejects = [reject for row in rows for reject in row["rejects"]]
-    ledger.append(output, rows, rejects)
+    alone = [{name: value for name, value in row.items() if name != "rejects"} for row in rows]
+    ledger.append(output, [row | {"run_id": run_id} for row in alone], rejects)
     refusals.add(rejects)
-    return [{name: value for name, value in row.items() if name != "rejects"} for row in rows]
+    return alone
 
 
 def _check_budget(refusals: Refusals, accepted: int, most: float, output: str) -> None:

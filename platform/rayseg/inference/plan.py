@@ -13,8 +13,10 @@ from rayseg import config as configuration
 from rayseg import storage
 from rayseg.data.spool import packed, unpacked
 from rayseg.inference import feasible
-from rayseg.inference.refusals import Refusals
+from rayseg.inference.ledger import CATALOG, SAID
+from rayseg.inference.refusals import News, Refusals
 from rayseg.inference.series import STAGE, Task, ledger_row, not_made_rows, reject_row
+from rayseg.inference.sources import Place
 from rayseg.records import NOT_MADE, Reason, Reject
 
 SCHEMA = pa.schema(
@@ -29,7 +31,7 @@ SCHEMA = pa.schema(
     ]
 )
 _MANIFEST_COLUMNS = ("uri", "frame", "etag", "verdict", "reason", "detail", "kind", "patient_key", "series_key")
-KNOWN = ("input_digest", "verdict", "reason", "not_made")  # what `is_done` looks at of a ledger row
+KNOWN = ("input_digest", "verdict", "reason", "not_made", *SAID)  # what is looked at of a ledger row
 # A second try may end otherwise, whatever `retry` says.
 _TRY_AGAIN = {Reason.READ_FAILED, Reason.NOT_FOUND, Reason.WRITE_FAILED, Reason.INTERNAL}
 _HOUR_S = 3600.0
@@ -63,7 +65,11 @@ class Estimate:
 
 
 def make(
-    manifest: str, task: Task, is_done: Callable[[Mapping[str, Any]], bool], keep: Callable[[_Rows, _Rows], None]
+    manifest: str,
+    task: Task,
+    is_done: Callable[[Mapping[str, Any]], bool],
+    keep: Callable[[_Rows, _Rows], None],
+    told: Mapping[Place, Reject] | None = None,
 ) -> Plan:
     """Reads a manifest, a part at a time.
 
@@ -74,7 +80,8 @@ def make(
         manifest: its URI. The rows of a series stand together, as the catalog writes them.
         task: what all series have in common.
         is_done: whether a series, a row of `SCHEMA`, is not to be done again.
-        keep: gets ledger rows of unusable series, with the rejects that they are about and others.
+        keep: gets ledger rows of unusable series, with the rejects that they are about, and what is new of others.
+        told: what the catalog had refused before, by the table of rejects.
 
     Raises:
         ValueError: there is no manifest, or the rows of a series do not stand together.
@@ -83,6 +90,7 @@ def make(
     unusable: list[dict[str, Any]] = []
     rejects: list[dict[str, Any]] = []
     met: set[str] = set()
+    news = News(told or {})
     columns = (*_MANIFEST_COLUMNS, *feasible.columns(task.profiles))
     # What is of no series stands for itself.
     for group, rows in groupby(_rows(manifest, columns), lambda row: row["series_key"] or (row["uri"], row["frame"])):
@@ -95,7 +103,7 @@ def make(
                 )
             met.add(key)
         plan.refusals.add(refused)
-        rejects += refused
+        rejects += news.of(refused, planned["uris"] if planned else ())
         if planned is not None:
             plan.series.append(planned["series_key"])
             plan.accepted += len(planned["uris"])
@@ -113,7 +121,7 @@ def make(
         if len(rejects) >= _REJECTS_PER_PART:
             keep(unusable, rejects)
             unusable, rejects = [], []
-    keep(unusable, rejects)
+    keep(unusable, [*rejects, *news.over()])
     plan.accepted += plan.refusals.of_run.total()
     return plan
 
@@ -148,7 +156,7 @@ def _of_series(
             usable.append(row)
             continue
         reject = Reject(Reason(row["reason"]), row["detail"] or "")
-        rejects.append(reject_row(row["uri"], row["frame"], "catalog", reject, row["patient_key"], key))
+        rejects.append(reject_row(row["uri"], row["frame"], CATALOG, reject, row["patient_key"], key))
     if not usable:
         return None, rejects
     kind = feasible.kind_of(usable[0])

@@ -1,11 +1,14 @@
-"""What became of an archive's objects that have no mask, counted: there may be millions."""
+"""What became of an archive's objects that have no mask, counted, and what of that is new: there may be millions."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from rayseg.inference.ledger import CATALOG
 from rayseg.inference.series import STAGE
+from rayseg.inference.sources import Place
+from rayseg.records import Reject
 
 
 @dataclass
@@ -32,3 +35,36 @@ class Refusals:
     def counts(self) -> dict[str, int]:
         """How many of each reason, sorted."""
         return dict(sorted(self.reasons.items()))
+
+
+class News:
+    """What a manifest says of refused objects that the table of rejects does not say yet.
+
+    An object of the manifest is refused there as the catalog refuses it now, and else no more.
+    """
+
+    def __init__(self, told: Mapping[Place, Reject]) -> None:
+        self._left = dict(told)
+        self._objects = {uri for uri, _ in told}
+        self._met: set[str] = set()
+
+    def of(self, refused: Sequence[dict[str, Any]], accepted: Iterable[str]) -> list[dict[str, Any]]:
+        """Those of the rejects that are to be written; `accepted` are other objects of the manifest."""
+        news = []
+        for one in refused:
+            if one["stage"] == CATALOG:
+                known = self._left.pop((one["uri"], one["frame"]), None)
+                if known is not None and (known.reason, known.detail) == (one["reason"], one["detail"]):
+                    continue
+            news.append(one)
+        if self._objects:
+            self._met.update(uri for uri in (*(one["uri"] for one in refused), *accepted) if uri in self._objects)
+        return news
+
+    def over(self) -> list[dict[str, Any]]:
+        """At the end: rejects without a reason, of what is refused no more."""
+        return [
+            {"uri": uri, "frame": frame, "stage": CATALOG, "reason": None, "series_key": None}
+            for uri, frame in self._left
+            if uri in self._met
+        ]
