@@ -6,10 +6,12 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pyarrow as pa
 import pydicom
 import pytest
+import ray
 from PIL import Image
 
 from rayseg import storage
@@ -79,6 +81,17 @@ def test_a_series_stands_together_in_the_order_of_its_slices(phantoms: Path, tmp
         heights_mm = [row["image_position_mm"][2] for row in rows[start : start + 4]]
         assert heights_mm == sorted(heights_mm)
         assert {row["series_verdict"] for row in rows[start : start + 4]} == {"ok"}
+
+
+def test_an_object_with_more_rows_than_a_block_holds_is_one_object(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray.data.DataContext.get_current(), "target_max_block_size", 20_000)
+    for number in range(3):
+        volume = nib.Nifti1Image(np.zeros((2, 2, 900), np.uint8), np.eye(4))
+        storage.write(str(tmp_path / f"source/{number}.nii"), volume.to_bytes())
+    result = catalog(config_of(tmp_path / "source", tmp_path, Layout(images="{patient}.nii")))
+    assert (result.objects, result.accepted, result.patients) == (3, 2700, 3)
 
 
 def test_whatever_an_object_is_it_is_a_row(phantoms: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray.data
 from tqdm import tqdm
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 HEADER_BYTES = 64 * 1024  # what is read of an object first: nearly every header ends before
 _ROWS_PER_TASK = 256
+_ROWS_AT_ONCE = 4096  # of the manifest, in a task
 
 _PLAN = pa.schema(
     [
@@ -293,19 +295,21 @@ def _headers(unread: _Unread, config: CatalogConfig, pseudonyms: Pseudonyms, fou
         compute=ray.data.TaskPoolStrategy(size=min(config.concurrency, len(blocks))),
         resources=config.resources,
     )
-    read = 0
-    with tqdm(total=unread.objects, desc="catalog: headers", unit=" objects", disable=None) as progress:
+    waiting = unread.objects
+    with tqdm(total=waiting, desc="catalog: headers", unit=" objects", disable=None) as progress:
         for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
             found.append(batch)
-            objects = len(batch["index"].unique())
-            read += objects
-            progress.update(objects)
-            meters.show("rayseg_waiting", unread.objects - read, stage="catalog")
-    assert read == unread.objects, "every object is one row"
+            # Ray Data splits large blocks, within an object too: its last row counts it.
+            ended = pc.sum(batch["last"]).as_py() or 0
+            waiting -= ended
+            progress.update(ended)
+            meters.show("rayseg_waiting", waiting, stage="catalog")
+    assert waiting == 0, "every object has a row"
 
 
-def _read_headers(cells: pa.Table, layout: Layout, pseudonyms: Pseudonyms) -> pa.Table:
-    """A task: a cell of packed rows of the plan to rows of the manifest."""
+def _read_headers(cells: pa.Table, layout: Layout, pseudonyms: Pseudonyms) -> Iterator[pa.Table]:
+    """A task: a cell of packed rows of the plan to rows of the manifest; `last` are those that an object ends with."""
+    schema = _FOUND.append(pa.field("last", pa.bool_()))
     (cell,) = cells["objects"].to_pylist()
     plan = unpacked(cell)
     indexes, etags = plan["index"].to_pylist(), plan["etag"].to_pylist()
@@ -314,12 +318,16 @@ def _read_headers(cells: pa.Table, layout: Layout, pseudonyms: Pseudonyms) -> pa
     length = None if pacs.is_dicomweb(items[0].uri) else HEADER_BYTES
     beginnings = storage.read_each((item.uri for item in items), length)
     needs_mask = layout.masks is not None and layout.missing_mask == "reject"
-    rows = []
+    rows: list[dict[str, Any]] = []
     for index, etag, item, beginning in zip(indexes, etags, items, beginnings, strict=True):
         for row in manifest.rows(item, beginning, pseudonyms, layout.volume):
             if row["verdict"] == "ok" and layout.groups is not None and item.group is None:
                 row = manifest.refused(row, Reject(Reason.MISSING_ATTRIBUTE, "not in the layout's CSV of groups"))
             elif row["verdict"] == "ok" and needs_mask and not item.masks:
                 row = manifest.refused(row, Reject(Reason.NO_MASK))
-            rows.append({"index": index, "etag": etag, **row})
-    return pa.Table.from_pylist(rows, schema=_FOUND)
+            rows.append({"index": index, "etag": etag, "last": False, **row})
+        rows[-1]["last"] = True
+        if len(rows) >= _ROWS_AT_ONCE:  # of volumes: an object has as many as slices
+            yield pa.Table.from_pylist(rows, schema=schema)
+            rows = []
+    yield pa.Table.from_pylist(rows, schema=schema)

@@ -12,7 +12,7 @@ from rayseg.records import PREPARED
 
 DESCRIPTION = "_prepared.json"
 PATIENTS = "split.csv"  # which patient is where
-VERSION = 6  # of the format and of what preparing does: another number makes older sets stale
+VERSION = 7  # of the format and of what preparing does: another number makes older sets stale
 
 
 @dataclass(frozen=True)
