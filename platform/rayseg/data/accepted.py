@@ -24,8 +24,8 @@ from rayseg.data.stacks import PLACE
 TAKEN = ("patient_key", "study_key", "series_key", "uri", "frame", "masks")  # columns of a manifest that a sample keeps
 COLUMNS = tuple(dict.fromkeys([*TAKEN, *PLACE, *voxels.COLUMNS, "bytes", "etag"]))  # of the file
 _ROWS = 1024  # of a batch of the file
-_ROWS_AT_ONCE = 8192  # of the manifest
-_STREAM_BYTES = 2**18
+_ROWS_AT_ONCE = 4096  # of the manifest
+_STREAM_BYTES = 2**16
 _ODD = np.uint64(0x9E3779B97F4A7C15)  # spreads the numbers of patients over 64 bits
 
 
