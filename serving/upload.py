@@ -13,13 +13,12 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
 
 from python_multipart import multipart
 from python_multipart.exceptions import FormParserError
 
 from rayseg.dicom import image_files, volumes
-from rayseg.dicom.reading import Header, Slice, read_headers, read_slices
+from rayseg.dicom.reading import Header, Slice, Source, read_headers
 from rayseg.dicom.series import verdict
 from rayseg.dicom.splitting import split
 from rayseg.geometry.grid import Geometry
@@ -61,9 +60,15 @@ class Series:
     detail: str = ""  # what the verdict found: gaps, tilt, slices left out
 
     def slices(self, color: bool) -> Iterator[Slice | Reject]:
-        """Decodes one after the other, each when it is asked for."""
-        for index, places in groupby(self.places, key=lambda place: place[0]):
-            yield from read_slices(self.objects[index], [frame for _, frame in places], color)
+        """Decodes one after the other, each when it is asked for; an object is parsed once."""
+        last = {index: number for number, (index, _) in enumerate(self.places)}
+        sources: dict[int, Source] = {}
+        for number, (index, frame) in enumerate(self.places):
+            if index not in sources:
+                sources[index] = Source(self.objects[index], color)
+            yield sources[index].slice(frame)
+            if last[index] == number:
+                del sources[index]
 
     def around(self, number: int, neighbours: int) -> tuple["Series", int]:
         """Slice `number` with its neighbours only, and its number among these."""

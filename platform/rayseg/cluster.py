@@ -4,8 +4,10 @@ import json
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
+from typing import Any, TypeVar
 
 import ray
 import ray.data
@@ -29,10 +31,14 @@ _ROUNDING = 1e-9
 # somebody else's, or that of this variable. Set for workers alone: in a driver it would redirect `ray job submit`, too.
 API_SERVER = "RAY_API_SERVER_ADDRESS"
 NOBODY = "http://127.0.0.1:9"  # nothing listens there, and without an answer a run goes on
+_LEAST_CALLS, _CALLS_A_CPU = 64, 2  # that are asked for at a time: a launcher starts nodes for those that wait
 _NO_KEYS: Mapping[str, str] = {}
 _OF_RESTARTS = "has constructor arguments in the object store and max_restarts > 0"
 _NO_NODE = "1" * 56  # a node's id that no node has
 _private: list[bool] = []  # not empty while this process has a cluster of its own
+
+ItemT = TypeVar("ItemT")
+ResultT = TypeVar("ResultT")
 
 
 def connect() -> None:
@@ -122,6 +128,30 @@ class _NeverStarted:
 
     def __init__(self, _: int) -> None:
         pass
+
+
+def mapped(
+    task: Callable[[ItemT], ResultT], items: Iterable[ItemT], resources: Mapping[str, float]
+) -> Iterator[tuple[int, ResultT]]:
+    """Calls of `task` in the cluster, a CPU and `resources` each: numbers of the items with the results, as they end.
+
+    Some calls wait for a CPU, so that none idles; the others are asked for when some have ended.
+    """
+    call = ray.remote(num_cpus=1, resources=dict(resources), scheduling_strategy="SPREAD")(logs.carried(task))
+    numbered = enumerate(items)
+    running: dict[Any, int] = {}
+    try:
+        while True:
+            most = max(_LEAST_CALLS, _CALLS_A_CPU * int(ray.cluster_resources().get("CPU", 1)))
+            for number, item in islice(numbered, most - len(running)):
+                running[call.remote(item)] = number
+            if not running:
+                return
+            for ended in ray.wait(list(running))[0]:
+                yield running.pop(ended), ray.get(ended)
+    finally:
+        for reference in running:
+            ray.cancel(reference)
 
 
 def require(stage: str, bundle: Mapping[str, float], count: int = 1, keys: Mapping[str, str] = _NO_KEYS) -> None:

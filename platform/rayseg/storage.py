@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 from rayseg import bucket, pacs
 from rayseg.ahead import mapped
 from rayseg.bucket import CONNECT_TIMEOUT_S, REQUEST_TIMEOUT_S, environment, place
-from rayseg.retry import tried
+from rayseg.retry import ATTEMPTS, tried
 
 THREADS = 8  # transfers and listings in flight of one call
 # Handing a small local file over from a thread takes longer than reading it: so many at a time, twice as many ahead.
@@ -178,6 +178,17 @@ def read(uri: str, length: int | None = None) -> bytes:
         raise OSError("the file's name is one that the system refuses") from error
 
 
+def fetch(uri: str, path: Path) -> None:
+    """Writes the object's bytes, which may be many, into the local file `path`, a piece at a time; raises as `read`."""
+    files, source = filesystem(uri, ATTEMPTS)
+
+    def call() -> None:
+        with files.open_input_stream(source) as stream, path.open("wb") as file:
+            shutil.copyfileobj(stream, file, _COPY_BYTES)
+
+    tried(call)
+
+
 def read_each(uris: Iterable[str], length: int | None = None) -> Iterator[bytes | OSError]:
     """`read` of each URI, in order, with a few read ahead in threads; what failed comes as its error, not raised."""
 
@@ -280,6 +291,18 @@ def read_row_group(uri: str, number: int, columns: Sequence[str], footer: pq.Fil
     def call() -> pa.Table:
         with files.open_input_file(path) as file:
             return pq.ParquetFile(file, metadata=footer, pre_buffer=True).read_row_group(number, list(columns))
+
+    return tried(call)
+
+
+def read_batches(uri: str, numbers: Sequence[int]) -> list[pa.RecordBatch]:
+    """Some batches of the Arrow file at `uri`, by their numbers."""
+    files, path = filesystem(uri)
+
+    def call() -> list[pa.RecordBatch]:
+        with files.open_input_file(path) as file:
+            reader = pa.ipc.open_file(file)
+            return [reader.get_batch(number) for number in numbers]
 
     return tried(call)
 

@@ -28,9 +28,7 @@ from rayseg.data.stacks import along
 from rayseg.dicom import segmentation
 from rayseg.dicom.reading import Slice, read_slice
 from rayseg.evaluation import evaluate
-from rayseg.evaluation.cases import Tolerance
-from rayseg.evaluation.scorer import Scorer
-from rayseg.inference.heldout import COLUMNS, Judged
+from rayseg.inference.heldout import COLUMNS, HeldOut, Judged
 from rayseg.inference.predictor import Prediction, Predictor
 from rayseg.inference.series import Task, segment_series
 from rayseg.models.network import build_network
@@ -193,12 +191,11 @@ def test_bulk_scoring_and_a_local_call_give_the_same_bytes(world: World, tmp_pat
                 assert slice.header is not None
                 assert mask.tobytes() == local[slice.header.sop_instance_uid].tobytes()
 
-    scorer = Scorer(predictor, Labels(), Tolerance())
     # Of a set that knows more neighbours than the model looks at, and of a few of its rows.
     two = made(world, tmp_path / "set", preprocess=Preprocess((SIDE, SIDE), neighbours=2))
     scored: dict[str, np.ndarray] = {}
-    for row in two.read_rows("train", COLUMNS).to_pylist():
-        judged = scorer.judged(row)
+    rows = two.read_rows("train", COLUMNS).to_pylist()
+    for row, judged in zip(rows, HeldOut(predictor, Labels()).judged(rows), strict=True):
         assert isinstance(judged, Judged)
         scored[pydicom.dcmread(io.BytesIO(Path(row["uri"]).read_bytes())).SOPInstanceUID] = judged.prediction
 

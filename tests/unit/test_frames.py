@@ -19,15 +19,16 @@ from pydicom.encaps import encapsulate, generate_frames
 from rayseg.data import manifest
 from rayseg.data.labels import Labels
 from rayseg.data.preprocess import Preprocess
-from rayseg.data.samples import PLAN, TAKEN, make, write_shards
-from rayseg.data.spool import packed
-from rayseg.dicom import pixels
+from rayseg.data.samples import Making, make
+from rayseg.dicom import pixels, reading
+from rayseg.dicom.parsing import parse
 from rayseg.dicom.pseudonyms import Pseudonyms
 from rayseg.dicom.reading import Header, Slice, read_header, read_headers, read_slice, read_slices
 from rayseg.dicom.segmentation import Kind, decode, encode
 from rayseg.dicom.series import verdict
 from rayseg.geometry.grid import Geometry
-from rayseg.records import MANIFEST, PREPARED, Reason, Reject
+from rayseg.records import MANIFEST, Reason, Reject
+from tests.unit.writing import written
 
 Enhanced = Callable[..., Dataset]
 AsFile = Callable[..., bytes]
@@ -256,22 +257,41 @@ def test_prepare_reads_an_object_once_and_keeps_the_order(
     reads = []
     read_each = storage.read_each
     monkeypatch.setattr(storage, "read_each", lambda uris: read_each(reads.append(uri) or uri for uri in uris))
-    samples = [
-        {"patient_key": "p", "series_key": "s", "uri": at, "frame": frame, "masks": [], "split": "train"}
-        for at, frame in ((uri, 3), (other, None), (uri, 0), (uri, 7), (uri, 4))
-    ]
-    cell = packed(pa.Table.from_pylist(samples, pa.schema([PREPARED.field(name) for name in (*TAKEN, "split")])))
-    plan = pa.Table.from_pylist([{"path": "x.parquet", "samples": cell}], schema=PLAN)
+    of_all = {"verdict": "ok", "kind": "dicom", "patient_key": "p", "series_key": "s", "masks": []}
+    places = ((uri, 3), (other, None), (uri, 0), (uri, 7), (uri, 4))
+    manifest = pa.Table.from_pylist([{**of_all, "uri": at, "frame": frame} for at, frame in places], schema=MANIFEST)
     preprocess = Preprocess(size=(12, 10), percentiles=(0, 100))
-    (shard,) = write_shards(plan, str(tmp_path), preprocess, Labels(), 16).to_pylist()
+    (shard,) = written(manifest, tmp_path, Making(preprocess, Labels(), 16))
     assert reads == [uri, other]
     assert [(reject["frame"], reject["reason"]) for reject in shard["rejects"]] == [(7, "missing_attribute")]
-    rows = storage.read_table(str(tmp_path / "x.parquet")).to_pylist()
+    rows = storage.read_table(str(tmp_path / shard["path"])).to_pylist()
     assert [row["frame"] for row in rows] == [3, None, 0, 4]
     for row in rows:
         one = read_slice(Path(row["uri"]).read_bytes(), row["frame"])
         assert isinstance(one, Slice)
         assert row["image"] == preprocess.apply(one).tobytes()
+
+
+def test_frames_of_objects_in_turn_are_read_and_parsed_once(
+    enhanced: Enhanced, as_file: AsFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rayseg.inference.sources import Sources
+    from rayseg.inference.watch import Watch
+    from serving.upload import Series
+
+    parsed = []
+    monkeypatch.setattr(reading, "parse", lambda data, *rest: parsed.append(1) or parse(data, *rest))
+    objects = [as_file(enhanced(words_NHW)) for words_NHW in (WORDS_NHW[:2], WORDS_NHW[2:4])]
+    places = [(0, 0), (1, 0), (0, 1), (1, 1)]
+    for number, data in enumerate(objects):
+        (tmp_path / str(number)).write_bytes(data)
+    bulk = Sources("dicom", False, Watch()).read([(str(tmp_path / str(at)), frame) for at, frame in places])
+    online = Series(objects, places, None, [None] * 4, {}).slices(color=False)
+    for slices in (bulk, online):
+        stored = [one.stored for one in slices if isinstance(one, Slice)]
+        assert np.array_equal(stored, WORDS_NHW[[0, 2, 1, 3]])
+        assert len(parsed) == 2
+        parsed.clear()
 
 
 def test_one_mask_is_not_that_of_every_frame(enhanced: Enhanced, as_file: AsFile) -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from rayseg.data.labels import Labels
 from rayseg.data.manifest import Item, rows
-from rayseg.data.masks import read_mask, truth
+from rayseg.data.masks import Mask, truth
 from rayseg.dicom import image_files
 from rayseg.dicom.pseudonyms import Pseudonyms
 from rayseg.dicom.reading import Slice, read_slice
@@ -83,7 +83,7 @@ def stored(data: bytes, color: bool = False) -> np.ndarray:
 
 
 def mask(data: bytes, by_value: bool = False) -> np.ndarray:
-    found = read_mask(data, by_value=by_value)
+    found = Mask(data).layers(by_value=by_value)
     assert not isinstance(found, Reject), found
     return found[0].values
 
@@ -237,7 +237,7 @@ def test_jpeg_of_all_colours():
     lossless = imagecodecs.jpeg8_encode(DEEP, lossless=True, bitspersample=16)
     assert np.array_equal(stored(lossless), DEEP)
     for data, lossy in ((grey, True), (lossless, False)):
-        (layer,) = read_mask(data)  # type: ignore[misc]
+        (layer,) = Mask(data).layers()  # type: ignore[misc]
         assert layer.lossy == lossy
 
 
@@ -266,14 +266,14 @@ def test_tiff_of_every_number(dtype: str, byteorder: Any, bigtiff: bool):
         assert np.array_equal(mask(whole, by_value=True), np.rint(values).astype(int))
     if dtype[0] == "f":
         detail = f"mask: {values.dtype.newbyteorder('=').name} with other than whole numbers"
-        assert read_mask(data) == Reject(Reason.UNSUPPORTED_PIXELS, detail)
+        assert Mask(data).layers() == Reject(Reason.UNSUPPORTED_PIXELS, detail)
 
 
 def test_values_beyond_32_bits_with_sign_are_refused_and_not_wrapped():
     for dtype, value in (("u4", 2**31), ("u4", 2**32 - 1), ("u8", 2**63), ("i8", -(2**31) - 1), ("i8", 2**40)):
         data = tiff(np.full((4, 5), value, dtype))
         assert reason(data) == Reason.UNSUPPORTED_PIXELS
-        assert isinstance(read_mask(data), Reject)
+        assert isinstance(Mask(data).layers(), Reject)
     assert stored(tiff(np.full((4, 5), 2**31 - 1, "u4"))).max() == 2**31 - 1
 
 
@@ -281,7 +281,7 @@ def test_what_is_not_finite_is_the_smallest_value():
     values = np.array([[np.nan, -2.5, np.inf, 7.25, -np.inf]], "f4")
     assert stored(tiff(values)).tolist() == [[-2.5, -2.5, -2.5, 7.25, -2.5]]
     assert reason(tiff(np.full((2, 2), np.nan, "f8"))) == Reason.UNSUPPORTED_PIXELS
-    assert isinstance(read_mask(tiff(np.array([[np.nan, 1]], "f4"))), Reject)
+    assert isinstance(Mask(tiff(np.array([[np.nan, 1]], "f4"))).layers(), Reject)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 7, 9, 10, 12, 14, 20, 24, 31])
@@ -301,7 +301,7 @@ def test_white_as_zero():
         values = (np.arange(40).reshape(5, 8) - (20 if dtype[0] == "i" else 0)).astype(dtype)
         assert np.array_equal(stored(tiff(values, photometric="miniswhite")), most - values.astype(int))
     # A mask's numbers could be meant either way: it is refused but where the writer is known.
-    found = read_mask(tiff(CLASSES, photometric="miniswhite"))
+    found = Mask(tiff(CLASSES, photometric="miniswhite")).layers()
     assert isinstance(found, Reject)
     assert "white as zero" in found.detail
     where = CLASSES > 0
@@ -347,7 +347,7 @@ def test_tiff_samples_beyond_colours():
     assert np.array_equal(mask(tiff(two, extrasamples=["unassalpha"], **options)), two[..., 0])
     # One class a sample: the first alone would be a part of the mask.
     for values in (two, COLOURS_HWC, np.dstack([COLOURS_HWC] * 2)):
-        found = read_mask(tiff(values, **options))
+        found = Mask(tiff(values, **options)).layers()
         assert isinstance(found, Reject)
         assert found.detail == f"mask: TIFF: {values.shape[2]} samples a pixel"
 
@@ -368,7 +368,7 @@ def test_tiff_with_jpeg_is_lossy_and_its_colours_are_right():
             options |= {"compression": "jpeg", "compressionargs": {"level": 95}, "subsampling": subsampling}
             data = tiff(smooth_HWC, photometric="rgb", **options)
             assert np.abs(stored(data, color=True).astype(int) - smooth_HWC).mean() < 6
-            (layer,) = read_mask(data)  # type: ignore[misc]
+            (layer,) = Mask(data).layers()  # type: ignore[misc]
             assert layer.lossy
 
 
@@ -413,7 +413,7 @@ def imagej_in_one_page() -> bytes:
 )
 def test_several_pages_are_refused_of_masks_too(data: bytes):
     assert reason(data) == Reason.UNSUPPORTED_MULTIFRAME
-    found = read_mask(data)
+    found = Mask(data).layers()
     assert isinstance(found, Reject)
     assert found.reason == Reason.UNSUPPORTED_MULTIFRAME
 
@@ -429,7 +429,7 @@ def test_what_is_not_read_is_refused_by_name():
         (retagged(tiff(COLOURS_HWC, photometric="rgb"), PhotometricInterpretation=6), "TIFF: YCbCr without JPEG"),
     ]:
         assert read_slice(data) == Reject(Reason.UNSUPPORTED_PIXELS, detail)
-        assert read_mask(data) == Reject(Reason.UNSUPPORTED_PIXELS, f"mask: {detail}")
+        assert Mask(data).layers() == Reject(Reason.UNSUPPORTED_PIXELS, f"mask: {detail}")
 
 
 def test_cut_tiffs_are_refused():
@@ -528,7 +528,7 @@ def test_bmp_masks_of_colours_and_of_runs():
     values[0] = [0, 0, 5, 6, 5]
     assert np.array_equal(mask(bmp(values, 4, palette, runs=four), by_value=True), values)
     for runs in (eight[:9], bytes([9, 7, 0, 1]), b"", bytes([0, 2, 0, 9, 1, 1])):
-        found = read_mask(bmp(values, 8, palette, runs=runs))
+        found = Mask(bmp(values, 8, palette, runs=runs)).layers()
         assert isinstance(found, Reject)
         assert found.reason == Reason.NOT_AN_IMAGE
 
@@ -562,7 +562,7 @@ def test_spoiled_files_of_every_kind_are_read_or_refused():
         reasons[code] = reasons.get(code, 0) + 1
         assert code != Reason.INTERNAL, (number, found)
         for by_value in (False, True):
-            layers = read_mask(bytes(data), by_value=by_value)
+            layers = Mask(bytes(data)).layers(by_value=by_value)
             assert isinstance(layers, Reject) or layers[0].values.dtype.kind in "iu"
         size = image_files.size(bytes(data)) if image_files.is_image(bytes(data)) else None
         if isinstance(found, Slice):

@@ -22,7 +22,7 @@ from pydicom.uid import (
 )
 
 from rayseg.data.labels import Labels
-from rayseg.data.masks import read_mask, truth
+from rayseg.data.masks import Mask, truth
 from rayseg.data.preprocess import Preprocess
 from rayseg.records import Reason, Reject
 from tests.unit import test_contours, test_mask_places, test_segments
@@ -38,7 +38,7 @@ def encoded(image: Image.Image, file_format: str = "PNG", **options: object) -> 
 
 
 def values_of(data: bytes, **options: Any) -> np.ndarray:
-    layers = read_mask(data, **options)
+    layers = Mask(data).layers(**options)
     assert not isinstance(layers, Reject), layers
     (layer,) = layers
     return layer.values
@@ -200,7 +200,7 @@ def test_bytes_that_are_no_mask_are_rejected() -> None:
         (dicom(VALUES)[:-2], Reason.TRUNCATED),
         (dicom(VALUES, PixelData=None), Reason.TRUNCATED),
     ]:
-        mask = read_mask(data)
+        mask = Mask(data).layers()
         assert isinstance(mask, Reject)
         assert mask.reason == reason
     mismatch = truth([(encoded(Image.fromarray(VALUES)), None)], (3, 2), Labels())
@@ -212,10 +212,10 @@ def test_a_declared_size_over_the_limit_is_refused_before_decoding(side: int) ->
     huge = bytearray(encoded(Image.fromarray(VALUES)))
     huge[16:24] = side.to_bytes(4) + side.to_bytes(4)  # width and height in the PNG's IHDR
     huge[29:33] = zlib.crc32(bytes(huge[12:29])).to_bytes(4)
-    mask = read_mask(bytes(huge))
+    mask = Mask(bytes(huge)).layers()
     assert isinstance(mask, Reject)
     assert mask.reason == Reason.TOO_LARGE
-    many = read_mask(dicom(VALUES, Rows=9_000, Columns=9_000))
+    many = Mask(dicom(VALUES, Rows=9_000, Columns=9_000)).layers()
     assert isinstance(many, Reject)
     assert many.reason == Reason.TOO_LARGE
 

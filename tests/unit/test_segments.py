@@ -14,7 +14,7 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 from rayseg.data.labels import Labels
 from rayseg.data.masks import truth
-from rayseg.dicom import segments
+from rayseg.dicom import segment_index, segments
 from rayseg.dicom.reading import Header
 from rayseg.dicom.segmentation import encode
 from rayseg.geometry.grid import Geometry
@@ -145,10 +145,11 @@ def test_real_segmentations_of_every_encoding_agree(shared_data: Path) -> None:
     twin = pydicom.dcmread(folder / "liver.dcm")
     expected = twin.pixel_array
     for path in paths:
-        data = path.read_bytes()
+        segmentation = segment_index.read(path.read_bytes())
+        assert isinstance(segmentation, segment_index.Segmentation)
         for index, groups in enumerate(twin.PerFrameFunctionalGroupsSequence):
             instance = groups.DerivationImageSequence[0].SourceImageSequence[0].ReferencedSOPInstanceUID
-            found = segments.of_slice(data, replace(header(0), sop_instance_uid=instance))
+            found = segments.of_slice(segmentation, replace(header(0), sop_instance_uid=instance))
             assert isinstance(found, list), path.name
             ((number, label, inside),) = found
             assert (number, label) == (1, "Liver")

@@ -16,15 +16,16 @@ import pytest
 
 from rayseg import storage
 from rayseg.config import load
-from rayseg.data import stacks, synthetic
+from rayseg.data import accepted, stacks, synthetic
 from rayseg.data.labels import Labels
-from rayseg.data.prepare import PrepareConfig, _shards, _taken
+from rayseg.data.prepare import PrepareConfig, _check
 from rayseg.data.preprocess import Preprocess, Window
-from rayseg.data.samples import PLAN, TAKEN, write_shards
-from rayseg.data.spool import packed
+from rayseg.data.samples import Making
 from rayseg.demo.pipeline import DemoConfig
+from rayseg.dicom import pixels
 from rayseg.dicom.reading import Slice, read_slice
 from rayseg.inference import predictor as predictor_module
+from rayseg.inference.heldout import HeldOut, Judged
 from rayseg.inference.predictor import Predictor
 from rayseg.records import MANIFEST, PREPARED, Reason, Reject
 from rayseg.tracking import bundle
@@ -34,9 +35,9 @@ from serving.replica import ModelReplica
 from serving.segment import Settings
 from serving.swap import Loaded
 from serving.workers import Workers
+from tests.unit.writing import written
 
 UNITS = Window(center=128, width=256)  # value v of 0..255 becomes v
-SPLIT = pa.field("split", pa.string())
 
 
 def flat(value: int) -> Slice:
@@ -168,21 +169,22 @@ def test_frames_are_slices_and_what_nothing_orders_has_no_neighbours() -> None:
     assert uris(stacks.beside(nothing, range(4), 1)[0]) == [[None, "b"], ["a", None], [None, None], [None, None]]
 
 
-def test_image_files_have_no_order() -> None:
+def test_image_files_have_no_order(tmp_path: Path) -> None:
     files = manifest(*((*"ps", name) for name in "ab"), kind=["image"] * 2)
+    storage.write_table(str(tmp_path / "m"), files)
+    units = accepted.write(tmp_path / "m", tmp_path / "rows")
     with pytest.raises(ValueError, match=r"prepare\.preprocess\.neighbours: 2 of 2 rows are image files"):
-        stacks.beside(files, [0, 1], 1)
+        _check(units, PrepareConfig("m", "o", Preprocess(neighbours=1)))
+    _check(units, PrepareConfig("m", "o"))
     assert uris(stacks.beside(files, [0, 1], 0)[0]) == [[], []]
 
 
-def test_another_object_in_the_place_of_one_makes_another_shard() -> None:
+def test_another_object_in_the_place_of_one_makes_another_shard(tmp_path: Path) -> None:
     def paths(table: pa.Table, neighbours: int = 1) -> list[str]:
-        preprocess = Preprocess((4, 4), UNITS, None, neighbours=neighbours)
-        config = PrepareConfig("m", "o", preprocess, limit=2)
-        taken = _taken(table, config)
-        assert taken["uri"].to_pylist() == ["b", "d"]
-        samples = taken.append_column("split", pa.array(["train"] * len(taken)))
-        return [path for path, _ in _shards(samples, config, "reject")]
+        making = Making(Preprocess((4, 4), UNITS, None, neighbours=neighbours), Labels(), 16)
+        shards = written(table, tmp_path, making, limit=2)  # nothing is there: all that there are is names
+        assert [reject["uri"] for shard in shards for reject in shard["rejects"]] == ["b", "d"]
+        return [shard["path"] for shard in shards]
 
     rows = [(*"ps", name) for name in "abcd"]
     first = paths(manifest(*rows))
@@ -207,13 +209,6 @@ def test_another_object_in_the_place_of_one_makes_another_shard() -> None:
     assert paths(manifest(*rows, bytes=[100, 101, 7, 103]), neighbours=0) == alone
 
 
-def plan_of(samples: list[dict[str, Any]]) -> pa.Table:
-    schema = pa.schema([*(PREPARED.field(name) for name in (*TAKEN, "neighbours")), SPLIT])
-    told = [{"patient_key": "p", "series_key": "s", "masks": [], "split": "train", **sample} for sample in samples]
-    cell = packed(pa.Table.from_pylist(told, schema))
-    return pa.Table.from_pylist([{"path": "x.parquet", "samples": cell}], schema=PLAN)
-
-
 def test_a_task_reads_what_the_next_sample_needs_too_only_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from PIL import Image
 
@@ -225,45 +220,32 @@ def test_a_task_reads_what_the_next_sample_needs_too_only_once(tmp_path: Path, m
     reads = []
     read_each = storage.read_each
     monkeypatch.setattr(storage, "read_each", lambda uris: read_each(reads.append(uri) or uri for uri in uris))
-    beside = [[names[at] if 0 <= at < 5 else None for at in (number - 1, number + 1)] for number in range(5)]
-    samples = [
-        {"uri": uri, "frame": None, "neighbours": [one and {"uri": one, "frame": None} for one in around]}
-        for uri, around in zip(names, beside, strict=True)
-    ]
-    preprocess = Preprocess((4, 4), UNITS, None, neighbours=1)
-    (shard,) = write_shards(plan_of(samples), str(tmp_path), preprocess, Labels(), 16).to_pylist()
+    table = manifest(*((*"ps", name) for name in names), masks=[[]] * 5)
+    (shard,) = written(table, tmp_path, Making(Preprocess((4, 4), UNITS, None, neighbours=1), Labels(), 16))
     assert reads == names
     assert [reject["uri"] for reject in shard["rejects"]] == [names[3]]
-    rows = storage.read_table(str(tmp_path / "x.parquet")).to_pylist()
+    rows = storage.read_table(str(tmp_path / shard["path"])).to_pylist()
     found = [values(np.frombuffer(row["image"], np.uint8).reshape(4, 4, 3)) for row in rows]
     assert found == [[10, 10, 20], [10, 20, 30], [20, 30, 30], [50, 50, 50]]
     assert rows[0]["neighbours"] == [None, {"uri": names[1], "frame": None}]
 
 
-def test_frames_are_decoded_for_each_stack_from_one_reading(
+def test_each_frame_is_decoded_once_for_all_stacks(
     enhanced: Any, as_file: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     uri = str(tmp_path / "a.dcm")
     words_NHW = np.repeat(np.arange(6, dtype=np.uint16), 16).reshape(6, 4, 4)
     Path(uri).write_bytes(as_file(enhanced(words_NHW, intercepts=[0] * 6)))  # slope 2: 0, 2, 4, ...
-    order = [4, 0, 3, 5]
-    samples = [
-        {
-            "uri": uri,
-            "frame": frame,
-            "neighbours": [{"uri": uri, "frame": at} if 0 <= at < 6 else None for at in (frame - 1, frame + 1)],
-        }
-        for frame in order
-    ]
-    reads = []
-    read_each = storage.read_each
+    reads, decoded = [], []
+    read_each, frame_of = storage.read_each, pixels.PixelData.frame
     monkeypatch.setattr(storage, "read_each", lambda uris: read_each(reads.append(uri) or uri for uri in uris))
-    preprocess = Preprocess((4, 4), UNITS, None, neighbours=1)
-    write_shards(plan_of(samples), str(tmp_path), preprocess, Labels(), 16)
-    assert reads == [uri]
-    rows = storage.read_table(str(tmp_path / "x.parquet")).to_pylist()
+    monkeypatch.setattr(pixels.PixelData, "frame", lambda self, at: decoded.append(at) or frame_of(self, at))
+    table = manifest(*[(*"ps", uri)] * 6, frame=list(range(6)), masks=[[]] * 6)
+    (shard,) = written(table, tmp_path, Making(Preprocess((4, 4), UNITS, None, neighbours=1), Labels(), 16))
+    assert (reads, decoded) == ([uri], list(range(6)))
+    rows = storage.read_table(str(tmp_path / shard["path"])).to_pylist()
     found = [values(np.frombuffer(row["image"], np.uint8).reshape(4, 4, 3)) for row in rows]
-    assert found == [[6, 8, 10], [0, 0, 2], [4, 6, 8], [8, 10, 10]]
+    assert found == [[0, 0, 2], [0, 2, 4], [2, 4, 6], [4, 6, 8], [6, 8, 10], [8, 10, 10]]
 
 
 # A model that looks at neighbours, and gets a slice alone
@@ -278,6 +260,32 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     preprocess = Preprocess((32, 32), Window(40, 80), None, neighbours=1)
     bundle.save(folder, model, preprocess, Labels(), 0.5, synthetic.slice_bytes(0, 64))
     return folder
+
+
+def test_rows_of_a_volume_are_judged_from_one_reading_of_image_and_labels(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nibabel import Nifti1Image
+
+    rng = np.random.default_rng(4)
+    image, label = (str(tmp_path / f"{name}.nii.gz") for name in ("image", "label"))
+    marks = rng.integers(0, 2, (32, 32, 6)).astype(np.uint8)
+    Nifti1Image(rng.integers(0, 99, marks.shape).astype(np.int16), np.eye(4)).to_filename(image)
+    Nifti1Image(marks, np.eye(4)).to_filename(label)
+    reads = []
+    read = storage.read
+    monkeypatch.setattr(storage, "read", lambda uri, length=None: reads.append(uri) or read(uri, length))
+    places = [{"uri": image, "frame": frame} if 0 <= frame < 6 else None for frame in range(-1, 7)]
+    rows = [
+        {**places[at], "neighbours": [places[at - 1], places[at + 1]], "masks": [{"uri": label, "label": None}]}  # type: ignore[dict-item]
+        for at in range(1, 7)
+    ]
+    judged = list(HeldOut(Predictor.load(saved), Labels()).judged(rows))
+    assert sorted(reads) == [image, label]
+    for index, one in enumerate(judged):
+        assert isinstance(one, Judged)
+        # NIfTI's columns run to the right and its rows to the front, DICOM's to the left and the back.
+        assert np.array_equal(one.truth, marks[::-1, ::-1, index].T)
 
 
 def test_the_example_is_its_own_neighbours_and_verifies(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -333,10 +341,12 @@ def test_a_store_that_fails_for_a_neighbour_rejects_the_sample(tmp_path: Path, m
         "read_each",
         lambda uris: (OSError("busy") if uri == b else io.FileIO(uri).read() for uri in uris),
     )
-    samples = [{"uri": a, "frame": None, "neighbours": [None, {"uri": b, "frame": None}]}]
-    preprocess = Preprocess((4, 4), UNITS, None, neighbours=1)
-    (shard,) = write_shards(plan_of(samples), str(tmp_path), preprocess, Labels(), 16).to_pylist()
-    assert [reject["reason"] for reject in shard["rejects"]] == ["read_failed"]
+    table = manifest((*"ps", a), (*"ps", b), masks=[[]] * 2)
+    making = Making(Preprocess((4, 4), UNITS, None, neighbours=1), Labels(), 16)
+    (shard,) = written(table, tmp_path, making)
+    assert [reject["detail"] for reject in shard["rejects"]] == ["neighbour: object: OSError", "object: OSError"]
+    (shard,) = written(table.slice(0, 1), tmp_path, making)
+    assert shard["rows"] == 1
 
 
 def test_the_demo_refuses_what_its_service_would() -> None:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +15,7 @@ from unittest.mock import patch
 from urllib.parse import urlsplit
 
 import boto3
+import numpy as np
 import pyarrow as pa
 import ray
 from botocore.config import Config
@@ -22,13 +24,17 @@ from ray._private import internal_api  # what the object store has spilled is to
 from rayseg import storage
 from rayseg.benchmark import inputs
 from rayseg.benchmark.delay import delayed
+from rayseg.data import accepted, manifest
 from rayseg.data.labels import Labels
-from rayseg.data.masks import truth
+from rayseg.data.masks import Mask, truth
 from rayseg.data.prepare import PrepareConfig, prepare
 from rayseg.data.preprocess import Preprocess
+from rayseg.data.samples import Making, write_shards
+from rayseg.data.shards import planned
 from rayseg.data.split import Split
 from rayseg.demo.store import object_store
-from rayseg.dicom.reading import Slice, read_slice
+from rayseg.dicom.pseudonyms import Pseudonyms
+from rayseg.dicom.reading import Slice, Source, read_slice
 from rayseg.records import MANIFEST, Reject
 
 OBJECT_STORE_BYTES = 80 * 2**20  # Ray wants at least 75 MiB
@@ -36,6 +42,7 @@ _WINDOW = Preprocess(size=(inputs.SIZE, inputs.SIZE), window="brain", percentile
 _SCALED = Preprocess(size=(256, 256), window="brain", percentiles=None)
 _FILES = 64  # of which the source of the preparing is made, by links
 _PREPARED_ROWS = 4096
+_VOLUMES, _SLICES = 16, 64
 _OBJECTS = 128  # on S3
 _FAR_S = 0.02  # to a store far away, and back
 _FEED = """
@@ -94,17 +101,13 @@ def _seconds(call: Callable[[], object], times: int, clock: Callable[[], float] 
 
 def _preparing(folder: Path, repeats: int) -> dict[str, Any]:
     """Slices a second and core of the prepare job over those of a bare loop in memory; what Ray spilled meanwhile."""
-    manifest = _manifest(folder / "source")
+    source = _manifest(folder / "source")
     image, mask = inputs.ct_slice("uncompressed"), inputs.ct_mask()
-    labels = Labels()
 
     def bare() -> None:
         slice = read_slice(image)
         assert isinstance(slice, Slice)
-        classes = truth([(mask, None)], slice.shape, labels, slice.header)
-        assert not isinstance(classes, Reject)
-        _SCALED.apply(slice)
-        _SCALED.apply_mask(classes)
+        _both(slice, Mask(mask))
 
     cores = os.cpu_count() or 1
     ray.init(address="local", num_cpus=cores, object_store_memory=OBJECT_STORE_BYTES, include_dashboard=False)
@@ -113,12 +116,13 @@ def _preparing(folder: Path, repeats: int) -> dict[str, Any]:
         for repeat in range(-1, repeats):
             loop = _seconds(bare, 200)
             # All in training: the same picture in two splits would be a leak.
-            config = PrepareConfig(manifest, str(folder / f"set{repeat}"), _SCALED, split=Split(0.0, 0.0))
+            config = PrepareConfig(source, str(folder / f"set{repeat}"), _SCALED, split=Split(0.0, 0.0))
             seconds = prepare(config).seconds
             loop = (loop + _seconds(bare, 200)) / 2
             if repeat >= 0:  # the first one starts the workers
                 rates.append(_PREPARED_ROWS / seconds / cores)
                 ratios.append(rates[-1] * loop)
+        volumes = _preparing_volumes(folder / "volumes", repeats, cores)
         state = internal_api.get_state_from_address(ray.get_runtime_context().gcs_address)
         stats = internal_api.get_memory_info_reply(state).store_stats
     finally:
@@ -130,7 +134,72 @@ def _preparing(folder: Path, repeats: int) -> dict[str, Any]:
         "prepare.source_over_object_store": figure([source_bytes / (repeats + 1) / OBJECT_STORE_BYTES]),
         "prepare.spilled_bytes": figure([float(stats.spilled_bytes_total)]),
         "prepare.object_store_bytes_in_use": figure([float(stats.object_store_bytes_used)]),
+        **volumes,
     }
+
+
+def _both(slice: Slice, mask: Mask) -> None:
+    """Makes a sample's picture and its mask."""
+    classes = truth([(mask, None)], slice.shape, Labels(), slice.header, geometry=slice.geometry)
+    assert not isinstance(classes, Reject)
+    _SCALED.apply(slice)
+    _SCALED.apply_mask(classes)
+
+
+def _preparing_volumes(folder: Path, repeats: int, cores: int) -> dict[str, Any]:
+    """The same of gzipped NIfTI volumes with label volumes; and how often the tasks read each file."""
+    folder.mkdir()
+    image, mask = inputs.ct_volume(_SLICES)
+    rows = []
+    for number in range(_VOLUMES):
+        at = {name: str(folder / f"{number}-{name}.nii.gz") for name in ("image", "mask")}
+        for name, data in (("image", image), ("mask", mask)):
+            # Of another time (RFC 1952): bytes that no cache has seen.
+            Path(at[name]).write_bytes(data[:4] + number.to_bytes(4, "little") + data[8:])
+        masks = [{"uri": at["mask"], "label": None}]
+        item = manifest.Item(at["image"], f"{number}", len(image), masks, str(number))
+        rows += manifest.rows(item, image, Pseudonyms(b"benchmark"))
+    uri = str(folder / "manifest.parquet")
+    storage.write_table(uri, pa.Table.from_pylist(rows, schema=MANIFEST))
+
+    def bare() -> None:
+        source, opened = Source(image), Mask(mask)
+        for frame in range(_SLICES):
+            slice = source.slice(frame)
+            assert isinstance(slice, Slice)
+            _both(slice, opened)
+
+    ratios, rates = [], []
+    for repeat in range(repeats):
+        loop = _seconds(bare, 2)
+        config = PrepareConfig(uri, str(folder / f"set{repeat}"), _SCALED, split=Split(0.0, 0.0))
+        seconds = prepare(config).seconds
+        rates.append(_VOLUMES * _SLICES / seconds / cores)
+        ratios.append(rates[-1] * (loop + _seconds(bare, 2)) / 2 / _SLICES)
+    reads = _reads(folder, uri)
+    return {
+        "prepare_volumes_vs_bare_loop": figure(ratios),
+        "prepare_volumes.slices_per_second_and_core": figure(rates),
+        "prepare_volumes.reads_of_each_file": figure([reads[at] for at in sorted(reads)]),
+    }
+
+
+def _reads(folder: Path, uri: str) -> Counter[str]:
+    """How often the tasks of a set read each file, shards being smaller than a volume: all of them in this process."""
+    units = accepted.write(Path(uri), folder / "rows")
+    tasks = planned(units, np.zeros(len(units.first), np.int8), ["train"], None, _SLICES // 3)
+    reads: Counter[str] = Counter()
+    read = storage.read
+
+    def counted(uri: str, length: int | None = None) -> bytes:
+        reads[uri] += 1
+        return read(uri, length)
+
+    with patch.object(storage, "read", counted):
+        for task in tasks:
+            write_shards(task, str(folder / "rows"), str(folder / "counted"), Making(_SCALED, Labels(), 16))
+    assert len(reads) == 2 * _VOLUMES, "every file is read"
+    return reads
 
 
 def _manifest(folder: Path) -> str:

@@ -1,9 +1,11 @@
 """Inputs of the benchmarks: a 512x512 CT slice in several transfer syntaxes, and prepared sets of any size."""
 
+import gzip
 import io
 import struct
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pyarrow as pa
 import pydicom
@@ -50,6 +52,17 @@ def ct_mask() -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(label).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def ct_volume(slices: int) -> tuple[bytes, bytes]:
+    """So many slices of the phantom head, and their masks, as gzipped NIfTI volumes."""
+    volumes = []
+    head = phantom.head(0, 0, slices)
+    planes = [phantom.render(head, number, SIZE) for number in range(slices)]
+    for stored, dtype in zip(zip(*planes, strict=True), (np.int16, np.uint8), strict=True):
+        volume_CRS = np.stack(stored).astype(dtype).T
+        volumes.append(gzip.compress(nib.Nifti1Image(volume_CRS, np.eye(4)).to_bytes(), 1, mtime=0))
+    return volumes[0], volumes[1]
 
 
 def _jpeg_lossless(stored: np.ndarray) -> bytes:

@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 HEADER_BYTES = 64 * 1024  # what is read of an object first: nearly every header ends before
 _ROWS_PER_TASK = 256
+_ROWS_AT_ONCE = 4096  # of the manifest, in a task
 
 _PLAN = pa.schema(
     [
@@ -306,22 +307,25 @@ def _headers(
         compute=ray.data.TaskPoolStrategy(size=min(config.concurrency, len(blocks))),
         resources=config.resources,
     )
-    read = 0
-    with tqdm(total=unread.objects, desc="catalog: headers", unit=" objects", disable=None) as progress:
+    waiting = unread.objects
+    with tqdm(total=waiting, desc="catalog: headers", unit=" objects", disable=None) as progress:
         for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
             for cell in batch["rows"].to_pylist():
                 rows = unpacked(cell)
                 found.append(rows)
                 parts.add(rows)
-                objects = len(rows["index"].unique())
-                read += objects
-                progress.update(objects)
-            meters.show("rayseg_waiting", unread.objects - read, stage="catalog")
-    assert read == unread.objects, "every object is one row"
+                ended = len(rows["index"].unique())
+                waiting -= ended
+                progress.update(ended)
+            meters.show("rayseg_waiting", waiting, stage="catalog")
+    assert waiting == 0, "every object has a row"
 
 
-def _read_headers(cells: pa.Table, layout: Layout, pseudonyms: Pseudonyms) -> pa.Table:
-    """A task: a cell of packed rows of the plan to one of rows of the manifest, which Ray cannot cut in two."""
+def _read_headers(cells: pa.Table, layout: Layout, pseudonyms: Pseudonyms) -> Iterator[pa.Table]:
+    """A task: a cell of packed rows of the plan to some of rows of the manifest.
+
+    Ray Data cuts large blocks in two, but no cell: each has all rows of its objects.
+    """
     (cell,) = cells["objects"].to_pylist()
     plan = unpacked(cell)
     indexes, etags = plan["index"].to_pylist(), plan["etag"].to_pylist()
@@ -330,7 +334,7 @@ def _read_headers(cells: pa.Table, layout: Layout, pseudonyms: Pseudonyms) -> pa
     length = None if pacs.is_dicomweb(items[0].uri) else HEADER_BYTES
     beginnings = storage.read_each((item.uri for item in items), length)
     needs_mask = layout.masks is not None and layout.missing_mask == "reject"
-    rows = []
+    rows: list[dict[str, Any]] = []
     for index, etag, item, beginning in zip(indexes, etags, items, beginnings, strict=True):
         for row in manifest.rows(item, beginning, pseudonyms, layout.volume):
             if row["verdict"] == "ok" and layout.groups is not None and item.group is None:
@@ -338,4 +342,12 @@ def _read_headers(cells: pa.Table, layout: Layout, pseudonyms: Pseudonyms) -> pa
             elif row["verdict"] == "ok" and needs_mask and not item.masks:
                 row = manifest.refused(row, Reject(Reason.NO_MASK))
             rows.append({"index": index, "etag": etag, **row})
+        if len(rows) >= _ROWS_AT_ONCE:  # of volumes: an object has as many as slices
+            yield _cell(rows)
+            rows = []
+    if rows:
+        yield _cell(rows)
+
+
+def _cell(rows: list[dict[str, Any]]) -> pa.Table:
     return pa.table({"rows": pa.array([packed(pa.Table.from_pylist(rows, schema=_FOUND))], pa.binary())})

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from rayseg import storage
 from rayseg.dicom import image_files, series, splitting, volumes
 from rayseg.dicom.pseudonyms import Pseudonyms
@@ -99,6 +102,11 @@ def in_series(rows: list[dict[str, Any]], wanted: Sequence[str] | None = None) -
             ordered += [row for row in of_series if row["verdict"] != "ok"]
     assert len(ordered) == len(rows)
     return ordered
+
+
+def whole_series(keys: pa.Array) -> pa.Array:
+    """The keys of the series that stacks are of, by `series_key`."""
+    return pc.replace_substring_regex(keys, f"{_STACK}.*", "")
 
 
 def unjudged(row: dict[str, Any]) -> dict[str, Any]:

@@ -8,38 +8,35 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import ray
-import ray.data
 from tqdm import tqdm
 
-from rayseg import cluster, lease, logs, meters, storage
+from rayseg import cluster, lease, meters, storage
 from rayseg import config as configuration
-from rayseg.data import voxels
+from rayseg.data import accepted
+from rayseg.data.accepted import Units
 from rayseg.data.labels import Labels
 from rayseg.data.prepared import DESCRIPTION, PATIENTS, READERS, VERSION
 from rayseg.data.preprocess import Preprocess
-from rayseg.data.samples import PLAN, TAKEN, limited, positive_patients, row_id, write_shards
+from rayseg.data.samples import Making, positive_patients, row_id, write_shards
+from rayseg.data.shards import Task, limited, planned
 from rayseg.data.split import LEAK_COLUMNS, SPLITS, Split, check_leak, read_standing, to_csv
-from rayseg.data.spool import packed
-from rayseg.data.stacks import PLACE, beside
+from rayseg.data.stacks import refuse_unordered
 from rayseg.records import MISSING_MASK, REJECTS, MissingMask, Reason
 
 logger = logging.getLogger(__name__)
 
 REJECTS_FILE = "rejects.parquet"
 _SHARD = re.compile(rf"split=({'|'.join(SPLITS)})/part-\d+(-[0-9a-f]+)?\.parquet")
-# Of the objects: another size or ETag is another shard. Those of masks stand in `masks`.
-_CONTENT = ["bytes", "etag", "neighbour_bytes", "neighbour_etags"]
-_ROWS_PER_LOOK = 512  # of a task that only looks at masks
-# Ray Data starts a task when it has seen another end, which leaves a CPU idle for 0.2 s: a task should take longer.
-_MOST_IN_A_TASK = 8
-_TASKS_A_CPU = 4  # at least, so that all end at about the same time
+_ROWS_FILE = "_rows.arrow"  # of a run, for its tasks
 
 
 @dataclass(frozen=True)
@@ -103,36 +100,44 @@ def prepare(config: PrepareConfig) -> PrepareResult:
 
 def _prepared(config: PrepareConfig, held: lease.Lease) -> PrepareResult:
     manifest_uri, output = storage.absolute(config.manifest), storage.absolute(config.output)
+    with TemporaryDirectory(prefix="rayseg-prepare-") as folder:
+        manifest, rows_file = Path(folder, "manifest"), Path(folder, "rows")
+        try:
+            storage.fetch(manifest_uri, manifest)
+        except FileNotFoundError:
+            raise ValueError(f"prepare.manifest: there is no {manifest_uri}; run the catalog job") from None
+        with manifest.open("rb") as file:
+            manifest_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        standing_split = _standing_split(config.split.standing)
+        digest = _digest(config, manifest_sha256, standing_split)
+        standing = _standing(output, digest)
+        if standing is not None:
+            logger.info("prepare: an equal set stands at %s", output)
+            return _result(output, standing, cached=True)
+        making = Making(config.preprocess, config.labels, config.row_group_rows, _missing_mask(manifest))
+        units = accepted.write(manifest, rows_file)
+        _check(units, config)
+        rows_uri = storage.join(output, _ROWS_FILE)
+        storage.write_file(rows_uri, rows_file)
     try:
-        manifest = storage.read(manifest_uri)
-    except FileNotFoundError:
-        raise ValueError(f"prepare.manifest: there is no {manifest_uri}; run the catalog job") from None
-    missing_mask = _missing_mask(manifest)
-    standing_split = _standing_split(config.split.standing)
-    digest = _digest(config, hashlib.sha256(manifest).hexdigest(), standing_split)
-    standing = _standing(output, digest)
-    if standing is not None:
-        logger.info("prepare: an equal set stands at %s", output)
-        return _result(output, standing, cached=True)
-
-    placing = PLACE if config.preprocess.neighbours else ()
-    columns = list(dict.fromkeys([*TAKEN, *placing, *voxels.COLUMNS, "verdict", "bytes", "etag"]))
-    taken = _taken(pq.read_table(pa.BufferReader(manifest), columns=columns), config)
-    parts = _deal(taken, config, standing_split)
-    if config.split.held_out:
-        taken, parts = _seen(taken, parts, config.split)
-    samples = _samples(taken, parts, config.split)
-    plan = _shards(samples, config, missing_mask)
+        taken = limited(np.repeat(units.patient, units.rows), config.limit)
+        parts = _deal(units, taken, config, making, rows_uri, standing_split)
+        tasks = _tasks(units, taken, parts, config)
+        held.check()
+        storage.delete(storage.join(output, DESCRIPTION))  # no reader sees a mixture
+        written = _write(tasks, rows_uri, output, config, making)
+    finally:
+        storage.delete(rows_uri)
     held.check()
-    _clear(output, keep={path for path, _ in plan})
-    written = _write(plan, len(samples), output, config, missing_mask)
+    _clear(output, keep={shard["path"] for shard in written})
     rejects = [reject for shard in written for reject in shard["rejects"]]
     held.check()
     storage.write_table(storage.join(output, REJECTS_FILE), pa.Table.from_pylist(rejects, schema=REJECTS))
     reasons = dict(sorted(Counter(reject["reason"] for reject in rejects).items()))
-    if len(rejects) > config.max_reject_fraction * len(samples):
+    rows_in_all = sum(task.rows for task in tasks)
+    if len(rejects) > config.max_reject_fraction * rows_in_all:
         raise ValueError(
-            f"prepare: {len(rejects)} of {len(samples)} rows rejected, over max_reject_fraction "
+            f"prepare: {len(rejects)} of {rows_in_all} rows rejected, over max_reject_fraction "
             f"{config.max_reject_fraction}: {reasons}; {storage.join(output, REJECTS_FILE)} names each"
         )
     filled = [shard for shard in written if shard["rows"]]
@@ -141,7 +146,7 @@ def _prepared(config: PrepareConfig, held: lease.Lease) -> PrepareResult:
     description = {
         "version": VERSION,
         "digest": _with_unread(digest, rejects),
-        "manifest_sha256": hashlib.sha256(manifest).hexdigest(),
+        "manifest_sha256": manifest_sha256,
         "preprocess": configuration.plain(config.preprocess),
         "labels": configuration.plain(config.labels),
         "split": configuration.plain(config.split),
@@ -179,9 +184,9 @@ def _with_unread(digest: str, rejects: Sequence[Mapping[str, Any]]) -> str:
     return configuration.digest([digest, sorted(unread)]) if unread else digest
 
 
-def _missing_mask(manifest: bytes) -> MissingMask:
+def _missing_mask(manifest: Path) -> MissingMask:
     """What the manifest's layout says of slices that the mask of their series has no plane of."""
-    said = (pq.read_schema(pa.BufferReader(manifest)).metadata or {}).get(MISSING_MASK, b"reject")
+    said = (pq.read_schema(manifest).metadata or {}).get(MISSING_MASK, b"reject")
     return "empty" if said == b"empty" else "reject"
 
 
@@ -224,95 +229,54 @@ def _result(output: str, description: dict[str, Any], cached: bool) -> PrepareRe
 
 
 def _clear(output: str, keep: set[str]) -> None:
-    """Takes away an older set but for the shards to `keep`, its description first: no reader sees a mixture.
+    """Takes away the shards of an older set but for those to `keep`.
 
-    While a job reads it its shards stay, until a later set is prepared here: names of other shards are others.
+    While a job reads it they stay, until a later set is prepared here: names of other shards are others.
     """
-    storage.delete(storage.join(output, DESCRIPTION))
     if readers := lease.living(storage.join(output, READERS)):
         logger.info("prepare: shards of the set that stood there stay: %s reads them", readers[0])
-    elif storage.exists(output):
+    elif storage.exists(output):  # a bucket's folder goes with the last object
         for info in list(storage.list_files(output, (".parquet",))):
             path = info.uri[len(output.rstrip("/")) + 1 :]
             if _SHARD.fullmatch(path) and path not in keep:
                 storage.delete(info.uri)
 
 
-def _taken(manifest: pa.Table, config: PrepareConfig) -> pa.Table:
-    """The accepted rows that are prepared, in the manifest's order: TAKEN, `neighbours` and `_CONTENT`.
-
-    And `voxel_mm3`, for which those count too that the limit leaves out.
-    """
-    accepted = manifest.filter(pc.equal(manifest["verdict"], "ok"))
-    masks = pc.list_flatten(accepted["masks"])
-    if not len(masks):
+def _check(units: Units, config: PrepareConfig) -> None:
+    """Refuses a manifest that nothing can be prepared of with these settings."""
+    if not units.masks:
         raise ValueError("prepare.manifest: no accepted row has a mask; name catalog.layout.masks and catalog again")
-    config.labels.check_sources(set(pc.unique(pc.struct_field(masks, "label")).to_pylist()) - {None})
-    rows = limited(accepted["patient_key"].to_pylist(), config.limit)
-    # Those that the limit leaves out are neighbours all the same.
-    neighbours, sizes, etags = beside(accepted, rows, config.preprocess.neighbours)
-    measured = accepted.select([*TAKEN, "bytes", "etag"]).append_column("voxel_mm3", voxels.of_rows(accepted))
-    taken = measured.take(pa.array(rows, pa.int64()))
-    taken = taken.append_column("neighbours", neighbours)
-    return taken.append_column("neighbour_bytes", sizes).append_column("neighbour_etags", etags)
+    config.labels.check_sources({label for label in units.labels if label is not None})
+    if config.preprocess.neighbours:
+        refuse_unordered(int(units.rows[units.loose].sum()), int(units.rows.sum()))
 
 
-def _deal(taken: pa.Table, config: PrepareConfig, standing: Mapping[str, str]) -> dict[str, str]:
+def _deal(
+    units: Units,
+    taken: np.ndarray | None,
+    config: PrepareConfig,
+    making: Making,
+    rows_uri: str,
+    standing: Mapping[str, str],
+) -> dict[str, str]:
     """The part of each patient."""
-    patients = dict.fromkeys(taken["patient_key"].to_pylist(), False)
+    patients = dict.fromkeys(units.patients, False)
     if config.split.stratify:
-        cells = [
-            ("", packed(taken.slice(start, _ROWS_PER_LOOK).select(TAKEN)))
-            for start in range(0, len(taken), _ROWS_PER_LOOK)
-        ]
-        arguments = {"preprocess": config.preprocess, "labels": config.labels}
-        for batch in (
-            _planned(cells)
-            .map_batches(
-                logs.carried(positive_patients),
-                batch_size=None,
-                batch_format="pyarrow",
-                fn_kwargs=arguments,
-                resources=config.resources,
-            )
-            .iter_batches(batch_size=None, batch_format="pyarrow")
-        ):
-            patients |= dict.fromkeys(batch["patient_key"].to_pylist(), True)
+        every = planned(units, np.zeros(len(units.first), np.int8), ["any"], taken, config.rows_per_shard)
+        look = partial(positive_patients, rows_uri=rows_uri, making=making)
+        for _, positive in cluster.mapped(look, every, config.resources):
+            patients |= dict.fromkeys(positive, True)
     return config.split.deal(patients, standing)
 
 
-def _seen(taken: pa.Table, parts: Mapping[str, str], split: Split) -> tuple[pa.Table, dict[str, str]]:
-    """Rows and parts of the patients who are in a split at all."""
-    seen = {key: part for key, part in parts.items() if split.split_of(part) is not None}
-    return taken.filter(pc.is_in(taken["patient_key"], pa.array(list(seen), pa.string()))), seen
-
-
-def _samples(taken: pa.Table, parts: Mapping[str, str], split: Split) -> pa.Table:
-    """The rows to prepare with their `split`, in the order of their shards: all of training, then validation, test."""
-    dealt = [split.split_of(parts[key]) or "" for key in taken["patient_key"].to_pylist()]
-    _refuse_empty(Counter(dealt), split, f"of {len(parts)} patients fell")
-    place = np.array([SPLITS.index(name) for name in dealt])
-    # Training reads neighbouring rows together: they should not be neighbouring slices of one patient.
-    ids = (
-        int(row_id(uri, frame)[:16], 16) if name == "train" else 0
-        for uri, frame, name in zip(taken["uri"].to_pylist(), taken["frame"].to_pylist(), dealt, strict=True)
-    )
-    order = np.lexsort((np.fromiter(ids, np.uint64, len(taken)), place))
-    return taken.append_column("split", pa.array(dealt)).take(pa.array(order))
-
-
-def _shards(samples: pa.Table, config: PrepareConfig, missing_mask: MissingMask) -> list[tuple[str, bytes]]:
-    """Path and packed samples of each shard; the path's digest is of all that the shard is made from."""
-    made_with = map(configuration.plain, (config.preprocess, config.labels))
-    settings = [VERSION, config.row_group_rows, missing_mask, *made_with]
-    shards = []
-    for split in SPLITS:
-        of_split = samples.filter(pc.equal(samples["split"], split))
-        for part, start in enumerate(range(0, len(of_split), config.rows_per_shard)):
-            rows = of_split.slice(start, config.rows_per_shard)
-            digest = configuration.digest([settings, rows.to_pylist()])[:16]
-            shards.append((f"split={split}/part-{part:05d}-{digest}.parquet", packed(rows.drop_columns(_CONTENT))))
-    return shards
+def _tasks(units: Units, taken: np.ndarray | None, parts: Mapping[str, str], config: PrepareConfig) -> list[Task]:
+    """The tasks of all splits."""
+    split_of = [config.split.split_of(parts[key]) for key in units.patients]
+    numbers = np.array([-1 if split is None else SPLITS.index(split) for split in split_of], np.int8)
+    tasks = planned(units, numbers[units.patient], SPLITS, taken, config.rows_per_shard)
+    patients = sum(split is not None for split in split_of)
+    _refuse_empty(Counter(task.split for task in tasks), config.split, f"of {patients} patients fell")
+    return tasks
 
 
 def _refuse_empty(rows: Counter[str] | dict[str, int], split: Split, what: str) -> None:
@@ -325,42 +289,24 @@ def _refuse_empty(rows: Counter[str] | dict[str, int], split: Split, what: str) 
 
 
 def _write(
-    plan: list[tuple[str, bytes]], rows: int, output: str, config: PrepareConfig, missing_mask: MissingMask
+    tasks: Sequence[Task], rows_uri: str, output: str, config: PrepareConfig, making: Making
 ) -> list[dict[str, Any]]:
-    """Prepares the shards, a task each; returns rows of `WRITTEN` in the order of the shards."""
-    dataset = _planned(plan).map_batches(
-        logs.carried(write_shards),
-        batch_size=None,
-        batch_format="pyarrow",
-        fn_kwargs={
-            "output": output,
-            "preprocess": config.preprocess,
-            "labels": config.labels,
-            "row_group_rows": config.row_group_rows,
-            "missing_mask": missing_mask,
-        },
-        resources=config.resources,
-    )
-    written: list[dict[str, Any]] = []
+    """Prepares the shards; returns what `write_shards` tells of each, in their order."""
+    write = partial(write_shards, rows_uri=rows_uri, output=output, making=making)
+    rows = sum(task.rows for task in tasks)
+    written: dict[int, list[dict[str, Any]]] = {}
+    # The largest first: a volume of thousands of slices should not be begun when all else is done.
+    order = sorted(range(len(tasks)), key=lambda number: -tasks[number].shards)
     with tqdm(total=rows, desc="prepare", unit=" rows", disable=None) as progress:
-        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-            for shard in batch.to_pylist():
-                written.append(shard)
+        for place, shards in cluster.mapped(write, (tasks[number] for number in order), config.resources):
+            written[order[place]] = shards
+            for shard in shards:
                 progress.update(shard["rows"] + len(shard["rejects"]))
                 meters.slices("prepare", shard["rows"], Counter(reject["reason"] for reject in shard["rejects"]))
                 meters.show("rayseg_waiting", rows - progress.n, stage="prepare")
-    assert len(written) == len(plan), "every shard reports"
-    assert sum(shard["rows"] + len(shard["rejects"]) for shard in written) == rows, "every row is accounted for"
-    order = {path: position for position, (path, _) in enumerate(plan)}
-    return sorted(written, key=lambda shard: order[shard["path"]])
-
-
-def _planned(cells: Sequence[tuple[str, bytes]]) -> ray.data.Dataset:
-    """A data set of `PLAN`, a block a task. No pixels go through Ray's store: a task writes what it makes itself."""
-    tasks = _TASKS_A_CPU * max(1, int(ray.cluster_resources().get("CPU", 1)))
-    size = min(_MOST_IN_A_TASK, max(1, len(cells) // tasks))
-    table = pa.table({"path": [path for path, _ in cells], "samples": [cell for _, cell in cells]}, schema=PLAN)
-    return ray.data.from_arrow([table.slice(start, size) for start in range(0, len(cells), size)])
+    every = [shard for number in range(len(tasks)) for shard in written[number]]
+    assert sum(shard["rows"] + len(shard["rejects"]) for shard in every) == rows, "every row is accounted for"
+    return every
 
 
 def _keys(output: str, shards: list[dict[str, Any]]) -> pa.Table:

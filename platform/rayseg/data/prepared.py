@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 DESCRIPTION = "_prepared.json"
 PATIENTS = "split.csv"  # which patient is where
 READERS = "_readers"  # below the set: a lease of each job that `reading` is open in
-VERSION = 6  # of the format and of what preparing does: another number makes older sets stale
+VERSION = 7  # of the format and of what preparing does: another number makes older sets stale
 
 
 @dataclass(frozen=True)

@@ -206,11 +206,16 @@ class Preprocess:
             return
         if self.percentiles is not None:
             wanted = self.percentiles if slope >= 0 else _mirrored(self.percentiles)
-            low, high = _percentiles(index, stored.dtype, wanted)
+            # Only of the values between the least and the greatest: of 16 bits a slice has a sixteenth and less.
+            least, greatest = int(stored.min()), int(stored.max())
+            index = index - index.dtype.type(least % 2 ** (8 * stored.dtype.itemsize))  # modulo, as the complement is
+            values = np.arange(least, greatest + 1, dtype=np.float64)
+            low, high = _percentiles(index, least, wanted)
         else:
+            values = _all_values(stored.dtype.name)
             low, high = self._around(*_moments(index, stored.dtype))
         low, high = sorted((low * slope + intercept, high * slope + intercept))
-        yield np.take(_stretch(_all_values(stored.dtype.name) * slope + intercept, low, high), index)
+        yield np.take(_stretch(values * slope + intercept, low, high), index)
 
     @property
     def _is_fixed(self) -> bool:
@@ -283,14 +288,15 @@ def _moments(index: np.ndarray, dtype: np.dtype) -> tuple[float, float]:
     return mean, float(np.sqrt((shares * (values - mean) ** 2).sum()))
 
 
-def _percentiles(index: np.ndarray, dtype: np.dtype, percentiles: tuple[float, float]) -> tuple[float, float]:
-    """Percentiles of the stored values by counting, as `numpy.percentile` defines them (linear interpolation)."""
-    size = 2 ** (dtype.itemsize * 8)
-    counts = np.bincount(index.ravel(), minlength=size)
-    least = 0
-    if dtype.kind == "i":  # the upper half of the table is the negative values
-        counts, least = np.roll(counts, size // 2), -size // 2
-    cumulative = np.cumsum(counts)
+def _percentiles(index: np.ndarray, least: int, percentiles: tuple[float, float]) -> tuple[float, float]:
+    """Percentiles by counting, as `numpy.percentile` defines them (linear interpolation).
+
+    Args:
+        index: unsigned integers: how far each value is above the least one.
+        least: that one.
+        percentiles: two in 0..100.
+    """
+    cumulative = np.cumsum(np.bincount(index.ravel()))
     found = []
     for percentile in percentiles:
         rank = percentile / 100 * (index.size - 1)

@@ -65,16 +65,12 @@ def beside(accepted: pa.Table, rows: Sequence[int], neighbours: int) -> tuple[pa
 
     Returns:
         For each row `records.NEIGHBOURS`, and two lists more: the sizes of these objects, and their ETags.
-
-    Raises:
-        ValueError: some rows are image files of one image, which nothing puts into an order.
     """
     if not neighbours:
         none: list[list[Any]] = [[]] * len(rows)
         types = NEIGHBOURS, pa.list_(pa.int64()), pa.list_(pa.string())
         neighbours_of, sizes, etags = (pa.array(none, one) for one in types)
         return neighbours_of, sizes, etags
-    _refuse_unordered(accepted.select(["kind", "frame"]).take(pa.array(rows, pa.int64())))
     offsets = np.array([step for step in range(-neighbours, neighbours + 1) if step], np.int64)
     centres = np.repeat(np.asarray(rows, np.int64), len(offsets))
     places = centres + np.tile(offsets, len(rows))
@@ -104,11 +100,10 @@ def _series(accepted: pa.Table) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(begins)])
 
 
-def _refuse_unordered(rows: pa.Table) -> None:
-    loose = pc.and_(pc.equal(rows["kind"], "image"), pc.is_null(rows["frame"]))
-    count = pc.sum(pc.fill_null(loose, False)).as_py() or 0
+def refuse_unordered(count: int, rows: int) -> None:
+    """Raises ValueError where `count` of some rows are image files, which nothing puts into an order."""
     if count:
         raise ValueError(
-            f"prepare.preprocess.neighbours: {count} of {len(rows)} rows are image files, and nothing says which lie "
+            f"prepare.preprocess.neighbours: {count} of {rows} rows are image files, and nothing says which lie "
             "beside each other; neighbours need DICOM or NIfTI, else set it to 0"
         )

@@ -6,7 +6,6 @@ by the same way (keyhole) needs no other one. Points mark no region and are left
 """
 
 from dataclasses import dataclass, field
-from functools import lru_cache
 from io import BytesIO
 from typing import Any
 
@@ -28,7 +27,7 @@ _STEPS = 64  # of a pixel: contours through centres are written in decimals, and
 
 
 @dataclass(frozen=True, eq=False)
-class _Structures:
+class Structures:
     """Contours one after the other. Arrays have an item a contour, but for `points_mm`."""
 
     names: dict[int, str]  # ROIName by ROINumber
@@ -62,12 +61,12 @@ class _Structures:
 
 
 def of_slice(
-    data: bytes, header: Header, missing_mask: MissingMask = "empty"
+    structures: Structures, header: Header, missing_mask: MissingMask = "empty"
 ) -> list[tuple[int, str, np.ndarray]] | Reject:
     """The ROIs in the plane of a slice, in the order of their numbers.
 
     Args:
-        data: RT Structure Set Storage.
+        structures: of an RT structure set.
         header: of the slice.
         missing_mask: what a slice without a contour is where the object names no series at all: NO_MASK, or without
             foreground. A slice of a series that it names is without foreground.
@@ -76,9 +75,6 @@ def of_slice(
         ROINumber, ROIName and bool (rows, columns) of each ROI with a contour there; NO_MASK where the object is of
         other images; MASK_MISMATCH where contours cross the slice's plane or lie between planes, or have no inside.
     """
-    structures = _read(data)
-    if isinstance(structures, Reject):
-        return structures
     if planes.corners_mm(header.geometry) is None:
         return Reject(Reason.MASK_MISMATCH, "contours, while the image has no place")
     indexes = _in_plane(structures, header) if len(structures.starts) else []
@@ -99,7 +95,7 @@ def of_slice(
     return [(number, structures.names.get(number, ""), inside[number]) for number in inside]
 
 
-def _in_plane(structures: _Structures, header: Header) -> list[int] | Reject:
+def _in_plane(structures: Structures, header: Header) -> list[int] | Reject:
     """The closed contours in the slice's plane."""
     tolerance_mm = planes.tolerance_mm(header.geometry)
     names = np.array([header.sop_instance_uid in instances for instances in structures.instances])
@@ -176,9 +172,8 @@ def _area(vertices: np.ndarray) -> float:
     return float(abs(np.dot(rows, np.roll(columns, 1)) - np.dot(columns, np.roll(rows, 1))) / 2)
 
 
-@lru_cache(maxsize=4)
-def _read(data: bytes) -> _Structures | Reject:
-    """Kept for some objects: one structure set is the mask of all slices of a series."""
+def read(data: bytes) -> Structures | Reject:
+    """An RT structure set; raises what pydicom does on bad bytes."""
     dataset = pydicom.dcmread(BytesIO(data), force=True)
     rois = dataset.get("StructureSetROISequence") or []
     names = {int(roi.ROINumber): str(roi.get("ROIName") or "") for roi in rois}
@@ -202,7 +197,7 @@ def _read(data: bytes) -> _Structures | Reject:
         for study in reference.get("RTReferencedStudySequence") or []
         for series in study.get("RTReferencedSeriesSequence") or []
     ]
-    return _Structures(
+    return Structures(
         names,
         np.array(numbers, np.int64),
         np.array(kinds, str),

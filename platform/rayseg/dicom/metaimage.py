@@ -66,13 +66,11 @@ def read_volume(data: bytes, number: int | None = None) -> Volume | Reject:
     return voxels.chosen(read_header(data), number)
 
 
-@lru_cache(maxsize=1)  # its slices come one after the other
 def image(data: bytes, number: int = 0) -> tuple[np.ndarray, float, float] | Reject:
     """Volume `number` of the file as `voxels.image` gives it."""
     return voxels.image(data, read_volume(data, number), number)
 
 
-@lru_cache(maxsize=1)
 def labels(data: bytes) -> np.ndarray | Reject:
     """A label volume as `voxels.labels` gives it."""
     return voxels.labels(data, read_header(data))

@@ -14,13 +14,15 @@ slowest needs 0.1 microseconds a pixel, 7 s for the largest frame.
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import cast
 
 import numpy as np
 from pydicom import uid
 
-from rayseg.dicom import image_files, layout, mosaic, pixels, tables, traits, volumes
+from rayseg.dicom import image_files, layout, mosaic, pixels, traits, volumes
 from rayseg.dicom.parsing import PIXEL_TAGS, Elements, Parsed, frame_elements, parse, silence_libraries
+from rayseg.dicom.voxels import Volume
 from rayseg.geometry.grid import Geometry
 from rayseg.geometry.planes import is_orthonormal
 from rayseg.records import Reason, Reject
@@ -114,7 +116,7 @@ def slice_uid(sop_instance_uid: str, frame: int | None) -> str:
 
 
 @dataclass(frozen=True, eq=False)
-class _Object:
+class Inspected:
     """A DICOM image object, inspected but not decoded."""
 
     parsed: Parsed
@@ -203,67 +205,77 @@ def read_header(data: bytes, object_bytes: int | None = None) -> Header | Reject
 
 
 def read_slice(data: bytes, frame: int | None = None, color: bool = False) -> Slice | Reject:
-    """Reads one image: a DICOM object or, by its first bytes, a PNG, JPEG or TIFF file or a slice of a
-    NIfTI, NRRD or MetaImage volume.
-
-    Args:
-        data: the whole object.
-        frame: of a multi-frame DICOM object or a volume, from 0; None for one image, else UNSUPPORTED_MULTIFRAME.
-        color: whether the colours of an image file are wanted; else, and for DICOM, they become their luminance.
-    """
-    return next(read_slices(data, [frame], color))
+    """Reads one image, see `Source`: who wants several slices of an object opens that once."""
+    return Source(data, color).slice(frame)
 
 
 def read_slices(data: bytes, frames: Sequence[int | None], color: bool = False) -> Iterator[Slice | Reject]:
-    """Reads several frames of one object, each when it is asked for; parses the object once. See `read_slice`."""
-    if volumes.is_volume(data):
-        decoded: dict[int, _Decoded | Reject] = {}  # held here, too: other threads read other volumes meanwhile
-        yield from (_of_volume(data, frame, decoded) for frame in frames)
-        return
-    opened = _image_or_object(data, color)
-    if isinstance(opened, _Object):
-        source = _pixel_data(opened)
-        yield from (_slice(opened, source, frame) for frame in frames)
-    else:
-        absent = Reject(Reason.MISSING_ATTRIBUTE, "NumberOfFrames")
-        yield from (opened if frame is None or isinstance(opened, Reject) else absent for frame in frames)
+    """Reads several frames of one object, each when it is asked for; parses the object once. See `Source`."""
+    return map(Source(data, color).slice, frames)
 
 
-def _of_volume(data: bytes, frame: int | None, decoded: dict[int, _Decoded | Reject]) -> Slice | Reject:
-    """An axial slice of a volume; of the file's volumes `decoded` has the one that was read last, by its number."""
-    try:
-        volume = volumes.read_header(data)
-        if isinstance(volume, Reject):
-            return volume
+class Source:
+    """An object's slices: parsed once, when the first is asked for. A volume that was decoded is held.
+
+    A DICOM object or, by its first bytes, a PNG, JPEG or TIFF file or a NIfTI, NRRD or MetaImage volume. It is for one
+    thread.
+    """
+
+    def __init__(self, data: bytes, color: bool = False) -> None:
+        """`data` is the whole object.
+
+        `color`: whether the colours of an image file are wanted; else, and for DICOM, they become their luminance.
+        """
+        self._data, self._color = data, color
+        self._decoded: tuple[int, _Decoded | Reject] | None = None  # of the file's volumes the one that was read last
+
+    def slice(self, frame: int | None) -> Slice | Reject:
+        """One image: `frame` of an object of several, from 0; None of an object of one, else UNSUPPORTED_MULTIFRAME."""
+        opened = self._opened
+        try:
+            if isinstance(opened, Volume):
+                return self._of_volume(opened, frame)
+            if isinstance(opened, Inspected):
+                return self._of_object(opened, frame)
+            absent = Reject(Reason.MISSING_ATTRIBUTE, "NumberOfFrames")
+            return opened if frame is None or isinstance(opened, Reject) else absent
+        except Exception as error:
+            return Reject(Reason.INTERNAL, type(error).__name__)
+
+    @cached_property
+    def _opened(self) -> Slice | Inspected | Volume | Reject:
+        try:
+            if volumes.is_volume(self._data):
+                return volumes.read_header(self._data)
+            silence_libraries()
+            if not image_files.is_image(self._data):
+                return _open(self._data)
+            stored = image_files.decode(self._data, MAX_PIXELS, self._color)
+            return stored if isinstance(stored, Reject) else Slice(stored, 1.0, 0.0, None)
+        except Exception as error:
+            return Reject(Reason.INTERNAL, type(error).__name__)
+
+    @cached_property
+    def _pixels(self) -> pixels.PixelData:
+        assert isinstance(self._opened, Inspected)
+        return pixel_data(self._opened)
+
+    def _of_volume(self, volume: Volume, frame: int | None) -> Slice | Reject:
+        """An axial slice."""
         numbers = volume.numbers(frame)
         if isinstance(numbers, Reject):
             return numbers
         number, index = numbers
-        if number not in decoded:
-            decoded.clear()
-            decoded[number] = volumes.image(data, number)
-        image = decoded[number]
+        if self._decoded is None or self._decoded[0] != number:
+            self._decoded = None
+            self._decoded = number, volumes.image(self._data, number)
+        image = self._decoded[1]
         if isinstance(image, Reject):
             return image
         stored_SHW, slope, intercept = image
         return Slice(stored_SHW[index], slope, intercept, None, Geometry(**volume.place(index)))
-    except Exception as error:
-        return Reject(Reason.INTERNAL, type(error).__name__)
 
-
-def _image_or_object(data: bytes, color: bool) -> Slice | _Object | Reject:
-    try:
-        silence_libraries()
-        if not image_files.is_image(data):
-            return _open(data)
-        stored = image_files.decode(data, MAX_PIXELS, color)
-        return stored if isinstance(stored, Reject) else Slice(stored, 1.0, 0.0, None)
-    except Exception as error:
-        return Reject(Reason.INTERNAL, type(error).__name__)
-
-
-def _slice(opened: _Object, source: pixels.PixelData, frame: int | None) -> Slice | Reject:
-    try:
+    def _of_object(self, opened: Inspected, frame: int | None) -> Slice | Reject:
         if frame is None and opened.frames > 1:
             return Reject(Reason.UNSUPPORTED_MULTIFRAME, "NumberOfFrames")
         if frame is not None and not (opened.frames > 1 and 0 <= frame < opened.frames):
@@ -271,21 +283,20 @@ def _slice(opened: _Object, source: pixels.PixelData, frame: int | None) -> Slic
         values = opened.values(frame)
         if isinstance(values, Reject):
             return values
-        stored = source.frame(frame or 0)
+        stored = self._pixels.frame(frame or 0)
         if isinstance(stored, Reject):
             return stored
         header, slope, intercept = values
         return Slice(stored, slope, intercept, header, is_colour=opened.layout.is_colour)
-    except Exception as error:
-        return Reject(Reason.INTERNAL, type(error).__name__)
 
 
-def _pixel_data(opened: _Object) -> pixels.PixelData:
+def pixel_data(opened: Inspected) -> pixels.PixelData:
+    """All of its frames, not decoded."""
     parsed = opened.parsed
     return pixels.PixelData(parsed.data, parsed.pixel_offset, parsed.pixel_bytes, opened.frames, opened.layout)
 
 
-def _least_bytes(opened: _Object) -> int:
+def _least_bytes(opened: Inspected) -> int:
     """The fewest bytes that the object's pixel data can take; 0 where that is not known (a deflated data set)."""
     if opened.parsed.transfer_syntax_uid == uid.DeflatedExplicitVRLittleEndian:
         return 0
@@ -295,7 +306,7 @@ def _least_bytes(opened: _Object) -> int:
     return needed if needed <= opened.parsed.pixel_bytes else 2**63
 
 
-def _open(data: bytes, with_traits: bool = False) -> _Object | Reject:
+def _open(data: bytes, with_traits: bool = False) -> Inspected | Reject:
     """Decides from the data set alone whether the object is an image that we read."""
     parsed = parse(data, with_traits)
     if isinstance(parsed, Reject):
@@ -304,7 +315,7 @@ def _open(data: bytes, with_traits: bool = False) -> _Object | Reject:
     sop_class_uid = _sop_class_uid(parsed, elements)
     if sop_class_uid in _NO_SOURCE_IMAGE:
         return Reject(Reason.UNSUPPORTED_SOP_CLASS, _NO_SOURCE_IMAGE[sop_class_uid])
-    image = _image(parsed, elements)
+    image = inspect(parsed, elements)
     if isinstance(image, Reject):
         return image
     for keyword in ("SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID"):  # of which keys are made
@@ -318,7 +329,7 @@ def _sop_class_uid(parsed: Parsed, elements: Elements) -> str:
     return elements.text("SOPClassUID") or str(parsed.dataset.file_meta.get("MediaStorageSOPClassUID") or "")
 
 
-def _image(parsed: Parsed, elements: Elements) -> _Object | Reject:
+def inspect(parsed: Parsed, elements: Elements) -> Inspected | Reject:
     """The image of an object, whatever class it is of."""
     if parsed.pixel_tag is None:
         return Reject(Reason.NO_PIXELS)
@@ -336,41 +347,7 @@ def _image(parsed: Parsed, elements: Elements) -> _Object | Reject:
     if isinstance(of_frames, Reject):
         return of_frames
     grouped = elements.has("SharedFunctionalGroupsSequence") or elements.has("PerFrameFunctionalGroupsSequence")
-    return _Object(parsed, elements, of_frames, frames, grouped)
-
-
-def read_stored(parsed: Parsed, frame: int | None, shown: bool = False) -> np.ndarray | Reject:
-    """The values of one frame of an image as they are stored, whatever object it is of.
-
-    Neither rescaled nor inverted nor padded, which all are about showing an image.
-
-    Args:
-        parsed: the object.
-        frame: of an object of several.
-        shown: whether the colours of a palette are wanted, and 0 and 255 of one bit; else indices, and 0 and 1.
-
-    Returns:
-        (rows, columns) uint8, int16, uint16 or int32, or (rows, columns, 3) red, green, blue. May be read-only.
-    """
-    elements = Elements(parsed.dataset)
-    image = _image(parsed, elements)
-    if isinstance(image, Reject):
-        return image
-    if (frame is None and image.frames > 1) or (frame is not None and frame >= image.frames):
-        return Reject(Reason.UNSUPPORTED_MULTIFRAME, f"NumberOfFrames {image.frames}")
-    values = _pixel_data(image).stored(frame or 0)
-    if isinstance(values, Reject) or not shown:
-        return values
-    of_object = image.layout
-    if of_object.photometric_interpretation == "PALETTE COLOR":
-        assert of_object.table is not None
-        bits = (len(of_object.table) - 1).bit_length()
-        palette = tables.colours(parsed.dataset, elements, bits, of_object.signed)
-        if isinstance(palette, Reject):
-            return palette
-        return np.take(palette, values.astype(np.int32) - of_object.table_first, axis=0, mode="clip")
-    is_bit = of_object.bits_stored == 1 and values.dtype == np.uint8 and int(values.max()) <= 1
-    return values * np.uint8(255) if is_bit else values
+    return Inspected(parsed, elements, of_frames, frames, grouped)
 
 
 def _code_string(text: str) -> str:

@@ -2,7 +2,6 @@
 
 from collections import defaultdict
 from dataclasses import dataclass, field
-from functools import lru_cache
 from io import BytesIO
 from typing import Any
 
@@ -25,8 +24,9 @@ class Segmentation:
     dataset: Dataset
     labels: dict[int, str]  # SegmentLabel by SegmentNumber
     numbers: list[int | None]  # SegmentNumber; None: a label map
-    # By source instance: own frames that name it, and the frames of the source (empty: all of it)
-    named: dict[str, list[tuple[int, frozenset[int]]]] = field(repr=False)
+    # Own frames that name a source instance, by that and by its frame; under None those that name all of it
+    named: dict[str, dict[int | None, set[int]]] = field(repr=False)
+    naming_any: dict[str, set[int]] = field(repr=False)  # by source instance: own frames that name it or a frame of it
     instances: frozenset[str] = field(repr=False)  # that it says it is of, in a frame or not
     series: frozenset[str] = field(repr=False)  # likewise
     names: np.ndarray = field(repr=False)  # int64, how many instances the frame names
@@ -36,11 +36,12 @@ class Segmentation:
 
     def naming(self, header: Header) -> tuple[set[int], set[int]]:
         """The frames that name the slice, and those that name other frames of its instance only."""
-        entries = self.named.get(header.sop_instance_uid, [])
-        naming = {
-            index for index, of_frames in entries if header.frame is None or not of_frames or header.frame in of_frames
-        }
-        return naming, {index for index, _ in entries} - naming
+        naming_any = self.naming_any.get(header.sop_instance_uid, set())
+        if header.frame is None:
+            return naming_any, set()
+        by_frame = self.named[header.sop_instance_uid] if naming_any else {}
+        naming = by_frame.get(header.frame, set()) | by_frame.get(None, set())
+        return naming, naming_any - naming
 
     def concerns(self, header: Header) -> bool:
         """Whether it names the slice's instance or series, or nothing at all."""
@@ -68,9 +69,8 @@ class Segmentation:
         return bool(header.frame_of_reference_uid) and not self.is_elsewhere(header)
 
 
-@lru_cache(maxsize=4)
 def read(data: bytes) -> Segmentation | Reject:
-    """Kept for some objects: one segmentation is the mask of all slices of a series."""
+    """Raises what pydicom does on bad bytes."""
     dataset = pydicom.dcmread(BytesIO(data), force=True)
     kind = dataset.get("SegmentationType")
     if kind not in ("BINARY", "FRACTIONAL", "LABELMAP"):
@@ -78,7 +78,8 @@ def read(data: bytes) -> Segmentation | Reject:
     if dataset.Rows * dataset.Columns > _MAX_PIXELS:
         return Reject(Reason.TOO_LARGE, f"mask of {dataset.Rows} x {dataset.Columns} pixels")
     shared = (dataset.get("SharedFunctionalGroupsSequence") or [Dataset()])[0]
-    named: dict[str, list[tuple[int, frozenset[int]]]] = defaultdict(list)
+    named: dict[str, dict[int | None, set[int]]] = defaultdict(lambda: defaultdict(set))
+    naming_any: dict[str, set[int]] = defaultdict(set)
     numbers: list[int | None] = []
     names, places = [], []
     for index, groups in enumerate(dataset.get("PerFrameFunctionalGroupsSequence") or []):
@@ -92,7 +93,11 @@ def read(data: bytes) -> Segmentation | Reject:
         for source in sources:
             of_source = source.get("ReferencedFrameNumber") or []
             of_frames = [of_source] if isinstance(of_source, int) else of_source
-            named[str(source.ReferencedSOPInstanceUID)].append((index, frozenset(int(one) - 1 for one in of_frames)))
+            instance = str(source.ReferencedSOPInstanceUID)
+            naming_any[instance].add(index)
+            numbers_of_frames: list[int | None] = [int(one) - 1 for one in of_frames]
+            for frame in numbers_of_frames or [None]:
+                named[instance][frame].add(index)
         names.append(len({str(source.ReferencedSOPInstanceUID) for source in sources}))
         places.append(_geometry(dataset, groups, shared))
     placed = np.array([planes.corners_mm(place) is not None for place in places], bool)
@@ -108,7 +113,8 @@ def read(data: bytes) -> Segmentation | Reject:
         dataset,
         {int(segment.SegmentNumber): str(segment.SegmentLabel) for segment in dataset.get("SegmentSequence") or []},
         numbers,
-        dict(named),
+        {instance: dict(by_frame) for instance, by_frame in named.items()},
+        dict(naming_any),
         frozenset(instances | named.keys()),
         frozenset(str(series.SeriesInstanceUID) for series in listed if series.get("SeriesInstanceUID")),
         np.array(names, np.int64),

@@ -10,7 +10,6 @@ from collections import defaultdict
 import numpy as np
 from pydicom import uid
 
-from rayseg.dicom import segment_index
 from rayseg.dicom.reading import Header
 from rayseg.dicom.segment_index import Segmentation
 from rayseg.dicom.segment_pixels import read_frame
@@ -22,14 +21,14 @@ SOP_CLASSES = (str(uid.SegmentationStorage), "1.2.840.10008.5.1.4.1.1.66.7")  # 
 
 
 def of_slice(
-    data: bytes, header: Header, missing_mask: MissingMask = "empty"
+    segmentation: Segmentation, header: Header, missing_mask: MissingMask = "empty"
 ) -> list[tuple[int, str, np.ndarray]] | Reject:
     """The segments in the plane of a slice, in the order of their numbers.
 
     A fractional segment is where its value is at least half of the largest possible one.
 
     Args:
-        data: BINARY, FRACTIONAL or LABELMAP.
+        segmentation: BINARY, FRACTIONAL or LABELMAP.
         header: of the slice.
         missing_mask: what a slice is that the object neither lists nor has a frame of, where it names the slice's
             series or lies on the same grid in the same frame of reference: NO_MASK, or without foreground.
@@ -38,9 +37,6 @@ def of_slice(
         SegmentNumber, SegmentLabel and bool (rows, columns) of each segment with a frame there; NO_MASK where the
         object is not of the slice's series; MASK_MISMATCH where its frames lie on other planes or pixels.
     """
-    segmentation = segment_index.read(data)
-    if isinstance(segmentation, Reject):
-        return segmentation
     frames = _frames(segmentation, header)
     if isinstance(frames, Reject):
         return frames

@@ -25,15 +25,12 @@ def read_volume(data: bytes, number: int | None = None) -> Volume | Reject:
 
 
 def image(data: bytes, number: int = 0) -> tuple[np.ndarray, float, float] | Reject:
-    """Volume `number` of the file as (slices, rows, columns), rescale slope and intercept: see `voxels.image`.
-
-    The last one is held.
-    """
+    """Volume `number` of the file as (slices, rows, columns), rescale slope and intercept: see `voxels.image`."""
     return _of(data).image(data, number)
 
 
 def labels(data: bytes) -> np.ndarray | Reject:
-    """A label volume as integers (slices, rows, columns), as `voxels.labels` gives it. The last one is held."""
+    """A label volume as integers (slices, rows, columns), as `voxels.labels` gives it."""
     return _of(data).labels(data)
 
 

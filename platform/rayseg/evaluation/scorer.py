@@ -3,7 +3,7 @@
 import hashlib
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -60,11 +60,7 @@ class Scorer:
 
     def score(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """A row of `SCORED`, of all rows of a patient; those of a series stand together."""
-        return _Patient(self._labels, self._tolerance, self._range).finished(rows, self.judged)
-
-    def judged(self, row: dict[str, Any]) -> Judged | Reject:
-        """What the model makes of a row of a prepared set, beside the truth."""
-        return self._held_out.judged(row)
+        return _Patient(self._labels, self._tolerance, self._range).finished(rows, self._held_out.judged(rows))
 
 
 class _Patient:
@@ -82,12 +78,11 @@ class _Patient:
         self._spacings_mm: list[float] = []
         self._distances_mm: list[float] = []
 
-    def finished(
-        self, rows: Sequence[dict[str, Any]], judged: Callable[[dict[str, Any]], Judged | Reject]
-    ) -> dict[str, Any]:
-        for _, series in groupby(rows, key=lambda row: row["series_key"]):
+    def finished(self, rows: Sequence[dict[str, Any]], judged: Iterable[Judged | Reject]) -> dict[str, Any]:
+        """A row of `SCORED`; `judged` is what became of each row."""
+        for _, series in groupby(zip(rows, judged, strict=True), key=lambda one: one[0]["series_key"]):
             placed = []
-            for prediction, true, place in self._slices(series, judged):
+            for prediction, true, place in self._slices(series):
                 if place is None or place.image_position_mm is None:  # of no volume: nothing to wait for
                     self._add_series(images([prediction], [true], [place]))
                 else:
@@ -127,11 +122,10 @@ class _Patient:
         return quality.suspicion(self._known, self._looks, max(known_ml, default=None)) if self._looks else {}
 
     def _slices(
-        self, series: Iterator[dict[str, Any]], judged: Callable[[dict[str, Any]], Judged | Reject]
+        self, series: Iterable[tuple[dict[str, Any], Judged | Reject]]
     ) -> Iterator[tuple[np.ndarray, np.ndarray, Geometry | None]]:
         """Prediction, truth and place of each slice; its probabilities are added up and gone."""
-        for row in series:
-            found = judged(row)
+        for row, found in series:
             if isinstance(found, Reject):
                 told = {"reason": found.reason.value, "detail": found.detail}
                 self._rejects.append({"row_id": row["row_id"], "patient_key": row["patient_key"], **told})

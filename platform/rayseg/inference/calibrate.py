@@ -16,7 +16,7 @@ from rayseg.data.conformal import VolumeErrors
 from rayseg.data.prepared import PreparedSet
 from rayseg.geometry.grid import Geometry
 from rayseg.geometry.volume import volume_ml
-from rayseg.inference.heldout import COLUMNS, HeldOut
+from rayseg.inference.heldout import COLUMNS, HeldOut, Judged
 from rayseg.inference.predictor import Predictor
 from rayseg.models.engine import Engine
 from rayseg.records import Reject
@@ -81,7 +81,7 @@ def _distances_mm(predictor: Predictor, rows: Sequence[Mapping[str, Any]]) -> li
 
 def _volumes_ml(held_out: HeldOut, rows: Sequence[Mapping[str, Any]], classes: int) -> _Volumes | None:
     """Of a series; None where no slice of it can be read."""
-    judged = [one for row in rows if not isinstance(one := _counted(held_out, row, classes), Reject)]
+    judged = [_counted(one, classes) for one in held_out.judged(rows) if not isinstance(one, Reject)]
     if not judged:
         return None
     counts_S2K, places = np.stack([counts for counts, _ in judged]), [place for _, place in judged if place is not None]
@@ -94,10 +94,7 @@ def _volumes_ml(held_out: HeldOut, rows: Sequence[Mapping[str, Any]], classes: i
     ]
 
 
-def _counted(held_out: HeldOut, row: Mapping[str, Any], classes: int) -> tuple[np.ndarray, Geometry | None] | Reject:
+def _counted(judged: Judged, classes: int) -> tuple[np.ndarray, Geometry | None]:
     """Pixels of prediction and truth by class, int64 (2, classes), and where the slice lies."""
-    judged = held_out.judged(row)
-    if isinstance(judged, Reject):
-        return judged
     masks = (judged.prediction, judged.truth)
     return np.stack([np.bincount(mask.ravel(), minlength=classes + 1)[1:] for mask in masks]), judged.place

@@ -11,12 +11,12 @@ import pyarrow.compute as pc
 
 from rayseg import config as configuration
 from rayseg import storage
+from rayseg.data.objects import Place
 from rayseg.data.spool import packed, unpacked
 from rayseg.inference import feasible
 from rayseg.inference.ledger import CATALOG, SAID
 from rayseg.inference.refusals import News, Refusals
 from rayseg.inference.series import STAGE, Task, ledger_row, not_made_rows, reject_row
-from rayseg.inference.sources import Place
 from rayseg.records import NOT_MADE, Reason, Reject
 
 SCHEMA = pa.schema(

@@ -25,7 +25,7 @@ from PIL import Image
 from rayseg.ahead import mapped
 from rayseg.data.range import Known
 from rayseg.data.stacks import alone, along, usable
-from rayseg.dicom.reading import Slice, read_slice
+from rayseg.dicom.reading import Slice, Source, read_slice
 from rayseg.models.engine import Compiled, Engine, compile_openvino, compile_tensorflow, has_gpu
 from rayseg.records import Reason, Reject
 from rayseg.tracking.bundle import Bundle, decide, describe, load, load_keras, mask_sha256
@@ -192,10 +192,9 @@ class Predictor:
         Each is a slice for itself: a model that looks at neighbours refuses it (NEEDS_NEIGHBOURS). `frames` says which
         frame of each object is meant, as `read_slice` does; by default they are single images.
         """
-        color = self.bundle.preprocess.color
+        sources = {id(blob): Source(blob, self.bundle.preprocess.color) for blob in blobs}  # one of several frames once
         wanted = frames or [None] * len(blobs)
-        slices = [read_slice(blob, frame, color) for blob, frame in zip(blobs, wanted, strict=True)]
-        judged = [self.judge_alone(slice) for slice in slices]
+        judged = [self.judge_alone(sources[id(blob)].slice(frame)) for blob, frame in zip(blobs, wanted, strict=True)]
         return [one if isinstance(one, Reject) else Prediction(one.slice, one.mask) for one in judged]
 
     def segment_example(self) -> Prediction:

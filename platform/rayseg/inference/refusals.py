@@ -5,9 +5,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from rayseg.data.objects import Place
 from rayseg.inference.ledger import CATALOG
 from rayseg.inference.series import STAGE
-from rayseg.inference.sources import Place
 from rayseg.records import Reject
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pydicom
 
 from rayseg.data.conformal import Interval, VolumeErrors
+from rayseg.data.objects import Place
 from rayseg.data.preprocess import Preprocess
 from rayseg.data.stacks import along
 from rayseg.geometry.grid import Geometry
@@ -20,7 +21,7 @@ from rayseg.inference.outputs import File, Kind, Profile, Segmented, files, over
 from rayseg.inference.packed import Packed
 from rayseg.inference.postprocess import Postprocess
 from rayseg.inference.predictor import Prediction, Predictor
-from rayseg.inference.sources import Place, Sources, geometry
+from rayseg.inference.sources import Sources, geometry
 from rayseg.inference.watch import STEPS, Watch
 from rayseg.records import Reason, Reject
 from rayseg.retry import CredentialsError

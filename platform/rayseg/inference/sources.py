@@ -6,17 +6,15 @@ from itertools import groupby
 
 import pydicom
 
-from rayseg import storage
-from rayseg.data.manifest import read_failure
+from rayseg.data import objects
+from rayseg.data.objects import Place
 from rayseg.dicom import nifti
-from rayseg.dicom.reading import Slice, read_slices
+from rayseg.dicom.reading import Slice
 from rayseg.geometry.grid import Geometry
 from rayseg.inference import volume
 from rayseg.inference.outputs import Kind, without_pixels
 from rayseg.inference.watch import Watch
 from rayseg.records import Reason, Reject
-
-Place = tuple[str, int | None]  # URI and frame of a slice
 
 
 @dataclass
@@ -32,24 +30,23 @@ class Sources:
     def read(self, wanted: Sequence[Place]) -> Iterator[Slice | Reject]:
         """Each slice in order, some read ahead.
 
-        Frames of one object that follow each other are read and parsed once.
+        Each object is read and parsed once.
         """
         runs = [(uri, [frame for _, frame in places]) for uri, places in groupby(wanted, key=lambda place: place[0])]
-        reading = self.watch.each("read", storage.read_each(uri for uri, _ in runs))
-        for (uri, frames), data in zip(runs, reading, strict=True):
-            if isinstance(data, OSError):
-                yield from (read_failure(data) for _ in frames)
-                continue
-            for slice in self.watch.each("decode", read_slices(data, frames, self.color)):
-                if isinstance(slice, Reject) or self._keep(uri, data, slice):
+        reading = self.watch.each("read", objects.read([[uri] for uri, _ in runs], self.color))
+        for (uri, frames), needed in zip(runs, reading, strict=True):
+            object = needed[uri]
+            for slice in self.watch.each("decode", map(object.slice, frames)):
+                if isinstance(slice, Reject) or self._keep(uri, object.data, slice):
                     yield slice
                 elif self.kind == "dicom":
                     yield Reject(Reason.NOT_DICOM, "an image file, where the manifest has a DICOM instance")
                 else:
                     yield Reject(Reason.NOT_AN_IMAGE, "a DICOM instance, where the manifest has an image file")
 
-    def _keep(self, uri: str, data: bytes, slice: Slice) -> bool:
+    def _keep(self, uri: str, data: bytes | OSError, slice: Slice) -> bool:
         """Keeps what files take of the slice's object; False where that is of another kind than the manifest says."""
+        assert isinstance(data, bytes)
         if (slice.header is not None) != (self.kind == "dicom"):
             return False
         if self.kind == "dicom" and uri not in self.datasets:

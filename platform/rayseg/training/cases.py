@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from rayseg import storage
 from rayseg.data.prepared import PreparedSet
 from rayseg.data.range import entropy_bits, pieces
-from rayseg.data.samples import limited
+from rayseg.data.shards import limited
 from rayseg.models.metrics import pooled_dice
 from rayseg.tracking import figures
 
@@ -88,7 +89,9 @@ def _pictures(
 def _rows(prepared: PreparedSet) -> Iterator[dict[str, Any]]:
     """The rows that are looked at; of the others only the keys are read, and of one shard at a time the pixels."""
     keys = [storage.read_table(uri, ["patient_key"])["patient_key"].to_pylist() for uri in prepared.files("val")]
-    wanted = np.asarray(limited([key for of_file in keys for key in of_file], _ROWS))
+    patients = pa.array([key for of_file in keys for key in of_file]).dictionary_encode().indices.to_numpy()
+    taken = limited(patients, _ROWS)
+    wanted = np.arange(len(patients)) if taken is None else taken
     first = 0
     for uri, of_file in zip(prepared.files("val"), keys, strict=True):
         within = wanted[(wanted >= first) & (wanted < first + len(of_file))] - first
