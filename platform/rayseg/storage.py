@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 from rayseg import bucket, pacs
 from rayseg.ahead import mapped
 from rayseg.bucket import CONNECT_TIMEOUT_S, REQUEST_TIMEOUT_S, environment, place
-from rayseg.retry import ATTEMPTS, tried
+from rayseg.retry import tried
 
 THREADS = 8  # transfers and listings in flight of one call
 # Handing a small local file over from a thread takes longer than reading it: so many at a time, twice as many ahead.
@@ -180,7 +180,7 @@ def read(uri: str, length: int | None = None) -> bytes:
 
 def fetch(uri: str, path: Path) -> None:
     """Writes the object's bytes, which may be many, into the local file `path`, a piece at a time; raises as `read`."""
-    files, source = filesystem(uri, ATTEMPTS)
+    files, source = filesystem(uri)
 
     def call() -> None:
         with files.open_input_stream(source) as stream, path.open("wb") as file:

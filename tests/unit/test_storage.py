@@ -286,3 +286,20 @@ def test_trees_go_up_and_come_down(tree: Path, tmp_path_factory: pytest.TempPath
     storage.download(f"file://{other}/below", back)
     assert {str(path.relative_to(back)) for path in back.rglob("*") if path.is_file()} == set(TREE)
     assert (back / "p1/y.dcm").read_bytes() == bytes(4)
+
+
+@pytest.mark.parametrize("place", ["local", "s3"])
+def test_large_files_come_a_piece_at_a_time_and_batches_by_number(
+    place: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    root = str(tmp_path) if place == "local" else request.getfixturevalue("s3_store")
+    batches = [pa.record_batch({"number": [number] * 3}) for number in range(5)]
+    with pa.ipc.new_file(str(tmp_path / "rows"), batches[0].schema) as file:
+        for batch in batches:
+            file.write_batch(batch)
+    storage.write_file(f"{root}/rows.arrow", tmp_path / "rows")
+    storage.fetch(f"{root}/rows.arrow", tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "rows").read_bytes()
+    assert storage.read_batches(f"{root}/rows.arrow", [3, 0]) == [batches[3], batches[0]]
+    with pytest.raises(FileNotFoundError):
+        storage.fetch(f"{root}/absent", tmp_path / "none")

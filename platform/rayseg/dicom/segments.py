@@ -117,7 +117,7 @@ def _upon(
         of_others = segmentation.names[index] > 0 and index not in naming
         if isinstance(where, Reject) and segmentation.concerns(header) and not (is_beside and of_others):
             return where
-    named = [at for at, index in enumerate(comparable) if index in naming and segmentation.names[index] == 1]
+    named = np.flatnonzero(np.isin(comparable, [index for index in naming if segmentation.names[index] == 1]))
     far_mm = least_mm[named] - np.maximum(distances_mm[named], thickness_mm) / 2
     if len(named) and (far_mm > tolerance_mm).any():
         return Reject(Reason.MASK_MISMATCH, f"a frame that names the image lies {least_mm[named].max():.3g} mm from it")
