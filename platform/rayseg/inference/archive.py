@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from rayseg import cluster, lease, storage
 from rayseg import config as configuration
@@ -158,12 +159,15 @@ def _archive(config: SegmentConfig, output: str, check: Callable[[], None]) -> S
     latest = {row["series_key"]: row for row in earlier.select(["series_key", *plan.KNOWN]).to_pylist()}
     for key in _damaged(output, earlier) if config.verify else ():
         del latest[key]
+    unused = earlier.filter(pc.field("verdict") == "rejected").select(["series_key", *ledger.SAID]).to_pylist()
     retry = config.retry == "rejected"
     planned = plan.make(
         manifest,
         task,
         lambda row: config.only_changed and plan.is_done(latest.get(row["series_key"]), row, retry),
-        (lambda rows, rejects: None) if config.dry_run else partial(_keep, output, latest),
+        (lambda rows, rejects: None)
+        if config.dry_run
+        else partial(_keep, output, {row["series_key"]: row for row in unused}),
         {} if config.dry_run else ledger.refused_by_catalog(output),
     )
     skipped, refusals, unusable = len(planned.done), planned.refusals, planned.unusable
@@ -314,12 +318,12 @@ def _segmented(
 
 def _keep(
     output: str,
-    latest: Mapping[str, Mapping[str, Any]],
+    known: Mapping[str, Mapping[str, Any]],
     rows: Sequence[dict[str, Any]],
     rejects: Sequence[dict[str, Any]],
 ) -> None:
     """Writes what the plan says of series that cannot be used, where the tables do not say the same already."""
-    ledger.append(output, *ledger.news(rows, rejects, latest))
+    ledger.append(output, *ledger.news(rows, rejects, known))
 
 
 def _appended(output: str, rows: Sequence[dict[str, Any]], refusals: Refusals, run_id: str) -> list[dict[str, Any]]:

@@ -78,13 +78,13 @@ def refused_by_catalog(output: str) -> dict[tuple[str, int | None], Reject]:
     return {(one["uri"], one["frame"]): Reject(Reason(one["reason"]), one["detail"] or "") for one in told}
 
 
-def news(rows: _Rows, rejects: _Rows, latest: Mapping[str, Mapping[str, Any]]) -> tuple[_Rows, _Rows]:
+def news(rows: _Rows, rejects: _Rows, known: Mapping[str, Mapping[str, Any]]) -> tuple[_Rows, _Rows]:
     """What `append` is to get of these rows, of one model and configuration, and their rejects.
 
-    Rows are left out, with the rejects that they count, where `latest`, rows of `rows_of` by series, says the same.
+    Rows are left out, with the rejects that they count, where `known`, columns `SAID` by series, says the same.
     """
     counting, _ = _linked(rows, rejects)
-    same = {row["series_key"] for row in counting if _said(row) == _said(latest.get(row["series_key"], {}))}
+    same = {row["series_key"] for row in counting if _said(row) == _said(known.get(row["series_key"], {}))}
     return (
         [row for row in rows if row["series_key"] not in same],
         [one for one in rejects if one["stage"] == CATALOG or one["series_key"] not in same],

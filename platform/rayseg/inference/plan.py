@@ -14,7 +14,7 @@ from rayseg import storage
 from rayseg.data.objects import Place
 from rayseg.data.spool import packed, unpacked
 from rayseg.inference import feasible
-from rayseg.inference.ledger import CATALOG, SAID
+from rayseg.inference.ledger import CATALOG
 from rayseg.inference.refusals import News, Refusals
 from rayseg.inference.series import STAGE, Task, ledger_row, not_made_rows, reject_row
 from rayseg.records import NOT_MADE, Reason, Reject
@@ -31,7 +31,7 @@ SCHEMA = pa.schema(
     ]
 )
 _MANIFEST_COLUMNS = ("uri", "frame", "etag", "verdict", "reason", "detail", "kind", "patient_key", "series_key")
-KNOWN = ("input_digest", "verdict", "reason", "not_made", *SAID)  # what is looked at of a ledger row
+KNOWN = ("input_digest", "verdict", "reason", "not_made")  # what `is_done` looks at of a ledger row
 # A second try may end otherwise, whatever `retry` says.
 _TRY_AGAIN = {Reason.READ_FAILED, Reason.NOT_FOUND, Reason.WRITE_FAILED, Reason.INTERNAL}
 _HOUR_S = 3600.0
