@@ -26,6 +26,10 @@ _CONFLICT, _NOT_MET, _NO_SUCH_RANGE, _NOT_IMPLEMENTED = 409, 412, 416, 501
 ResultT = TypeVar("ResultT")
 
 
+class NoConditionsError(Exception):
+    """The store does not make a write depend on what is there."""
+
+
 @dataclass(frozen=True)
 class Entry:
     """An object of a bucket."""
@@ -101,8 +105,8 @@ def version(path: str) -> Version:
 
     def call(client: Any) -> Version:
         answer = client.get_object(**_place(path))
-        told = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
-        age_s = (told - answer["LastModified"]).total_seconds()
+        now = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])  # by the store's clock
+        age_s = (now - answer["LastModified"]).total_seconds()
         return Version(answer["Body"].read(), answer["ETag"].strip('"'), age_s)
 
     return _made("reading an object", call)
@@ -115,7 +119,7 @@ def write_if(path: str, data: bytes, etag: str | None) -> str | None:
     the object was written: read it.
 
     Raises:
-        NotImplementedError: the store says that it takes no conditions. One that ignores them says nothing.
+        NoConditionsError: the store says that it takes no conditions. One that ignores them says nothing.
     """
     condition = {"IfNoneMatch": "*"} if etag is None else {"IfMatch": f'"{etag}"'}
     put = _made("writing an object", _if_met(lambda client: client.put_object(**_place(path), Body=data, **condition)))
@@ -141,7 +145,7 @@ def _if_met(call: Callable[[Any], ResultT]) -> Callable[[Any], ResultT | None]:
             if _status(error) == _CONFLICT:  # with another write at the same moment: the same call once more
                 raise OSError("conditional write: a conflict") from error
             if _status(error) == _NOT_IMPLEMENTED:
-                raise NotImplementedError("the store takes no conditional writes") from error
+                raise NoConditionsError("the store takes no conditional writes") from error
             raise
 
     return once

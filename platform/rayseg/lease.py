@@ -62,15 +62,15 @@ class Lease:
         self.uri = uri
         now = datetime.now(UTC).isoformat(timespec="seconds")
         self.holder = Holder(job, socket.gethostname(), os.getpid(), now, secrets.token_hex(8))
-        place = storage.filesystem(uri)[1]
-        self._way: _Object | _Locked = _Object(place) if uri.startswith("s3://") else _Locked(Path(place))
+        path = storage.filesystem(uri)[1]
+        self._way: _Object | _Locked = _Object(path) if uri.startswith("s3://") else _Locked(Path(path))
 
     def wait(self) -> None:
         """Returns when the lease is this process's."""
-        told = -_TELL_S
+        told_s = -_TELL_S  # when it was told last
         while (other := self._way.take(self.holder)) is not None:
-            if time.monotonic() - told >= _TELL_S:
-                told = time.monotonic()
+            if time.monotonic() - told_s >= _TELL_S:
+                told_s = time.monotonic()
                 logger.info("%s: waits for %s, which has %s", self.holder.job, other, self.uri)
             time.sleep(LOOK_S)
 
@@ -111,9 +111,9 @@ def living(folder: str) -> list[Holder]:
     holders = []
     for entry in list(bucket.objects(name, f"{prefix.rstrip('/')}/")):
         with contextlib.suppress(FileNotFoundError):  # it has just ended
-            found = bucket.version(f"{name}/{entry.key}")
-            if found.age_s <= STALE_S:
-                holders.append(_holder(found.data))
+            current = bucket.version(f"{name}/{entry.key}")
+            if current.age_s <= STALE_S:
+                holders.append(_holder(current.data))
             else:
                 bucket.delete(f"{name}/{entry.key}")
     return holders
@@ -153,8 +153,8 @@ class _Object:
             wrong = "0" * len(self._etag)
             if any(bucket.write_if(self._path, self._words(), etag) is not None for etag in (None, wrong)):
                 bucket.delete(self._path)
-                raise NotImplementedError("the store ignores the conditions of writes")
-        except NotImplementedError as error:
+                raise bucket.NoConditionsError("the store ignores the conditions of writes")
+        except bucket.NoConditionsError as error:
             _warn(str(error))
             self._etag = None
             return None
@@ -180,29 +180,29 @@ class _Object:
         if self._etag is not None:
             try:
                 bucket.delete_if(self._path, self._etag)
-            except (OSError, NotImplementedError) as error:  # it ends by itself, and a result must not be lost for it
+            except (OSError, bucket.NoConditionsError) as error:  # it ends by itself; a result must not be lost
                 logger.warning("a lease was not given up, and ends after %.0f s: %s", STALE_S, type(error).__name__)
 
     def _taken(self) -> Holder | None:
         self._etag = bucket.write_if(self._path, self._words(), None) or self._own()
         if self._etag is None:
             try:
-                found = bucket.version(self._path)
+                current = bucket.version(self._path)
             except FileNotFoundError:  # given up between the two calls
                 return self._taken()
-            if found.age_s > STALE_S:
-                self._etag = bucket.write_if(self._path, self._words(), found.etag) or self._own()
+            if current.age_s > STALE_S:
+                self._etag = bucket.write_if(self._path, self._words(), current.etag) or self._own()
             if self._etag is None:
-                return _holder(found.data)
+                return _holder(current.data)
         return None
 
     def _own(self) -> str | None:
         """The ETag of the object where this process wrote it: the answer to its write may have been lost."""
         assert self._holder is not None
         with contextlib.suppress(FileNotFoundError):
-            found = bucket.version(self._path)
-            if _holder(found.data).token == self._holder.token:
-                return found.etag
+            current = bucket.version(self._path)
+            if _holder(current.data).token == self._holder.token:
+                return current.etag
         return None
 
     def _words(self) -> bytes:

@@ -249,6 +249,6 @@ def test_a_store_that_ignores_conditions_is_told_once_and_keeps_nobody_off(
 
 def test_a_store_that_refuses_conditions_is_not_asked_again(bucket: Bucket) -> None:
     bucket.refuse = (501, "NotImplemented")
-    with pytest.raises(NotImplementedError):
+    with pytest.raises(module.NoConditionsError):
         module.write_if("b/x", b"", None)
     assert len(bucket.asked) == 1

@@ -74,8 +74,8 @@ def rejects(output: str, stage: str | None = None) -> pa.Table:
 
 def refused_by_catalog(output: str) -> dict[tuple[str, int | None], Reject]:
     """The objects that the catalog refuses, by URI and frame, as the table tells."""
-    told = rejects(output, CATALOG).select(["uri", "frame", "reason", "detail"]).to_pylist()
-    return {(one["uri"], one["frame"]): Reject(Reason(one["reason"]), one["detail"] or "") for one in told}
+    objects = rejects(output, CATALOG).select(["uri", "frame", "reason", "detail"]).to_pylist()
+    return {(one["uri"], one["frame"]): Reject(Reason(one["reason"]), one["detail"] or "") for one in objects}
 
 
 def news(rows: _Rows, rejects: _Rows, known: Mapping[str, Mapping[str, Any]]) -> tuple[_Rows, _Rows]:
@@ -161,9 +161,9 @@ def _counting(row: Mapping[str, Any], rejects: _Rows) -> tuple[dict[str, Any], l
     """The row with the digest of these rejects, and the rejects with that and what the row is of."""
     if not rejects:
         return {**row, "rejects_digest": None}, []
-    told = sorted([str(reject.get(name)) for name in (*_OBJECT, "reason", "detail")] for reject in rejects)
+    content = sorted([str(reject.get(name)) for name in (*_OBJECT, "reason", "detail")] for reject in rejects)
     link = {name: row.get(name) for name in ("model_digest", "config_digest", "run_id")}
-    link["rejects_digest"] = config.digest(told)
+    link["rejects_digest"] = config.digest(content)
     return {**row, "rejects_digest": link["rejects_digest"]}, [{**reject, **link} for reject in rejects]
 
 
@@ -173,9 +173,9 @@ def _convert(output: str) -> None:
         return
     before = _before(output)
     for folder in (REJECTS_FOLDER, FOLDER):  # as they are written
-        place = storage.join(output, folder)
-        if before[folder].num_rows and not tables.exists(place):
-            tables.create(place, before[folder], IDENTITY)
+        uri = storage.join(output, folder)
+        if before[folder].num_rows and not tables.exists(uri):
+            tables.create(uri, before[folder], IDENTITY)
 
 
 def _before(output: str) -> dict[str, pa.Table]:
@@ -202,5 +202,5 @@ def _before(output: str) -> dict[str, pa.Table]:
         counted.update(map(id, its_own))
     over = (one for some in of_series.values() for one in some if id(one) not in counted)
     kept += [{**one, "rejects_digest": _OVER} for one in over]
-    found = {FOLDER: every, REJECTS_FOLDER: kept}
-    return {folder: pa.Table.from_pylist(some, schema=_SCHEMAS[folder]) for folder, some in found.items()}
+    converted = {FOLDER: every, REJECTS_FOLDER: kept}
+    return {folder: pa.Table.from_pylist(some, schema=_SCHEMAS[folder]) for folder, some in converted.items()}

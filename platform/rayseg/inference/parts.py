@@ -21,8 +21,8 @@ def read(folder: str, schema: pa.Schema) -> pa.Table:
         return schema.empty_table()
     parts = sorted((part for part in storage.list_files(folder) if _PART.fullmatch(part.uri)), key=_age)
     with ThreadPoolExecutor(_READERS, thread_name_prefix="rayseg-parts") as pool:
-        found = list(pool.map(storage.read_table, [part.uri for part in parts]))
-    numbered = [_complete(part, schema, number - len(found)) for number, part in enumerate(found, start=1)]
+        by_age = list(pool.map(storage.read_table, [part.uri for part in parts]))
+    numbered = [_complete(part, schema, number - len(by_age)) for number, part in enumerate(by_age, start=1)]
     return pa.concat_tables([schema.empty_table(), *numbered])
 
 

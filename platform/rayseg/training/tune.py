@@ -109,8 +109,8 @@ def tune(config: TuneConfig) -> TuneResult:
     cluster.connect()
     config = dataclasses.replace(config, train=trainer.absolute(config.train))
     with reading(config.train.prepared, "tune") as prepared:
-        found = _swept(config, prepared)
-    return dataclasses.replace(found, seconds=time.monotonic() - began)
+        result = _swept(config, prepared)
+    return dataclasses.replace(result, seconds=time.monotonic() - began)
 
 
 def _swept(config: TuneConfig, prepared: PreparedSet) -> TuneResult:
