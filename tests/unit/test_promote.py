@@ -3,9 +3,11 @@
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
+from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore
 
 from rayseg.evaluation import promote as module
 from rayseg.evaluation.promote import PromoteConfig, PromoteResult, promote
@@ -337,7 +339,6 @@ def test_who_was_compared_with_a_former_champion_is_compared_anew(
 
 def test_of_processes_that_move_an_alias_one_does_so_at_a_time(tracking: str, monkeypatch: pytest.MonkeyPatch) -> None:
     register(tracking, "busy", shifted(0))
-    monkeypatch.setattr(aliases, "STALE_S", 1.0)
     within = threading.Semaphore()
 
     def moves(_: int) -> bool:
@@ -350,6 +351,7 @@ def test_of_processes_that_move_an_alias_one_does_so_at_a_time(tracking: str, mo
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(moves, range(8)))
     client = runs.client(tracking)
+    monkeypatch.setattr(aliases, "STALE_S", 1.0)
     with aliases.moving(tracking, "busy", "champion") as check:  # paused for longer than STALE_S
         assert moves(0)
         with pytest.raises(RuntimeError, match="another process went on"):
@@ -358,6 +360,23 @@ def test_of_processes_that_move_an_alias_one_does_so_at_a_time(tracking: str, mo
         locks = [model.name for model in client.search_registered_models() if "moving" in model.name]
     assert len(locks) == 2
     assert not [model for model in client.search_registered_models() if "moving" in model.name]
+
+
+def test_a_lock_that_goes_while_mlflow_looks_at_it_is_tried_again(
+    tracking: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register(tracking, "busy", shifted(0))
+    get, holder = SqlAlchemyStore.get_registered_model, ExitStack()
+    holder.enter_context(aliases.moving(tracking, "busy", "champion"))
+
+    def removed_first(store: SqlAlchemyStore, name: str) -> object:
+        monkeypatch.setattr(SqlAlchemyStore, "get_registered_model", get)
+        holder.close()
+        return get(store, name)
+
+    monkeypatch.setattr(SqlAlchemyStore, "get_registered_model", removed_first)
+    with aliases.moving(tracking, "busy", "champion") as check:
+        check()
 
 
 def test_other_aliases_are_left_alone(tracking: str) -> None:

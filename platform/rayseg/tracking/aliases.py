@@ -63,14 +63,15 @@ def moving(tracking_uri: str, name: str, alias: str) -> Iterator[Callable[[], No
                 logger.warning("MLflow lets this user create no registered model: two promotions are not kept apart")
                 yield lambda: None
                 return
-            if error.error_code != ErrorCode.Name(RESOURCE_ALREADY_EXISTS):
+            # MLflow looks the other one up to say that it is there, and says so where it was removed meanwhile.
+            if error.error_code not in map(ErrorCode.Name, (RESOURCE_ALREADY_EXISTS, RESOURCE_DOES_NOT_EXIST)):
                 raise
         other = _token(client, lock)
         if other == token:  # the answer was lost, not the model
             break
         if other != seen:
             seen, since = other, time.monotonic()
-        elif time.monotonic() - since > STALE_S:
+        elif other is not None and time.monotonic() - since > STALE_S:
             _remove(client, lock)
         time.sleep(_LOOK_S)
 
