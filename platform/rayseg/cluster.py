@@ -75,6 +75,11 @@ def connect() -> None:
     logger.info("started a Ray cluster on this machine with %s CPUs", ray.cluster_resources().get("CPU"))
 
 
+def is_private() -> bool:
+    """Whether this process has started its cluster for itself, see `connect`."""
+    return bool(_private)
+
+
 def leave() -> None:
     """Ends the private cluster, where this process has started one: no line of its workers comes after this."""
     if _private:
@@ -131,18 +136,22 @@ class _NeverStarted:
 
 
 def mapped(
-    task: Callable[[ItemT], ResultT], items: Iterable[ItemT], resources: Mapping[str, float]
+    task: Callable[[ItemT], ResultT],
+    items: Iterable[ItemT],
+    resources: Mapping[str, float],
+    at_once: int | None = None,
 ) -> Iterator[tuple[int, ResultT]]:
     """Calls of `task` in the cluster, a CPU and `resources` each: numbers of the items with the results, as they end.
 
-    Some calls wait for a CPU, so that none idles; the others are asked for when some have ended.
+    Some calls wait for a CPU, so that none idles; the others are asked for when some have ended. With `at_once` no more
+    calls than that run or wait.
     """
     call = ray.remote(num_cpus=1, resources=dict(resources), scheduling_strategy="SPREAD")(logs.carried(task))
     numbered = enumerate(items)
     running: dict[Any, int] = {}
     try:
         while True:
-            most = max(_LEAST_CALLS, _CALLS_A_CPU * int(ray.cluster_resources().get("CPU", 1)))
+            most = at_once or max(_LEAST_CALLS, _CALLS_A_CPU * int(ray.cluster_resources().get("CPU", 1)))
             for number, item in islice(numbered, most - len(running)):
                 running[call.remote(item)] = number
             if not running:

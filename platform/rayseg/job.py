@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rayseg import build, cluster, config, logs, meters, retry
+from rayseg import build, config, logs, meters, retry, work
 
 logger = logging.getLogger(__name__)
 
@@ -45,9 +45,9 @@ def run(
         result = function(
             config.load(config_class, None if whole_recipe else section, options.config, options.overrides)
         )
-        cluster.leave()
+        work.leave()
     except Exception as error:
-        cluster.leave()
+        work.leave()
         credentials = retry.said_of_credentials(error)
         # ValueErrors of ours; libraries and Ray's workers raise kinds of it.
         refused = type(error) is ValueError or credentials is not None

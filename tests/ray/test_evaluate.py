@@ -15,7 +15,7 @@ from medpy.metric import binary
 from PIL import Image
 from sklearn.metrics import f1_score, jaccard_score, precision_score, recall_score
 
-from rayseg import storage
+from rayseg import storage, work
 from rayseg.data import synthetic
 from rayseg.data.catalog import CatalogConfig, catalog
 from rayseg.data.labels import Labels
@@ -148,6 +148,18 @@ def test_scores_are_those_of_the_source_objects_on_their_own_grid(world: World) 
     assert len(result.overlays) == 3
     for uri in result.overlays:
         assert Image.open(io.BytesIO(storage.read(uri))).size > (400, 200)
+
+
+def test_few_slices_are_scored_without_ray_and_have_the_same_scores(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = EvaluateConfig(prepared=world.prepared, model_uri=world.model_uri, tracking_uri=world.tracking, overlays=1)
+    in_actors = evaluate(config)
+    table = storage.read(in_actors.cases_table)
+    monkeypatch.setattr(work, "in_cluster", lambda *_: False)
+    alone = evaluate(config)
+    assert storage.read(alone.cases_table) == table
+    assert replace(alone, seconds=0.0) == replace(in_actors, seconds=0.0)
 
 
 def test_an_ensemble_and_mirror_images_have_a_run_of_their_own_to_compare(world: World, tmp_path: Path) -> None:

@@ -150,6 +150,43 @@ def test_the_same_input_gives_the_same_bytes(manifest: Path, tmp_path: Path) -> 
     assert len(files(tmp_path / "one")) > 8
 
 
+def test_few_rows_are_prepared_without_ray_and_have_the_same_bytes(tmp_path: Path) -> None:
+    synthetic.write_studies(str(tmp_path), patients=9, slices=3, size=32, seed=3)
+    layout = Layout(images="images", masks="masks")
+    split = Split(val=0.3, test=0.2, stratify=True)
+
+    def run(place: Path) -> list[object]:
+        recipe = {
+            "catalog": CatalogConfig(str(tmp_path), str(place / "manifest.parquet"), layout),
+            "prepare": PrepareConfig(str(place / "manifest.parquet"), str(place / "set"), WHOLE, split=split),
+        }
+        sections = {name: configuration.plain(config) for name, config in recipe.items()}
+        (place / "recipe.yaml").write_text(yaml.safe_dump(sections))
+        return list(recipe.values())
+
+    for name in ("ray", "process"):
+        (tmp_path / name).mkdir()
+    cataloging, preparing = run(tmp_path / "ray")
+    catalog(cataloging)
+    prepare(preparing)
+    run(tmp_path / "process")
+    alone = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    for job in ("catalog", "prepare"):
+        command = [sys.executable, "-m", f"jobs.{job}", "--config", str(tmp_path / "process/recipe.yaml")]
+        done = subprocess.run(command, env=alone, check=True, capture_output=True, text=True)
+        assert f"{job}: without Ray" in done.stderr
+    files = {
+        name: {
+            str(path.relative_to(tmp_path / name)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in (tmp_path / name).rglob("*.*")
+            if path.is_file() and path.name != "recipe.yaml"
+        }
+        for name in ("ray", "process")
+    }
+    assert len(files["ray"]) > 5
+    assert files["process"] == files["ray"]
+
+
 def test_an_equal_set_is_not_made_again(manifest: Path, tmp_path: Path) -> None:
     config = config_of(manifest, tmp_path)
     first = prepare(config)

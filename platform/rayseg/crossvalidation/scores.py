@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rayseg import cluster
+from rayseg import cluster, work
 from rayseg.data.prepared import PreparedSet
 from rayseg.evaluation import checks, metrics
 from rayseg.evaluation.cases import Tolerance
@@ -63,7 +63,9 @@ def scored(
         rows = prepared.read_rows("test", COLUMNS)
         bundle_dir, version = registry.fetch(tracking_uri, result.model_uri)
         alone = Record(SPLIT, prepared.labels)
-        for row in score(rows, [bundle_dir], prepared.labels, Tolerance(), mirror, min(actors, rows.num_rows)):
+        in_cluster = work.in_cluster("crossvalidate", rows.num_rows, {"CPU": CPUS_PER_ACTOR})
+        chosen = min(actors, rows.num_rows) if in_cluster else None
+        for row in score(rows, [bundle_dir], prepared.labels, Tolerance(), mirror, chosen):
             together.add(row)
             alone.add(row)
         if not alone.slices:

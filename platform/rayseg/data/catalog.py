@@ -5,6 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,10 +13,9 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray.data
 from tqdm import tqdm
 
-from rayseg import cluster, lease, logs, meters, pacs, storage
+from rayseg import lease, meters, pacs, storage, work
 from rayseg.data import manifest, standing
 from rayseg.data.layouts import Layout, Mask, plan, read_groups
 from rayseg.data.spool import Spool, by_series, packed, unpacked
@@ -109,8 +109,6 @@ def catalog(config: CatalogConfig) -> CatalogResult:
     """
     began = time.monotonic()
     pseudonyms = from_environment()
-    cluster.connect()
-    cluster.require("catalog", {"CPU": 1, **config.resources}, keys=dict.fromkeys(config.resources, "resources"))
     source, output = storage.absolute(config.source), storage.absolute(config.output)
     groups = _groups(source, config.layout)
     mark = standing.mark(config.layout, groups, pseudonyms)
@@ -298,19 +296,14 @@ def _headers(
     """Puts the rows of the unread objects, without series verdicts, into `found` and `parts`; tasks read them."""
     if not unread.cells:
         return
-    blocks = [pa.table({"objects": pa.array([cell], pa.binary())}) for cell in unread.cells]
-    dataset = ray.data.from_arrow(blocks).map_batches(
-        logs.carried(_read_headers),
-        batch_size=1,
-        batch_format="pyarrow",
-        fn_kwargs={"layout": config.layout, "pseudonyms": pseudonyms},
-        compute=ray.data.TaskPoolStrategy(size=min(config.concurrency, len(blocks))),
-        resources=config.resources,
-    )
+    asked = {"CPU": 1, **config.resources}
+    in_cluster = work.in_cluster("catalog", unread.objects, asked, keys=dict.fromkeys(config.resources, "resources"))
+    read = partial(_read_headers, layout=config.layout, pseudonyms=pseudonyms)
+    every = work.mapped(read, unread.cells, cluster=in_cluster, resources=config.resources, at_once=config.concurrency)
     waiting = unread.objects
     with tqdm(total=waiting, desc="catalog: headers", unit=" objects", disable=None) as progress:
-        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-            for cell in batch["rows"].to_pylist():
+        for _, cells in every:
+            for cell in cells:
                 rows = unpacked(cell)
                 found.append(rows)
                 parts.add(rows)
@@ -321,12 +314,8 @@ def _headers(
     assert waiting == 0, "every object has a row"
 
 
-def _read_headers(cells: pa.Table, layout: Layout, pseudonyms: Pseudonyms) -> Iterator[pa.Table]:
-    """A task: a cell of packed rows of the plan to some of rows of the manifest.
-
-    Ray Data cuts large blocks in two, but no cell: each has all rows of its objects.
-    """
-    (cell,) = cells["objects"].to_pylist()
+def _read_headers(cell: bytes, layout: Layout, pseudonyms: Pseudonyms) -> list[bytes]:
+    """A task: packed rows of the plan to some packed tables of rows of the manifest, each with all of its objects."""
     plan = unpacked(cell)
     indexes, etags = plan["index"].to_pylist(), plan["etag"].to_pylist()
     items = [manifest.Item(**values) for values in plan.drop_columns(["index", "etag"]).to_pylist()]
@@ -334,6 +323,7 @@ def _read_headers(cells: pa.Table, layout: Layout, pseudonyms: Pseudonyms) -> It
     length = None if pacs.is_dicomweb(items[0].uri) else HEADER_BYTES
     beginnings = storage.read_each((item.uri for item in items), length)
     needs_mask = layout.masks is not None and layout.missing_mask == "reject"
+    cells: list[bytes] = []
     rows: list[dict[str, Any]] = []
     for index, etag, item, beginning in zip(indexes, etags, items, beginnings, strict=True):
         for row in manifest.rows(item, beginning, pseudonyms, layout.volume):
@@ -343,11 +333,6 @@ def _read_headers(cells: pa.Table, layout: Layout, pseudonyms: Pseudonyms) -> It
                 row = manifest.refused(row, Reject(Reason.NO_MASK))
             rows.append({"index": index, "etag": etag, **row})
         if len(rows) >= _ROWS_AT_ONCE:  # of volumes: an object has as many as slices
-            yield _cell(rows)
+            cells.append(packed(pa.Table.from_pylist(rows, schema=_FOUND)))
             rows = []
-    if rows:
-        yield _cell(rows)
-
-
-def _cell(rows: list[dict[str, Any]]) -> pa.Table:
-    return pa.table({"rows": pa.array([packed(pa.Table.from_pylist(rows, schema=_FOUND))], pa.binary())})
+    return [*cells, packed(pa.Table.from_pylist(rows, schema=_FOUND))] if rows else cells

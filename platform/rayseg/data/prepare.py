@@ -4,9 +4,10 @@ import dataclasses
 import hashlib
 import logging
 import re
+import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,8 +20,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from rayseg import cluster, lease, meters, storage
 from rayseg import config as configuration
+from rayseg import lease, meters, storage, work
 from rayseg.data import accepted
 from rayseg.data.accepted import Units
 from rayseg.data.labels import Labels
@@ -37,6 +38,7 @@ logger = logging.getLogger(__name__)
 REJECTS_FILE = "rejects.parquet"
 _SHARD = re.compile(rf"split=({'|'.join(SPLITS)})/part-\d+(-[0-9a-f]+)?\.parquet")
 _ROWS_FILE = "_rows.arrow"  # of a run, for its tasks
+_Mapped = Callable[..., Iterator[tuple[int, Any]]]  # `work.mapped`, with where the tasks run
 
 
 @dataclass(frozen=True)
@@ -90,8 +92,6 @@ def prepare(config: PrepareConfig) -> PrepareResult:
             the splits.
     """
     began = time.monotonic()
-    cluster.connect()
-    cluster.require("prepare", {"CPU": 1, **config.resources}, keys=dict.fromkeys(config.resources, "resources"))
     # As it is read from a recipe: a caller may have given 40 for 40.0, and a digest tells these apart.
     config = configuration.build(PrepareConfig, configuration.plain(config))
     with lease.held(storage.join(storage.absolute(config.output), f"_prepare{lease.SUFFIX}"), "prepare") as held:
@@ -117,15 +117,21 @@ def _prepared(config: PrepareConfig, held: lease.Lease) -> PrepareResult:
         making = Making(config.preprocess, config.labels, config.row_group_rows, _missing_mask(manifest))
         units = accepted.write(manifest, rows_file)
         _check(units, config)
+        asked = {"CPU": 1, **config.resources}
+        amount = min(int(units.rows.sum()), config.limit or sys.maxsize)
+        keys = dict.fromkeys(config.resources, "resources")
+        mapped = partial(
+            work.mapped, cluster=work.in_cluster("prepare", amount, asked, keys=keys), resources=config.resources
+        )
         rows_uri = storage.join(output, _ROWS_FILE)
         storage.write_file(rows_uri, rows_file)
     try:
         taken = limited(np.repeat(units.patient, units.rows), config.limit)
-        parts = _deal(units, taken, config, making, rows_uri, standing_split)
+        parts = _deal(units, taken, config, making, rows_uri, standing_split, mapped)
         tasks = _tasks(units, taken, parts, config)
         held.check()
         storage.delete(storage.join(output, DESCRIPTION))  # no reader sees a mixture
-        written = _write(tasks, rows_uri, output, config, making)
+        written = _write(tasks, rows_uri, output, making, mapped)
     finally:
         storage.delete(rows_uri)
     held.check()
@@ -258,13 +264,14 @@ def _deal(
     making: Making,
     rows_uri: str,
     standing: Mapping[str, str],
+    mapped: _Mapped,
 ) -> dict[str, str]:
     """The part of each patient."""
     patients = dict.fromkeys(units.patients, False)
     if config.split.stratify:
         every = planned(units, np.zeros(len(units.first), np.int8), ["any"], taken, config.rows_per_shard)
         look = partial(positive_patients, rows_uri=rows_uri, making=making)
-        for _, positive in cluster.mapped(look, every, config.resources):
+        for _, positive in mapped(look, every):
             patients |= dict.fromkeys(positive, True)
     return config.split.deal(patients, standing)
 
@@ -288,9 +295,7 @@ def _refuse_empty(rows: Counter[str] | dict[str, int], split: Split, what: str) 
         )
 
 
-def _write(
-    tasks: Sequence[Task], rows_uri: str, output: str, config: PrepareConfig, making: Making
-) -> list[dict[str, Any]]:
+def _write(tasks: Sequence[Task], rows_uri: str, output: str, making: Making, mapped: _Mapped) -> list[dict[str, Any]]:
     """Prepares the shards; returns what `write_shards` tells of each, in their order."""
     write = partial(write_shards, rows_uri=rows_uri, output=output, making=making)
     rows = sum(task.rows for task in tasks)
@@ -298,7 +303,7 @@ def _write(
     # The largest first: a volume of thousands of slices should not be begun when all else is done.
     order = sorted(range(len(tasks)), key=lambda number: -tasks[number].shards)
     with tqdm(total=rows, desc="prepare", unit=" rows", disable=None) as progress:
-        for place, shards in cluster.mapped(write, (tasks[number] for number in order), config.resources):
+        for place, shards in mapped(write, (tasks[number] for number in order)):
             written[order[place]] = shards
             for shard in shards:
                 progress.update(shard["rows"] + len(shard["rejects"]))

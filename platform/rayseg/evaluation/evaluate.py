@@ -18,8 +18,8 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from rayseg import cluster
 from rayseg import config as configuration
+from rayseg import work
 from rayseg.data import prepared as prepared_sets
 from rayseg.data.conformal import VolumeErrors
 from rayseg.data.prepared import PreparedSet
@@ -109,12 +109,12 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
             ensemble, a set that does not know the neighbours that the model looks at, too many rejects.
     """
     began = time.monotonic()
-    cluster.connect()
-    cluster.require("evaluate", {"CPU": CPUS_PER_ACTOR}, config.concurrency, {"count": "concurrency"})
     held_out = prepared_sets.describe(config.prepared)
     rows = held_out.read_rows(config.split, COLUMNS)
     if rows.num_rows == 0:
         raise ValueError(f"evaluate.split: the prepared set has no rows in {config.split}")
+    asked = {"CPU": CPUS_PER_ACTOR}
+    in_cluster = work.in_cluster("evaluate", rows.num_rows, asked, config.concurrency, {"count": "concurrency"})
     fetched = [registry.fetch(config.tracking_uri, uri) for uri in (config.model_uri, *config.ensemble)]
     described = [bundles.describe(bundle_dir) for bundle_dir, _ in fetched]
     for (_, version), description in zip(fetched, described, strict=True):
@@ -127,7 +127,8 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
 
     record = Record(config.split, held_out.labels)
     bundle_dirs = [bundle_dir for bundle_dir, _ in fetched]
-    for row in score(rows, bundle_dirs, held_out.labels, config.tolerance, config.mirror, config.concurrency):
+    actors = config.concurrency if in_cluster else None
+    for row in score(rows, bundle_dirs, held_out.labels, config.tolerance, config.mirror, actors):
         record.add(row)
     rejected, scored = len(record.rejects), record.slices
     assert rejected + scored == rows.num_rows, "every row is accounted for"
