@@ -11,7 +11,7 @@ import pyarrow as pa
 
 
 class Reason(StrEnum):
-    """Why an input was rejected. The README shows this enumeration as a table; the value is the code in ledgers."""
+    """Why an input was rejected. The value is the code in ledgers; docs/reference/reasons.md shows the table."""
 
     NOT_FOUND = "not_found"  # the object vanished between listing and reading
     READ_FAILED = "read_failed"  # the store kept failing after all retries
@@ -52,7 +52,7 @@ class Reject:
 
 
 class QualityFlag(StrEnum):
-    """What makes a segmented series worth a look. The README shows this enumeration as a table, too."""
+    """What makes a segmented series worth a look. docs/reference/flags.md shows the table."""
 
     MODALITY = "modality"  # another modality than the training set's
     BODY_PART = "body_part"  # another body part (BodyPartExamined) than the training set's

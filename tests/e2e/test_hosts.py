@@ -137,7 +137,7 @@ def three() -> Iterator[Cluster]:
 
 
 def submit(three: Cluster, stage: str, *assignments: str) -> Job:
-    """A stage as the README submits it, on the demo's recipe."""
+    """A stage as docs/how-to/submit.md submits it, on the demo's recipe."""
     settings = [part for one in assignments for part in ("--set", one)]
     return three.submit(f"jobs.{stage}", *RECIPE, *settings)
 

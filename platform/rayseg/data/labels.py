@@ -37,11 +37,11 @@ class Labels:
     the last rule) of 127 takes the noise of JPEG masks away.
     """
 
-    names: tuple[str, ...] = ("lesion",)
-    threshold: int = 0
-    values: dict[int, str] | None = None
-    colors: dict[str, str] | None = None
-    sources: dict[str, str] | None = None
+    names: tuple[str, ...] = ("lesion",)  # the foreground classes
+    threshold: int = 0  # one class: greater values are foreground
+    values: dict[int, str] | None = None  # the class of each stored number
+    colors: dict[str, str] | None = None  # the class of each colour, such as "#ff0000"
+    sources: dict[str, str] | None = None  # the class of each {label}, SegmentLabel or ROI name
 
     def __post_init__(self) -> None:
         if not self.names or not all(self.names) or len(set(self.names)) < len(self.names) or BACKGROUND in self.names:

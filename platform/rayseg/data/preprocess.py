@@ -60,10 +60,10 @@ class Preprocess:
     # Center and width, or a name of WINDOWS; several make as many channels. A name becomes its numbers at once: what a
     # bundle says does not depend on what the name means later.
     window: Window | str | tuple[Window | str, ...] | None = None
-    percentiles: tuple[float, float] | None = (0.5, 99.5)  # mapped to 0 and 255
-    z_score: float | None = None  # so many standard deviations below and above the mean are mapped to 0 and 255
+    percentiles: tuple[float, float] | None = (0.5, 99.5)  # these percentiles of each image's values become 0 and 255
+    z_score: float | None = None  # this many standard deviations below and above the mean become 0 and 255
     color: bool = False  # red, green and blue as three channels, each by its own values; a grey slice three times
-    neighbours: int = 0  # so many slices on each side of the series are further channels (2.5D), see `apply`
+    neighbours: int = 0  # slices on each side of the series that are further channels (2.5D)
     # What brings masks to the network's grid, which is of training alone: the filter of images, class by class, or
     # "nearest", which shifts labels by up to half a source pixel. Bundles that do not say it were trained with that.
     mask_filter: Literal["image", "nearest"] = "image"

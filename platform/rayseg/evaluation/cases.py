@@ -32,7 +32,8 @@ SUSPICION = "suspicion_"
 _WITHOUT_NUMBER = (QualityFlag.MODALITY, QualityFlag.BODY_PART)
 PARQUET, CSV = "cases.parquet", "cases.csv"  # below the split's folder in the model's run
 
-# A row for each patient and class, in order of both. README defines the metrics; null is undefined or not known.
+# A row for each patient and class, in order of both; null is undefined or not known. docs/reference/metrics.md defines
+# the metrics.
 CASES = pa.schema(
     [
         ("patient_key", pa.string()),
@@ -83,8 +84,8 @@ CASES = pa.schema(
 class Tolerance:
     """How far surfaces may lie apart and still agree, in images with and without a known spacing."""
 
-    mm: float = 2.0
-    px: float = 2.0
+    mm: float = 2.0  # millimetres, where the spacing is known
+    px: float = 2.0  # pixels, elsewhere
 
     def __str__(self) -> str:
         return f"{self.mm:g} mm, {self.px:g} px"
