@@ -3,6 +3,7 @@
 The site itself is built by `make docs`, which checks the links between pages.
 """
 
+import ast
 import dataclasses
 import importlib
 import re
@@ -44,7 +45,7 @@ RIDDLES = (
     "left out; 0",
     "independent of their company",
     "none that a browser sends for another site",
-    "of GPU no node has any",
+    "is wanted of one node",
     "make no single series",
 )
 # Programs of others, which no test can run as they stand: they need a cluster, a cloud, a store or the network.
@@ -56,6 +57,10 @@ OTHERS = {
 
 def read(path: Path) -> str:
     return path.read_text(encoding="utf-8")
+
+
+def _sources(end: str) -> list[Path]:
+    return [path for folder in ("platform", "serving", "jobs") for path in ROOT.glob(f"{folder}/**/*.{end}")]
 
 
 def name(path: Path) -> str:
@@ -84,7 +89,7 @@ def test_sentences_are_short(page: Path) -> None:
 
 
 def test_sentences_that_had_to_be_read_twice_do_not_come_back() -> None:
-    shown = [README, *PAGES, *ROOT.glob("platform/**/*.py"), *ROOT.glob("serving/*.py"), *ROOT.glob("jobs/*.py")]
+    shown = [README, *PAGES, *(path for end in ("py", "js", "html") for path in _sources(end))]
     told = [(name(page), riddle) for page in shown for riddle in RIDDLES if riddle in " ".join(read(page).split())]
     assert told == []
 
@@ -250,7 +255,21 @@ def _keys(config_class: type[Any], prefix: str, whole: bool) -> list[tuple[str, 
 def test_columns_are_those_of_the_schemas() -> None:
     for schema, what in ((MANIFEST, "MANIFEST"), (PREPARED, "PREPARED"), (LEDGER, "LEDGER"), (REJECTS, "REJECTS")):
         assert f"<!-- generated: columns rayseg.records {what} -->" in read(DOCS / "reference/tables.md")
-        assert re.findall(r"^\| `(\w+)` ", generated(f"columns rayseg.records {what}"), re.MULTILINE) == schema.names
+        rows = re.findall(r"^\| `(\w+)` \| .*? \| (.*) \|$", generated(f"columns rayseg.records {what}"), re.MULTILINE)
+        assert [column for column, _ in rows] == schema.names
+        assert [column for column, meaning in rows if not meaning] == []
+
+
+def test_examples_in_python_are_whole_and_import_what_there_is() -> None:
+    """Those of how-to/read-results run against a store in tests/e2e/test_tables.py."""
+    found = [block for page in PAGES for block in blocks(page, "python")]
+    assert len(found) > 5
+    for block in found:
+        tree = ast.parse(block)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom):
+                module = importlib.import_module(node.module or "")
+                assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == []
 
 
 def test_every_metric_is_defined() -> None:

@@ -83,18 +83,18 @@ class TrainConfig:
     early_stopping: EarlyStopping | None = None
     clip_norm: float | None = None  # greatest norm of all gradients of a batch together
     ema_momentum: float | None = None  # validates and registers a moving average of the weights, such as 0.99
-    # One class: a pixel is foreground where its probability is at least this. None: what gives the best pooled Dice of
-    # the validation split in the best epoch. Several classes: unused.
+    # One class: a pixel is foreground where its probability is at least this. Null takes the threshold of the best
+    # pooled Dice on validation, in the best epoch. Several classes do not use it.
     threshold: float | None = None
     mixed_precision: Literal["float32", "mixed_bfloat16", "mixed_float16"] = "float32"  # arithmetic
     jit_compile: bool = False  # XLA for forward and backward pass
     tensorboard: bool = False  # keeps TensorBoard's event files with the run
     seed: int = 1  # another seed is another start, order and augmentation
 
-    # Threads of each worker that read and augment. By default one: a forward pass on the CPU is far slower. With
-    # a GPU to keep busy as many as `cpus_per_worker`, and 4 at least.
+    # Threads of each worker that read and augment. By default one, as a forward pass on the CPU is far slower. With a
+    # GPU there are as many as `cpus_per_worker`, and 4 at least.
     feed_threads: int | None = None
-    # [least, most]: the run takes as many workers as the cluster has room for, and goes on with more or fewer.
+    # A number of workers, or [least, most]: as many as the cluster has room for, more or fewer as nodes come and go.
     num_workers: int | tuple[int, int] = 2
     cpus_per_worker: float = 1.0  # CPUs of a worker
     gpus_per_worker: float = 0.0  # 1, or a fraction of a GPU that other runs share
