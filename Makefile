@@ -14,7 +14,7 @@ export MLFLOW_SERVER_ENABLE_JOB_EXECUTION = false
 export DO_NOT_TRACK = true
 export RAY_USAGE_STATS_ENABLED = 0
 
-.PHONY: setup demo test test-slow lint bench mlflow serve release audit lock clean
+.PHONY: setup demo test test-slow lint docs bench mlflow serve release audit lock clean
 
 setup: .venv/.installed
 
@@ -41,11 +41,15 @@ test: setup lint
 test-slow: setup
 	$(BIN)/python -m pytest tests/ray tests/e2e -m slow
 
-lint: setup
+lint: setup docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The documentation site, in build/docs: without a network, and a warning (a link that leads nowhere) fails.
+docs: setup
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --nitpicky --quiet docs build/docs
 
 bench: setup
 	$(BIN)/python -m jobs.benchmark --set suite=$(SUITE) $(foreach s,$(SET),--set $(s))

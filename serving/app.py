@@ -35,12 +35,12 @@ _KEYS = {"CPU": "cpus_per_replica", "GPU": "gpus_per_replica", "count": "num_rep
 class Autoscaling:
     """The section `serve.autoscaling` of a recipe, in Ray Serve's words: replicas come and go with what is asked."""
 
-    min_replicas: int = 1
-    max_replicas: int = 2
+    min_replicas: int = 1  # replicas at least
+    max_replicas: int = 2  # replicas at most
     # Slices, or groups of a series' slices, at work or waiting in a replica on average: above it others are started.
     target_ongoing_requests: float = 8.0
-    upscale_delay_s: float = 30.0
-    downscale_delay_s: float = 600.0
+    upscale_delay_s: float = 30.0  # seconds of high load before a replica is started
+    downscale_delay_s: float = 600.0  # seconds of low load before a replica is ended
 
     def __post_init__(self) -> None:
         if self.min_replicas < 1:
@@ -63,29 +63,29 @@ class Autoscaling:
 class ServeConfig:
     """The `serve` section of a recipe."""
 
-    tracking_uri: str
-    model_uri: str = "models:/rayseg@champion"
-    host: str = "127.0.0.1"
-    port: int = 8000  # 0: any free one
+    tracking_uri: str  # URI of the MLflow server or database, such as sqlite:///work/mlflow.db
+    model_uri: str = "models:/rayseg@champion"  # models:/NAME@ALIAS follows the alias; models:/NAME/VERSION stays
+    host: str = "127.0.0.1"  # address to listen at; others than loopback need tokens and TLS
+    port: int = 8000  # port to listen at; 0 takes any free one
     engine: Engine = field(default_factory=Engine)
-    max_body_mb: float = 256.0
-    max_queue: int = 256  # slices that wait in a replica; more get a 503
-    deadline_s: float = 60.0  # of a slice
-    series_deadline_s: float = 600.0
-    poll_s: float = 10.0  # how often a replica looks where the alias is
-    shadow: str | None = None  # alias of a challenger, which segments a share of the single slices, too
-    shadow_share: float = 0.1
-    num_replicas: int = 1
-    autoscaling: Autoscaling | None = None  # instead of num_replicas
-    cpus_per_replica: float = 1.0  # as many slices at once
-    gpus_per_replica: float = 0.0
+    max_body_mb: float = 256.0  # greatest body of a request
+    max_queue: int = 256  # slices that may wait in a replica; more get a 503
+    deadline_s: float = 60.0  # seconds for a slice
+    series_deadline_s: float = 600.0  # seconds for a series
+    poll_s: float = 10.0  # seconds between two looks where the alias is
+    shadow: str | None = None  # alias of a challenger that also segments a share of the single slices
+    shadow_share: float = 0.1  # that share
+    num_replicas: int = 1  # replicas of the model
+    autoscaling: Autoscaling | None = None  # in place of num_replicas
+    cpus_per_replica: float = 1.0  # CPUs of a replica: as many slices at a time
+    gpus_per_replica: float = 0.0  # GPUs of a replica; fractions share one
     limits: Limits = field(default_factory=Limits)
-    ssl_keyfile: str | None = None  # PEM files, for TLS
-    ssl_certfile: str | None = None
-    behind_proxy: bool = False  # what comes from outside comes through a proxy that speaks TLS, and asks who is there
-    audit: str | None = None  # file for a JSON line a request, on each node with an ingress
+    ssl_keyfile: str | None = None  # PEM file of the key, for TLS
+    ssl_certfile: str | None = None  # PEM file of the certificate
+    behind_proxy: bool = False  # a proxy in front speaks TLS and asks for credentials
+    audit: str | None = None  # file for a JSON line of each request, on each node with an ingress
     pacs: str | None = None  # URL of a DICOMweb service, for jobs and single series
-    jobs: JobsConfig | None = None  # where jobs may read and write; without it there are none
+    jobs: JobsConfig | None = None  # places that jobs may read and write; null for no jobs
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:

@@ -29,14 +29,14 @@ _LISTED = 500  # the latest jobs: the only ones that are looked at
 class JobsConfig:
     """The section `serve.jobs` of a recipe: a service must not read or write anywhere."""
 
-    records: str  # URI of a folder that all nodes reach; a small file a job
+    records: str  # URI of a folder that all nodes reach, for a small file of each job
     sources: tuple[str, ...]  # URIs of folders, or of DICOMweb services, below which archives may lie
     destinations: tuple[str, ...]  # URIs of folders below which jobs may write
     # Likewise of manifests. Whoever writes one there has the service read any place that it names, with the
     # credentials of the service: none by default.
     manifests: tuple[str, ...] = ()
-    at_once: int = 1  # jobs; more are refused until one has ended
-    settings: dict[str, Any] = field(default_factory=dict)  # further keys of `segment`, as concurrency
+    at_once: int = 1  # jobs at a time; more are refused until one has ended
+    settings: dict[str, Any] = field(default_factory=dict)  # further keys of `segment`, such as concurrency
 
     def __post_init__(self) -> None:
         if self.at_once < 1:

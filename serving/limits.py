@@ -17,14 +17,14 @@ _UPLOADS = ("/v1/segment",)
 class Limits:
     """The section `serve.limits` of a recipe. Of pixels, frames and zip entries the readers have their own."""
 
-    headers: int = 64  # lines
-    header_bytes: int = 16 * 1024  # names and values
+    headers: int = 64  # lines of the head
+    header_bytes: int = 16 * 1024  # names and values of the head
     target_bytes: int = 4 * 1024  # path and query
-    body_grace_s: float = 10.0  # of waiting for the client while its body arrives, beside ...
-    body_bytes_per_s: int = 64 * 1024  # ... the time that its bytes may take at this rate
-    request_s: float = 900.0  # from the first byte to the last of the answer; routes have shorter deadlines
-    requests: int = 320  # at once, of all; more get a 503
-    requests_per_token: int = 16  # at once
+    body_grace_s: float = 10.0  # seconds that a body may take beside the time of its bytes
+    body_bytes_per_s: int = 64 * 1024  # rate that the time of its bytes is counted at
+    request_s: float = 900.0  # seconds from the first byte to the last of the answer; routes have shorter deadlines
+    requests: int = 320  # requests at a time, of all; more get a 503
+    requests_per_token: int = 16  # requests at a time of one token; more get a 429
 
     def __post_init__(self) -> None:
         for key, value in vars(self).items():

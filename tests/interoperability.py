@@ -2,7 +2,7 @@
 
     RAYSEG_PSEUDONYM_KEY=any PYTHONPATH=platform:. python -m tests.interoperability
 
-writes the table of files in docs/interoperability.md anew; tests compare it with what they see.
+writes the table of files in docs/reference/interoperability.md anew; tests compare it with what they see.
 """
 
 import gzip
@@ -31,7 +31,7 @@ from rayseg.inference.outputs import Segmented, files
 from rayseg.tracking.version import ModelVersion
 from tests.unit.test_segmentation import source
 
-PAGE = Path(__file__).parents[1] / "docs" / "interoperability.md"
+PAGE = Path(__file__).parents[1] / "docs" / "reference" / "interoperability.md"
 PROFILES = ("seg", "seg-labelmap", "seg-fractional", "report", "nifti", "nifti-upright", "stl", "glb")
 ROWS, COLUMNS, SLICES = 24, 32, 8
 SPACING_MM, STEP_MM = (0.8, 0.5), 3.0  # between rows, between columns; between slices, which are 2 mm thick

@@ -184,11 +184,11 @@ def require(stage: str, bundle: Mapping[str, float], count: int = 1, keys: Mappi
         largest = max((shape.get(name, 0.0) for shape, _ in _most() or ()), default=0.0)
         if largest < amount:
             key = f"{stage}.{keys[name]}" if name in keys else stage
-            has = f"the largest node has {largest:g}" if largest else "no node has any"
-            raise ValueError(f"{key}: {told} is wanted of one node, and of {name} {has}; lower it, or add such nodes")
+            has = f"the largest node has {largest:g} {name}" if largest else f"no node has any {name}"
+            raise ValueError(f"{key}: needs {told} on one node, but {has}; lower it, or add such nodes")
     key = f"{stage}.{keys['count']}" if "count" in keys else stage
     raise ValueError(
-        f"{key}: {count} times {told} is wanted at once, and the cluster has room for {fits:g}; lower it, or add nodes"
+        f"{key}: needs {count} times {told} at once, but the cluster has room for {fits:g}; lower it, or add nodes"
     )
 
 

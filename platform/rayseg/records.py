@@ -11,7 +11,7 @@ import pyarrow as pa
 
 
 class Reason(StrEnum):
-    """Why an input was rejected. The README shows this enumeration as a table; the value is the code in ledgers."""
+    """Why an input was rejected. The value is the code in ledgers; docs/reference/reasons.md shows the table."""
 
     NOT_FOUND = "not_found"  # the object vanished between listing and reading
     READ_FAILED = "read_failed"  # the store kept failing after all retries
@@ -52,7 +52,7 @@ class Reject:
 
 
 class QualityFlag(StrEnum):
-    """What makes a segmented series worth a look. The README shows this enumeration as a table, too."""
+    """What makes a segmented series worth a look. docs/reference/flags.md shows the table."""
 
     MODALITY = "modality"  # another modality than the training set's
     BODY_PART = "body_part"  # another body part (BodyPartExamined) than the training set's
@@ -83,34 +83,37 @@ NEIGHBOURS = pa.list_(pa.struct([("uri", pa.string()), ("frame", pa.int32())]))
 # One row per slice of the source: a DICOM instance, a frame of one, or an image file.
 MANIFEST = pa.schema(
     [
-        ("uri", pa.string()),
-        ("frame", pa.int32()),  # of a multi-frame DICOM instance or a volume, from 0; null: the object is one image
-        ("bytes", pa.int64()),  # of the object
-        ("etag", pa.string()),  # of the object: another one is another content
+        ("uri", pa.string()),  # where the object lies
+        ("frame", pa.int32()),  # number of the frame or slice in the object, from 0; null where the object is one image
+        ("bytes", pa.int64()),  # size of the object
+        ("etag", pa.string()),  # ETag of the object: another one means another content
         ("verdict", pa.string()),  # "ok" or "rejected"
-        ("reason", pa.string()),  # a Reason value; null where ok
-        ("detail", pa.string()),  # null where ok
+        ("reason", pa.string()),  # the code of the reject; null where ok
+        ("detail", pa.string()),  # what exactly is wrong; null where ok
         ("kind", pa.string()),  # "dicom" or "image"; null where rejected before that was known
-        ("masks", MASK_FILES),  # empty: no mask (one without foreground where the layout says so)
-        ("patient_key", pa.string()),
-        ("study_key", pa.string()),
-        ("series_key", pa.string()),
-        ("instance_key", pa.string()),
-        ("frame_of_reference_key", pa.string()),
-        ("modality", pa.string()),
-        ("transfer_syntax_uid", pa.string()),
-        ("rows", pa.int32()),
-        ("columns", pa.int32()),
-        ("instance_number", pa.int32()),
+        ("masks", MASK_FILES),  # the masks of the image; empty: none, or no foreground where the layout says so
+        ("patient_key", pa.string()),  # pseudonym of the patient
+        ("study_key", pa.string()),  # pseudonym of the study
+        ("series_key", pa.string()),  # pseudonym of the series, or of the stack
+        ("instance_key", pa.string()),  # pseudonym of the instance
+        ("frame_of_reference_key", pa.string()),  # pseudonym of the frame of reference
+        ("modality", pa.string()),  # Modality
+        ("transfer_syntax_uid", pa.string()),  # TransferSyntaxUID
+        ("rows", pa.int32()),  # Rows
+        ("columns", pa.int32()),  # Columns
+        ("instance_number", pa.int32()),  # InstanceNumber
         ("pixel_spacing_mm", pa.list_(pa.float64())),  # 2: between rows, between columns
-        ("slice_thickness_mm", pa.float64()),
-        ("image_position_mm", pa.list_(pa.float64())),  # 3
-        ("image_orientation", pa.list_(pa.float64())),  # 6: along a row, along a column
-        ("localizer", pa.bool_()),
-        ("traits", pa.string()),  # what may tell volumes of one series apart: see `dicom.traits`
+        ("slice_thickness_mm", pa.float64()),  # SliceThickness
+        ("image_position_mm", pa.list_(pa.float64())),  # ImagePositionPatient: 3 numbers
+        (
+            "image_orientation",
+            pa.list_(pa.float64()),
+        ),  # ImageOrientationPatient: 6 numbers, along a row, along a column
+        ("localizer", pa.bool_()),  # a scout view
+        ("traits", pa.string()),  # what may tell volumes of one series apart
         ("stack", pa.string()),  # the name of one of several stacks of its series; null where that is one
         ("series_verdict", pa.string()),  # "ok", "salvaged" or "rejected"
-        ("series_detail", pa.string()),  # what was done or why
+        ("series_detail", pa.string()),  # what was done to the series, or why it is rejected
     ]
 )
 
@@ -118,16 +121,16 @@ MANIFEST = pa.schema(
 PREPARED = pa.schema(
     [
         ("row_id", pa.string()),  # sha256 of the uri, or of uri#frame: names the sample in errors and tables
-        ("patient_key", pa.string()),
-        ("study_key", pa.string()),  # null for image files
-        ("series_key", pa.string()),
-        ("uri", pa.string()),
-        ("frame", pa.int32()),  # as in the manifest
-        ("masks", MASKS),
-        ("neighbours", NEIGHBOURS),  # whose channels `image` has too
+        ("patient_key", pa.string()),  # pseudonym of the patient
+        ("study_key", pa.string()),  # pseudonym of the study; null for image files
+        ("series_key", pa.string()),  # pseudonym of the series
+        ("uri", pa.string()),  # where the image lies
+        ("frame", pa.int32()),  # number of the frame or slice in the object, from 0
+        ("masks", MASKS),  # the masks of the image
+        ("neighbours", NEIGHBOURS),  # the slices whose channels `image` has too
         ("split", pa.string()),  # "train", "val" or "test"
         ("fingerprint", pa.binary()),  # of `image`, to find near-duplicates; null where there is nothing to tell
-        ("modality", pa.string()),  # null for image files, as are the next three where the object lacks them
+        ("modality", pa.string()),  # Modality; null for image files, as are the next three where the object lacks them
         ("body_part", pa.string()),  # BodyPartExamined
         ("pixel_spacing_mm", pa.list_(pa.float64())),  # 2, of `image`: between rows, between columns
         (
@@ -135,8 +138,8 @@ PREPARED = pa.schema(
             pa.float64(),
         ),  # on the slice's own grid, by the positions of its series; null: unknown
         ("intensity_mean", pa.float64()),  # of `image` without its neighbours' channels
-        ("intensity_sd", pa.float64()),
-        ("foreground_pixels", pa.int64()),  # of `mask`
+        ("intensity_sd", pa.float64()),  # standard deviation of the same
+        ("foreground_pixels", pa.int64()),  # pixels of `mask` that are no background
         ("image", pa.binary()),  # uint8, (height, width, channels)
         ("mask", pa.binary()),  # uint8 class indices, (height, width)
     ]
@@ -145,13 +148,13 @@ PREPARED = pa.schema(
 # One row per rejected slice of a stage.
 REJECTS = pa.schema(
     [
-        ("uri", pa.string()),
-        ("frame", pa.int32()),  # as in the manifest
-        ("stage", pa.string()),
-        ("reason", pa.string()),
-        ("detail", pa.string()),
-        ("patient_key", pa.string()),
-        ("series_key", pa.string()),
+        ("uri", pa.string()),  # where the object lies
+        ("frame", pa.int32()),  # number of the frame or slice in the object, from 0
+        ("stage", pa.string()),  # the job that rejected it
+        ("reason", pa.string()),  # the code of the reject
+        ("detail", pa.string()),  # what exactly is wrong
+        ("patient_key", pa.string()),  # pseudonym of the patient
+        ("series_key", pa.string()),  # pseudonym of the series
     ]
 )
 
@@ -159,10 +162,10 @@ REJECTS = pa.schema(
 OUTPUTS = pa.list_(
     pa.struct(
         [
-            ("profile", pa.string()),
-            ("uri", pa.string()),
-            ("sha256", pa.string()),
-            ("bytes", pa.int64()),
+            ("profile", pa.string()),  # what the file is
+            ("uri", pa.string()),  # where it lies
+            ("sha256", pa.string()),  # of its bytes
+            ("bytes", pa.int64()),  # its size
             ("pacs", pa.string()),  # URL of the instance in a PACS; null where it is in none
         ]
     )
@@ -172,9 +175,9 @@ OUTPUTS = pa.list_(
 NOT_MADE = pa.list_(
     pa.struct(
         [
-            ("profile", pa.string()),  # of `inference.outputs.Profile`
-            ("reason", pa.string()),  # a Reason value
-            ("detail", pa.string()),
+            ("profile", pa.string()),  # what could not be made
+            ("reason", pa.string()),  # the code of the reject
+            ("detail", pa.string()),  # what exactly is wrong
         ]
     )
 )
@@ -183,10 +186,10 @@ NOT_MADE = pa.list_(
 CLASS_VOLUMES = pa.list_(
     pa.struct(
         [
-            ("label", pa.string()),
-            ("volume_ml", pa.float64()),
-            ("volume_low_ml", pa.float64()),
-            ("volume_high_ml", pa.float64()),
+            ("label", pa.string()),  # name of the class
+            ("volume_ml", pa.float64()),  # its volume
+            ("volume_low_ml", pa.float64()),  # lower end of the 95 % interval
+            ("volume_high_ml", pa.float64()),  # upper end
         ]
     )
 )
@@ -194,36 +197,36 @@ CLASS_VOLUMES = pa.list_(
 # One row per series of an archive run; an image file (PNG, JPEG, TIFF) is one by itself, under its `instance_key`.
 LEDGER = pa.schema(
     [
-        ("series_key", pa.string()),
-        ("patient_key", pa.string()),
+        ("series_key", pa.string()),  # pseudonym of the series, or of the stack
+        ("patient_key", pa.string()),  # pseudonym of the patient
         ("verdict", pa.string()),  # "segmented" or "rejected"
-        ("reason", pa.string()),
-        ("detail", pa.string()),
-        ("model_name", pa.string()),
-        ("model_version", pa.string()),
-        ("model_digest", pa.string()),
-        ("config_digest", pa.string()),
-        ("slices", pa.int32()),
-        ("rejected_slices", pa.int32()),
-        ("foreground_pixels", pa.int64()),
-        ("volume_ml", pa.float64()),  # null where positions do not give a slice distance
+        ("reason", pa.string()),  # the code of the reject; null where segmented
+        ("detail", pa.string()),  # warnings, or what exactly is wrong
+        ("model_name", pa.string()),  # name of the registered model
+        ("model_version", pa.string()),  # its version
+        ("model_digest", pa.string()),  # digest of its bundle
+        ("config_digest", pa.string()),  # digest of the settings that change the result
+        ("slices", pa.int32()),  # slices that were segmented
+        ("rejected_slices", pa.int32()),  # slices that were rejected
+        ("foreground_pixels", pa.int64()),  # pixels that are no background, of all slices
+        ("volume_ml", pa.float64()),  # volume of the foreground; null where positions do not give a slice distance
         # The 95 % interval of it, see `data.conformal`; null where there is none.
         ("volume_low_ml", pa.float64()),
-        ("volume_high_ml", pa.float64()),
+        ("volume_high_ml", pa.float64()),  # its other end
         ("class_volumes", CLASS_VOLUMES),  # empty where the series is rejected; null in ledgers of earlier versions
         ("entropy_bits", pa.float64()),  # the mean over the pixels found; null where there are none
         ("pairwise_dice", pa.float64()),  # of an ensemble's members, or of mirror images; null of a model alone
         ("flags", pa.list_(pa.string())),  # `QualityFlag` values, sorted; null where the series is rejected
-        ("flags_detail", pa.string()),  # null where there are none
+        ("flags_detail", pa.string()),  # the values behind the flags; null where there are none
         ("input_digest", pa.string()),  # of the objects that were to be segmented, by URI, frame and ETag
         ("outputs", OUTPUTS),  # empty: rejected, or nothing found where such series get no files
         ("not_made", NOT_MADE),  # empty: all profiles could be made; null in ledgers of earlier versions
         ("engine", pa.string()),  # with its version and precision; null where nothing ran
         ("read_s", pa.float64()),  # waiting for bytes
-        ("decode_s", pa.float64()),
+        ("decode_s", pa.float64()),  # from bytes to pixels
         ("forward_s", pa.float64()),  # the network, and scaling to and from its grid
         ("encode_s", pa.float64()),  # postprocessing, and making files
-        ("write_s", pa.float64()),
+        ("write_s", pa.float64()),  # storing files
         ("seconds", pa.float64()),  # of the clock, in all
     ]
 )

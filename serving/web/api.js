@@ -14,7 +14,7 @@ const WORDS = {
   mosaic: "Its slices are tiles of one image (a mosaic): take them apart with dcm2niix first.",
   missing_attribute: "The file lacks something that is needed.",
   localizer: "There are only localizers (scout views) in it.",
-  series_mixed: "These images make no single series.",
+  series_mixed: "The images differ in size or orientation, so they are not one series.",
   series_duplicates: "Several slices lie at the same place: phases or echoes of one scan, perhaps. Drop one of them.",
   uneven_slices: "The slices lie at uneven distances, which this format cannot express. DICOM SEG can.",
   needs_neighbours: "The model looks at neighbouring slices too: drop the whole series.",

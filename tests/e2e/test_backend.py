@@ -134,7 +134,7 @@ def test_runs_survive_a_killed_server_and_artifacts_do_not_pass_it(
 def test_a_dump_of_the_database_brings_runs_and_aliases_back(
     s3_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Into another PostgreSQL, beside the same artifacts: the way of docs/operations.md."""
+    """Into another PostgreSQL, beside the same artifacts: the way of docs/how-to/back-up.md."""
     monkeypatch.setattr(registry, "verify_folder", lambda folder: None)  # another process; test_registry has it
     dump, found = tmp_path / "mlflow.dump", {}
     saved = save(tmp_path / "bundle")

@@ -137,7 +137,7 @@ def three() -> Iterator[Cluster]:
 
 
 def submit(three: Cluster, stage: str, *assignments: str) -> Job:
-    """A stage as the README submits it, on the demo's recipe."""
+    """A stage as docs/how-to/submit.md submits it, on the demo's recipe."""
     settings = [part for one in assignments for part in ("--set", one)]
     return three.submit(f"jobs.{stage}", *RECIPE, *settings)
 
@@ -167,7 +167,7 @@ def test_catalog_and_prepare(three: Cluster) -> None:
     assert prepared["rows"] == 64
     hopeless = submit(three, "prepare", "output=s3://rayseg/other", "resources={decode: 3}")
     assert hopeless.wait() != 0
-    assert "prepare.resources: 1 CPU + 3 decode is wanted of one node, and of decode the largest node has 2" in (
+    assert "prepare.resources: needs 1 CPU + 3 decode on one node, but the largest node has 2 decode" in (
         hopeless.output()
     )
 

@@ -13,7 +13,7 @@ from tests.unit.archive_runs import row
 
 pytestmark = pytest.mark.e2e
 
-DOCS = Path(__file__).parents[2] / "docs" / "tables.md"
+DOCS = Path(__file__).parents[2] / "docs" / "how-to" / "read-results.md"
 HTTP = {"AWS_ALLOW_HTTP": "true"}  # as the documentation has it, for a server without TLS
 
 

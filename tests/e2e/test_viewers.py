@@ -1,4 +1,4 @@
-"""More tables in docs/interoperability.md: what a PACS and viewers in a browser make of our files.
+"""More tables in docs/reference/interoperability.md: what a PACS and viewers in a browser make of our files.
 
     RAYSEG_WRITE_TABLE=1 python -m pytest tests/e2e/test_viewers.py
 

@@ -52,5 +52,5 @@ def test_replicas_that_the_cluster_could_never_hold_are_refused(ray_cluster: Non
     tracking_uri = f"sqlite:///{tmp_path}/mlflow.db"
     version = bundles.register(tracking_uri, "tiny", bundles.write_bundle(tmp_path / "bundle", 140))
     wanted = {"tracking_uri": tracking_uri, "model_uri": version.uri, "behind_proxy": True, "gpus_per_replica": 1}
-    with pytest.raises(ValueError, match=r"^serve\.gpus_per_replica: 1 CPU \+ 1 GPU .* no node has any"):
+    with pytest.raises(ValueError, match=r"^serve\.gpus_per_replica: needs 1 CPU \+ 1 GPU .* no node has any"):
         app.application(wanted)

@@ -1,4 +1,4 @@
-"""Each layout that the README shows, from the raw folder through catalog and prepare, against the files as they are."""
+"""Each layout of docs/reference/layouts.md, from the raw folder through catalog and prepare, against the files."""
 
 import contextlib
 import dataclasses
@@ -42,15 +42,13 @@ from rayseg.training.trainer import TrainConfig, fit
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
-README = Path(__file__).parent.parent.parent / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "layouts.md"
 SIDE = 32
 
 
 def example(name: str, **changes: Any) -> tuple[Layout, Labels, Preprocess]:
-    """The YAML example under the README's line with this name, as a recipe would be read."""
-    (text,) = re.findall(
-        rf"^\*\*{re.escape(name)}\*\*.*?```yaml\n(.*?)```", README.read_text(), re.DOTALL | re.MULTILINE
-    )
+    """The YAML example under the page's line with this name, as a recipe would be read."""
+    (text,) = re.findall(rf"^\*\*{re.escape(name)}\*\*.*?```yaml\n(.*?)```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
     recipe = yaml.safe_load(text)
     preprocess = recipe.get("prepare", {}).get("preprocess", {}) | {"size": [SIDE, SIDE]} | changes
     return (

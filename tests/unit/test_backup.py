@@ -1,4 +1,4 @@
-"""The copies that docs/operations.md tells to make bring everything back: MLflow's two halves, and a ledger."""
+"""The copies that docs/how-to/back-up.md tells to make bring everything back: MLflow's two halves, and a ledger."""
 
 import shutil
 import subprocess

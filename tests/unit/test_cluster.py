@@ -57,14 +57,14 @@ def test_a_bundle_lies_on_one_node(nodes):
 @pytest.mark.parametrize(
     ("bundle", "count", "told"),
     [
-        ({"CPU": 6}, 1, r"^train\.cpus_per_worker: 6 CPU is wanted of one node, and of CPU the largest node has 5;"),
+        ({"CPU": 6}, 1, r"^train\.cpus_per_worker: needs 6 CPU on one node, but the largest node has 5 CPU;"),
         (
             {"CPU": 1, "GPU": 1},
             1,
-            r"^train\.gpus_per_worker: 1 CPU \+ 1 GPU is wanted of one node, and of GPU no node has any;",
+            r"^train\.gpus_per_worker: needs 1 CPU \+ 1 GPU on one node, but no node has any GPU;",
         ),
-        ({"CPU": 1, "decode": 1}, 1, r"^train\.resources: .* of decode no node has any;"),
-        ({"CPU": 2, "GPU": 0}, 4, r"^train\.num_workers: 4 times 2 CPU is wanted at once, .* has room for 3;"),
+        ({"CPU": 1, "decode": 1}, 1, r"^train\.resources: .* no node has any decode;"),
+        ({"CPU": 2, "GPU": 0}, 4, r"^train\.num_workers: needs 4 times 2 CPU at once, .* has room for 3;"),
     ],
 )
 def test_the_key_and_what_is_missing_are_named(nodes, bundle, count, told):
@@ -76,7 +76,7 @@ def test_the_key_and_what_is_missing_are_named(nodes, bundle, count, told):
 
 def test_resources_that_no_node_has_together_are_refused(nodes):
     nodes += [node(CPU=8), node(GPU=1, CPU=1)]
-    with pytest.raises(ValueError, match=r"^train\.num_workers: 1 times 4 CPU \+ 1 GPU .* has room for 0"):
+    with pytest.raises(ValueError, match=r"^train\.num_workers: needs 1 times 4 CPU \+ 1 GPU .* has room for 0"):
         cluster.require("train", {"CPU": 4, "GPU": 1}, 1, KEYS)
 
 
@@ -90,7 +90,7 @@ def test_a_launched_cluster_counts_as_large_as_it_may_become(nodes, tmp_path):
     launched(tmp_path, available_node_types=kinds, head_node_type="head", max_workers=4)
     assert cluster.room({"GPU": 1}) == 6
     assert cluster.room({"CPU": 1, "decode": 1}) == 64, "no more than max_workers of all kinds"
-    with pytest.raises(ValueError, match=r"^train\.gpus_per_worker: 4 GPU .* the largest node has 2"):
+    with pytest.raises(ValueError, match=r"^train\.gpus_per_worker: needs 4 GPU .* the largest node has 2"):
         cluster.require("train", {"GPU": 4}, 1, KEYS)
 
 
@@ -127,7 +127,7 @@ def test_an_elastic_run_needs_room_for_its_least_workers(nodes, discs, tmp_path,
     nodes += [node(CPU=3), node(CPU=3)]
     model = NetworkConfig(widths=(4,), convolutions=1)
     places = {"prepared": discs, "storage": str(tmp_path), "tracking_uri": f"sqlite:///{tmp_path}/mlflow.db"}
-    with pytest.raises(ValueError, match=r"^train\.num_workers: 3 times 2 CPU is wanted at once, .* has room for 2;"):
+    with pytest.raises(ValueError, match=r"^train\.num_workers: needs 3 times 2 CPU at once, .* has room for 2;"):
         trainer.fit(TrainConfig(**places, model=model, cpus_per_worker=2, num_workers=(3, 8)))
     with pytest.raises(RuntimeError, match="begun"):
         trainer.fit(TrainConfig(**places, model=model, cpus_per_worker=2, num_workers=(2, 8)))

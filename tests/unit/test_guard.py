@@ -67,9 +67,9 @@ def test_wrong_lines_are_told_without_what_stands_in_them(text: str, told: str):
     assert "SECRET" not in str(caught.value)
 
 
-def test_the_readmes_shell_line_makes_a_line_that_is_understood():
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    assert "printf %s \"$TOKEN\" | sha256sum | cut -d' ' -f1" in readme
+def test_the_documented_shell_line_makes_a_line_that_is_understood():
+    page = (Path(__file__).parents[2] / "docs" / "how-to" / "tokens.md").read_text()
+    assert "printf %s \"$TOKEN\" | sha256sum | cut -d' ' -f1" in page
     # SHA-256 of "abc": FIPS 180-2, appendix B.1
     known = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     (token,) = auth.from_environment({auth.VALUE: f"alice:submit:{known}"})

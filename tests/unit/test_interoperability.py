@@ -1,4 +1,4 @@
-"""The table in docs/interoperability.md is what other software makes of our files today."""
+"""The table in docs/reference/interoperability.md is what other software makes of our files today."""
 
 import shutil
 

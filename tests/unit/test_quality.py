@@ -480,9 +480,9 @@ def _in_brackets(detail: str) -> str:
     return "; ".join(f"{part.split(': ')[0]} ({part.split(': ')[1]})" for part in detail.split("; "))
 
 
-def test_every_flag_has_a_code_and_a_row_in_the_readme() -> None:
+def test_every_flag_has_a_code_and_a_row_in_the_documentation() -> None:
     assert set(_FINDINGS) == set(QualityFlag)
-    section = (ROOT / "README.md").read_text().split("## Why a series is flagged")[1].split("\n## ")[0]
+    section = (ROOT / "docs" / "reference" / "flags.md").read_text().split("\n## ")[0]
     table = re.findall(r"^\| `([a-z_]+)` \| (.+) \|$", section, re.MULTILINE)
     source = (ROOT / "platform/rayseg/records.py").read_text().split("class QualityFlag")[1].split("\n\n\n")[0]
     assert [(code, text.split(" | ")[0]) for code, text in table] == re.findall(

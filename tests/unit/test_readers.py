@@ -1,7 +1,7 @@
 """Segmentations as other readers see them: dcmqi into ITK volumes, and highdicom's volumes, in patient coordinates.
 
 Of volumes with orthogonal axes and even steps, as ITK has no others. What these and other readers make of tilted stacks
-and uneven steps is in docs/interoperability.md.
+and uneven steps is in docs/reference/interoperability.md.
 """
 
 import subprocess

@@ -21,8 +21,8 @@ class BenchmarkConfig:
     bentoml: the python of an environment with BentoML, OpenVINO, pydicom and Pillow, for `serve`.
     """
 
-    suite: Literal["data", "train", "archive", "plan", "serve"] = "data"
-    repeats: int = 5
+    suite: Literal["data", "train", "archive", "plan", "serve"] = "data"  # what is measured
+    repeats: int = 5  # how often each figure is measured
     rows: int = 100_000
     bentoml: str | None = None
 

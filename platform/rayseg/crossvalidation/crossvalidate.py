@@ -41,9 +41,9 @@ logger = logging.getLogger(__name__)
 class CrossValidate:
     """The section `crossvalidate`."""
 
-    folds: int = 5  # 3 or more; patients are dealt to them as `prepare.split` says, without its share for test
-    concurrent: int | None = None  # folds trained at once; by default as many as the cluster holds
-    mirror: Mirror | None = None  # averages over mirror images: when folds are scored, and in the ensemble
+    folds: int = 5  # number of folds, 3 or more; patients are dealt to them as `prepare.split` says
+    concurrent: int | None = None  # folds trained at a time; by default as many as the cluster holds
+    mirror: Mirror | None = None  # average over mirror images too, when folds are scored and in the ensemble
 
     def __post_init__(self) -> None:
         if self.folds < 3:
@@ -68,7 +68,10 @@ class CrossValidateConfig:
 
 @dataclass(frozen=True)
 class CrossValidateResult:
-    """Out-of-fold scores, which are of single models, and the ensemble of these. README defines the metrics."""
+    """Out-of-fold scores, which are of single models, and the ensemble of these.
+
+    docs/reference/metrics.md defines the metrics.
+    """
 
     run_id: str  # the parent of the folds' runs; it has all of it
     model_uri: str  # the ensemble, which has no score

@@ -41,12 +41,12 @@ class Augment:
     flip_horizontal: float = 0.5  # probability; left and right change places
     flip_vertical: float = 0.0  # probability
     transpose: float = 0.0  # probability; rows become columns, with both flips any quarter turn
-    geometric_probability: float = 1.0  # of the next four, together
-    rotate_degrees: float = 12.0  # at most, either way; 0 is off
+    geometric_probability: float = 1.0  # probability of the next four, together
+    rotate_degrees: float = 12.0  # greatest angle, either way; 0 is off
     scale: tuple[float, float] = (0.88, 1.14)  # above 1 magnifies; [1, 1] is off
-    translate: float = 0.0  # at most, either way, as a fraction of height and width; 0 is off
-    elastic: float = 0.0  # at most, of a smooth random field of 4 by 4 nodes, as `translate`; 0 is off
-    intensity_probability: float = 1.0  # of each of the next seven, by itself
+    translate: float = 0.0  # greatest shift, either way, as a fraction of height and width; 0 is off
+    elastic: float = 0.0  # greatest shift by a smooth random field of 4 by 4 nodes, as `translate`; 0 is off
+    intensity_probability: float = 1.0  # probability of each of the next seven, by itself
     gamma: tuple[float, float] = (0.8, 1.25)  # exponent, of 0..1; below 1 is brighter; [1, 1] is off
     brightness: float = 0.0  # at most, either way: values times 1 +- brightness; 0 is off
     contrast: float = 0.0  # at most, either way: distances to the mean times 1 +- contrast; 0 is off

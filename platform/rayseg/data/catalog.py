@@ -46,13 +46,15 @@ _FOUND = MANIFEST.insert(0, pa.field("index", pa.int64()))
 class CatalogConfig:
     """What to catalog and where to write the manifest."""
 
-    source: str  # URI of the folder or prefix that `layout` describes, or a query of a DICOMweb service: see `pacs`
+    source: str  # URI of the folder or prefix that `layout` describes, or a query of a DICOMweb service
     output: str  # URI of the manifest, a Parquet file
     layout: Layout = field(default_factory=Layout)
-    max_reject_fraction: float = 0.2
+    max_reject_fraction: float = 0.2  # the job fails where a greater share of the objects is rejected
     concurrency: int = 4  # tasks at a time
-    resources: dict[str, float] = field(default_factory=dict)  # what each asks for beside a CPU: {decode: 1}
-    stacks: str | tuple[str, ...] | None = None  # of series with several, those that a pattern names; null: all
+    # what each task asks for beside a CPU, such as {decode: 1}
+    resources: dict[str, float] = field(default_factory=dict)
+    # patterns of the names of stacks to take, in series of several volumes; null takes all
+    stacks: str | tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if pacs.is_dicomweb(self.source) and self.layout != Layout():

@@ -22,9 +22,9 @@ _EDGE = 5
 
 @dataclass(frozen=True)
 class Labels:
-    """The foreground classes, in the order of their indices 1..N, and what of a mask is which.
+    """The foreground classes, numbered 1, 2, ... in their order, and the rule that says which pixel is which.
 
-    Exactly one rule holds, the first of these that is given:
+    The first rule of these that is given holds:
 
     - `sources`: the `{label}` of a mask's path, or the SegmentLabel of a DICOM segmentation's segment, says the class;
     - `colors`: "#rrggbb" of a colour-coded mask, the nearest one counts; black is background unless named;
@@ -32,16 +32,16 @@ class Labels:
     - one name and no rule: every value above `threshold`, or channel of a colour, is that class, whatever its source;
       so is every segment and ROI, which have no values.
 
-    Several values, colours or sources may mean one class; `background` as the name leaves one out. What a mask holds
-    and no rule names is an error of that mask. Where classes overlap the later name wins. `threshold` (of the first and
-    the last rule) of 127 takes the noise of JPEG masks away.
+    Several values, colours or sources may mean one class; `background` as the name leaves one out. A mask that holds
+    something without a class is rejected. Where classes overlap the later name wins. A `threshold` of 127 takes the
+    noise of JPEG masks away.
     """
 
-    names: tuple[str, ...] = ("lesion",)
-    threshold: int = 0
-    values: dict[int, str] | None = None
-    colors: dict[str, str] | None = None
-    sources: dict[str, str] | None = None
+    names: tuple[str, ...] = ("lesion",)  # the foreground classes
+    threshold: int = 0  # greater values are foreground, where `sources` or one name is the rule
+    values: dict[int, str] | None = None  # the class of each stored number
+    colors: dict[str, str] | None = None  # the class of each colour, such as "#ff0000"
+    sources: dict[str, str] | None = None  # the class of each {label}, SegmentLabel or ROI name
 
     def __post_init__(self) -> None:
         if not self.names or not all(self.names) or len(set(self.names)) < len(self.names) or BACKGROUND in self.names:

@@ -35,11 +35,11 @@ _FLAT = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 class Layout:
     """Where things lie below a source; one pattern or several of each kind."""
 
-    images: str | tuple[str, ...] = ""
-    masks: str | tuple[str, ...] | None = None  # null: an archive without masks
-    groups: str | None = None  # CSV below the source with the columns file,group: which patient an image is of
-    missing_mask: MissingMask = "reject"  # what an image without a mask is: refused, or without foreground
-    volume: int | None = None  # which one of image files of several volumes (4-D), from 0; null: these are refused
+    images: str | tuple[str, ...] = ""  # pattern of the paths of images
+    masks: str | tuple[str, ...] | None = None  # pattern of the paths of masks; null for an archive without masks
+    groups: str | None = None  # CSV below the source with the columns file,group: the patient of each image
+    missing_mask: MissingMask = "reject"  # an image without a mask is rejected, or has no foreground
+    volume: int | None = None  # which volume to take of files of several (4-D), from 0; null rejects such files
 
     def __post_init__(self) -> None:
         if self.volume is not None and self.volume < 0:

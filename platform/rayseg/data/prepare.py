@@ -46,15 +46,16 @@ class PrepareConfig:
     """What to prepare, how, and where to write the set."""
 
     manifest: str  # URI of a manifest that `catalog` wrote
-    output: str  # URI of a folder or prefix for the set alone
+    output: str  # URI of a folder or prefix that holds this set and nothing else
     preprocess: Preprocess = field(default_factory=Preprocess)
     labels: Labels = field(default_factory=Labels)
     split: Split = field(default_factory=Split)
-    limit: int | None = None  # so many rows, the same from each patient where it has them, spread over its slices
-    rows_per_shard: int = 256
-    row_group_rows: int = 16
-    max_reject_fraction: float = 0.2
-    resources: dict[str, float] = field(default_factory=dict)  # what each task asks for beside a CPU: {decode: 1}
+    limit: int | None = None  # take this many rows only, as many from each patient as possible, spread over its slices
+    rows_per_shard: int = 256  # rows of a Parquet file at most
+    row_group_rows: int = 16  # rows of a row group; each epoch draws an order of all row groups
+    max_reject_fraction: float = 0.2  # the job fails where a greater share of the objects is rejected
+    # what each task asks for beside a CPU, such as {decode: 1}
+    resources: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for key in ("limit", "rows_per_shard", "row_group_rows"):

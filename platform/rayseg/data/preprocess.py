@@ -57,15 +57,15 @@ class Preprocess:
     """
 
     size: tuple[int, int] = (256, 256)  # height, width of the network's input
-    # Center and width, or a name of WINDOWS; several make as many channels. A name becomes its numbers at once: what a
-    # bundle says does not depend on what the name means later.
+    # A name (brain, subdural, stroke, bone), or center and width; a list makes as many channels. A name becomes its
+    # numbers at once, so that a bundle does not depend on what the name means later.
     window: Window | str | tuple[Window | str, ...] | None = None
-    percentiles: tuple[float, float] | None = (0.5, 99.5)  # mapped to 0 and 255
-    z_score: float | None = None  # so many standard deviations below and above the mean are mapped to 0 and 255
+    percentiles: tuple[float, float] | None = (0.5, 99.5)  # these percentiles of each image's values become 0 and 255
+    z_score: float | None = None  # this many standard deviations below and above the mean become 0 and 255
     color: bool = False  # red, green and blue as three channels, each by its own values; a grey slice three times
-    neighbours: int = 0  # so many slices on each side of the series are further channels (2.5D), see `apply`
-    # What brings masks to the network's grid, which is of training alone: the filter of images, class by class, or
-    # "nearest", which shifts labels by up to half a source pixel. Bundles that do not say it were trained with that.
+    neighbours: int = 0  # slices on each side of the series that are further channels (2.5D)
+    # How masks come to the network's grid for training: by the filter of images, class by class, or by nearest
+    # neighbours, which shifts labels by up to half a source pixel. Bundles that do not say it had "nearest".
     mask_filter: Literal["image", "nearest"] = "image"
 
     def __post_init__(self) -> None:

@@ -38,14 +38,14 @@ class Split:
     in no split, as no fold may see it.
     """
 
-    val: float = 0.15
-    test: float = 0.15
-    seed: str = "1"
-    folds: int | None = None
-    fold: int = 0
-    held_out: bool = False  # with folds; what `crossvalidate` prepares
-    stratify: bool = False  # see the module; reads every mask once more
-    standing: str | None = None  # URI of the split.csv of an earlier set
+    val: float = 0.15  # share of the patients for validation
+    test: float = 0.15  # share of the patients for the test
+    seed: str = "1"  # another seed is another draw
+    folds: int | None = None  # number of folds, in place of `val`
+    fold: int = 0  # the fold that is held out, from 0
+    held_out: bool = False  # the fold is the test split and the next fold validates, as `crossvalidate` needs it
+    stratify: bool = False  # deals patients with and without foreground separately; reads every mask once more
+    standing: str | None = None  # URI of the split.csv of an earlier set, whose patients keep their split
 
     def __post_init__(self) -> None:
         if self.val < 0 or self.test < 0 or self.test + (0 if self.folds else self.val) >= 1:

@@ -37,13 +37,13 @@ class Demo:
     """What the demo runs on. `data` and `archive` are local folders; without them phantom head-CT studies are made."""
 
     directory: str = "demo"  # everything that the demo writes; an older demo there is replaced
-    bucket: str = "rayseg"
+    bucket: str = "rayseg"  # bucket of the store that the demo starts
     data: str | None = None  # holds the folders that the recipe's catalog.layout names
     archive: str | None = None  # DICOM files to segment
-    patients: int = 24
-    slices: int = 10
-    size: int = 256
-    archive_patients: int = 3
+    patients: int = 24  # phantom patients to train, validate and test on
+    slices: int = 10  # slices of each phantom
+    size: int = 256  # rows and columns of a phantom slice
+    archive_patients: int = 3  # phantom patients of the archive
 
 
 @dataclass(frozen=True)

@@ -32,40 +32,41 @@ SUSPICION = "suspicion_"
 _WITHOUT_NUMBER = (QualityFlag.MODALITY, QualityFlag.BODY_PART)
 PARQUET, CSV = "cases.parquet", "cases.csv"  # below the split's folder in the model's run
 
-# A row for each patient and class, in order of both. README defines the metrics; null is undefined or not known.
+# A row for each patient and class, in order of both; null is undefined or not known. docs/reference/metrics.md defines
+# the metrics.
 CASES = pa.schema(
     [
-        ("patient_key", pa.string()),
-        ("class", pa.string()),
-        ("slices", pa.int64()),
+        ("patient_key", pa.string()),  # pseudonym of the patient
+        ("class", pa.string()),  # name of the class
+        ("slices", pa.int64()),  # slices of the patient
         ("images", pa.int64()),  # volumes and planes that these slices make
-        ("tp", pa.int64()),  # pixels, of all slices
-        ("fp", pa.int64()),
-        ("fn", pa.int64()),
-        ("tn", pa.int64()),
+        ("tp", pa.int64()),  # true positive pixels, of all slices
+        ("fp", pa.int64()),  # false positive pixels
+        ("fn", pa.int64()),  # false negative pixels
+        ("tn", pa.int64()),  # true negative pixels
         ("dice", pa.float64()),  # of these counts
         ("dice_per_image", pa.float64()),  # the mean over the images with any mask
         ("images_scored", pa.int64()),  # how many these are
-        ("iou", pa.float64()),
-        ("precision", pa.float64()),
-        ("recall", pa.float64()),
-        ("accuracy", pa.float64()),
+        ("iou", pa.float64()),  # IoU of these counts
+        ("precision", pa.float64()),  # TP / (TP + FP)
+        ("recall", pa.float64()),  # TP / (TP + FN)
+        ("accuracy", pa.float64()),  # (TP + TN) / pixels
         ("average_precision", pa.float64()),  # of the probabilities of all pixels
-        ("brier", pa.float64()),
-        ("ece", pa.float64()),
+        ("brier", pa.float64()),  # Brier score of the probabilities
+        ("ece", pa.float64()),  # expected calibration error
         ("hd95_mm", pa.float64()),  # of images whose spacing is known: the mean over those with both masks
-        ("assd_mm", pa.float64()),
+        ("assd_mm", pa.float64()),  # the same of the average distance
         ("nsd_mm", pa.float64()),  # at the tolerance; the mean over those with any mask, 0 where the other is empty
         ("hd95_px", pa.float64()),  # of images whose spacing is not known, in pixels
-        ("assd_px", pa.float64()),
-        ("nsd_px", pa.float64()),
-        ("lesions_true", pa.int64()),
+        ("assd_px", pa.float64()),  # the same of the average distance
+        ("nsd_px", pa.float64()),  # share of the surface within the tolerance in pixels
+        ("lesions_true", pa.int64()),  # lesions of the truth
         ("lesions_found", pa.int64()),  # of the true ones
-        ("lesions_predicted", pa.int64()),
+        ("lesions_predicted", pa.int64()),  # lesions of the prediction
         ("lesions_false", pa.int64()),  # of the predicted ones
-        ("lesion_f1", pa.float64()),
+        ("lesion_f1", pa.float64()),  # F1 of lesions
         ("truth_ml", pa.float64()),  # volumes; null where a slice has no place, or one alone no thickness
-        ("predicted_ml", pa.float64()),
+        ("predicted_ml", pa.float64()),  # predicted volume, likewise
         # Of the series that is farthest off, see `data.conformal`; null where a volume is not known.
         ("volume_error_mm", pa.float64()),
         ("foreground_error_mm", pa.float64()),  # of all classes together
@@ -83,8 +84,8 @@ CASES = pa.schema(
 class Tolerance:
     """How far surfaces may lie apart and still agree, in images with and without a known spacing."""
 
-    mm: float = 2.0
-    px: float = 2.0
+    mm: float = 2.0  # millimetres, where the spacing is known
+    px: float = 2.0  # pixels, elsewhere
 
     def __str__(self) -> str:
         return f"{self.mm:g} mm, {self.px:g} px"

@@ -29,24 +29,24 @@ from rayseg.retry import CredentialsError
 # A row for each series, `class` empty, and one for each class of it that both sides know.
 DIFF = pa.schema(
     [
-        ("series_key", pa.string()),
-        ("patient_key", pa.string()),
-        ("class", pa.string()),
+        ("series_key", pa.string()),  # pseudonym of the series
+        ("patient_key", pa.string()),  # pseudonym of the patient
+        ("class", pa.string()),  # name of the class; empty for all classes together
         ("verdict", pa.string()),  # "identical", "changed" (slices of one side only are a change) or "not_compared"
         ("reason", pa.string()),  # why not compared
-        ("detail", pa.string()),
+        ("detail", pa.string()),  # more about the reason
         ("slices", pa.int32()),  # that both sides have a mask of
         ("one_sided_slices", pa.int32()),  # that one side alone has, and that are not compared
-        ("baseline_pixels", pa.int64()),
-        ("challenger_pixels", pa.int64()),
+        ("baseline_pixels", pa.int64()),  # foreground of the baseline
+        ("challenger_pixels", pa.int64()),  # foreground of the challenger
         ("changed_pixels", pa.int64()),  # of all classes: of another class, too
         ("dice", pa.float64()),  # of all classes: of foreground of any; null where both are empty
         ("baseline_ml", pa.float64()),  # null where positions give no volume
-        ("challenger_ml", pa.float64()),
+        ("challenger_ml", pa.float64()),  # the same of the challenger
         ("change_ml", pa.float64()),  # challenger minus baseline
         ("changed_ml", pa.float64()),  # of changed_pixels: what was added and what was taken away, together
-        ("baseline_lesions", pa.int32()),
-        ("challenger_lesions", pa.int32()),
+        ("baseline_lesions", pa.int32()),  # lesions of the baseline
+        ("challenger_lesions", pa.int32()),  # lesions of the challenger
         ("appeared", pa.int32()),  # lesions of the challenger
         ("vanished", pa.int32()),  # lesions of the baseline
     ]

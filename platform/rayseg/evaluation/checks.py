@@ -21,7 +21,9 @@ from rayseg.evaluation.paired import (
 from rayseg.tracking import registry, runs
 from rayseg.tracking.registry import ModelVersion
 
-MIN_PATIENTS = 12  # a dozen, below which a few failures are likely to be missed: README's table has the figures
+MIN_PATIENTS = (
+    12  # a dozen, below which a few failures are likely to be missed: docs/explanation/promotion.md has the figures
+)
 _REPEATS = 5
 _SHOWN = 3
 

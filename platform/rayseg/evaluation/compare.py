@@ -28,10 +28,11 @@ class CompareConfig:
     """Which models; the first is the baseline that each of the others is compared with."""
 
     models: tuple[str, ...]  # models:/NAME/VERSION, models:/NAME@ALIAS, or ids of runs that have scores
-    tracking_uri: str
-    split: Literal["train", "val", "test", "out_of_fold"] = "test"  # the last one of cross-validations
-    metric: str = "dice_per_case"  # of single patients: what the picture and the report's head are about
-    level: float = 0.95  # of the intervals
+    tracking_uri: str  # URI of the MLflow server or database, such as sqlite:///work/mlflow.db
+    # which patients; out_of_fold is of cross-validations
+    split: Literal["train", "val", "test", "out_of_fold"] = "test"
+    metric: str = "dice_per_case"  # metric of single patients that picture and summary show
+    level: float = 0.95  # level of the intervals
 
     def __post_init__(self) -> None:
         if len(self.models) < 2 or len(set(self.models)) < len(self.models):

@@ -44,14 +44,14 @@ class DiffConfig:
     """Which two runs, and where to write what changed from the one to the other."""
 
     baseline: str  # URI of the output of a segment job
-    challenger: str  # the same, or another
-    manifest: str  # URI, of the archive: for the pictures
-    output: str  # URI of a folder
+    challenger: str  # URI of the output of another segment job, or the same URI
+    manifest: str  # URI of the manifest of the archive, for the pictures
+    output: str  # URI of a folder for the result
     baseline_model: str | None = None  # NAME/VERSION, or NAME/VERSION/CONFIGURATION, where the ledger has several runs
-    challenger_model: str | None = None
-    worst: int = 50  # pictures: of so many of the largest changes
-    tracking_uri: str | None = None  # of MLflow, where the report is to be kept there, too
-    experiment: str = "rayseg"  # of the run in MLflow
+    challenger_model: str | None = None  # the same of the challenger
+    worst: int = 50  # number of largest changes that become pictures
+    tracking_uri: str | None = None  # URI of MLflow, where the report is to be kept there too
+    experiment: str = "rayseg"  # experiment of the run in MLflow
 
     def __post_init__(self) -> None:
         if self.worst < 0:

@@ -44,17 +44,17 @@ class EvaluateConfig:
 
     prepared: str  # URI of a prepared set
     model_uri: str  # models:/NAME/VERSION or models:/NAME@ALIAS
-    tracking_uri: str
-    split: Literal["train", "val", "test"] = "test"
-    ensemble: tuple[str, ...] = ()  # further models, whose probabilities are averaged with the first one's
-    mirror: Mirror | None = None  # averages over mirror images, too
+    tracking_uri: str  # URI of the MLflow server or database, such as sqlite:///work/mlflow.db
+    split: Literal["train", "val", "test"] = "test"  # which patients are scored
+    ensemble: tuple[str, ...] = ()  # further models; their probabilities are averaged with the first model's
+    mirror: Mirror | None = None  # average over mirror images too: by columns, or by rows and columns
     concurrency: int = 1  # actors, one CPU each
-    tolerance: Tolerance = field(default_factory=Tolerance)  # of the normalised surface distance
+    tolerance: Tolerance = field(default_factory=Tolerance)  # distance within which surfaces agree, for `nsd`
     resamples: int = 2000  # draws of patients for the intervals
-    min_patients: int = 5  # of fewer nothing gets an interval
-    overlays: int = 6  # pictures: the largest slice of so many cases, from the worst case to the best
-    worst: int = 10  # pictures: the slice with most wrong pixels of so many of the worst cases
-    max_reject_fraction: float = 0.2
+    min_patients: int = 5  # with fewer patients nothing gets an interval
+    overlays: int = 6  # number of pictures: the largest slice of cases from the worst to the best
+    worst: int = 10  # number of pictures: the slice with most wrong pixels of the worst cases
+    max_reject_fraction: float = 0.2  # the job fails where a greater share of the objects is rejected
 
     def __post_init__(self) -> None:
         if self.concurrency < 1 or self.overlays < 0 or self.worst < 0:
@@ -72,7 +72,7 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class EvaluateResult:
-    """What came out, without what is undefined; README has the metrics' definitions.
+    """What came out, without what is undefined; docs/reference/metrics.md defines the metrics.
 
     Of several classes the metrics are means over those that have one, and the numbers sums; `classes` has those of
     each.

@@ -140,8 +140,8 @@ _PIXELS = {"tp": 1, "fp": 1, "fn": 1, "tn": 1}
 _DICE = _pooled({"tp": 2}, {"tp": 2, "fp": 1, "fn": 1})
 _SURFACES = [f"{name}_{unit}" for name in ("hd95", "assd", "nsd") for unit in ("mm", "px")]
 
-# README has the definitions. All but `average_precision` and `ece` need no more than the table of cases. Of several
-# classes a metric is the mean over those that have a value.
+# docs/reference/metrics.md has the definitions. All but `average_precision` and `ece` need no more than the table of
+# cases. Of several classes a metric is the mean over those that have a value.
 METRICS: dict[str, Metric] = {
     "dice_pooled": _DICE,
     "dice_per_case": _per_case("dice"),

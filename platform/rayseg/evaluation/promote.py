@@ -24,19 +24,19 @@ class PromoteConfig:
     """The challenger and what it must show against the model that bears the alias, the champion."""
 
     model_uri: str  # models:/NAME/VERSION or models:/NAME@ALIAS
-    tracking_uri: str
-    metric: str = "test/dice_pooled"  # SPLIT/NAME or SPLIT/NAME/CLASS as the evaluate job logs it
-    alias: str = "champion"
-    margin: float = 0.02  # how much worse than the champion it may be, in the metric's unit, to count as no worse
-    better: bool = False  # asks for better, not for no worse
-    level: float = 0.95  # of the interval of the difference
-    min_patients: int = checks.MIN_PATIENTS  # who have the metric: of fewer nothing is shown
+    tracking_uri: str  # URI of the MLflow server or database, such as sqlite:///work/mlflow.db
+    metric: str = "test/dice_pooled"  # SPLIT/NAME or SPLIT/NAME/CLASS, as the evaluate job logs it
+    alias: str = "champion"  # the alias that the version is to get
+    margin: float = 0.02  # how much worse than the champion the model may be, in the metric's unit
+    better: bool = False  # the model must be better, not only no worse
+    level: float = 0.95  # level of the interval of the difference
+    min_patients: int = checks.MIN_PATIENTS  # patients who must have a value of the metric
     # A version that the challenger may be worse than by no more than the margin, too, whoever is the champion; by
     # default the first one that bore the alias.
     reference: str | None = None
-    max_latency_s: float | None = None  # of one slice, the bundle's example, in a clean process
-    max_memory_mb: float | None = None  # of that process
-    rollback: bool = False  # gives the alias back to the version that bore it before; nothing else is looked at
+    max_latency_s: float | None = None  # greatest time of one slice, the bundle's example, in a clean process
+    max_memory_mb: float | None = None  # greatest memory of that process
+    rollback: bool = False  # gives the alias back to the version before; nothing else is looked at
 
     def __post_init__(self) -> None:
         if not self.margin >= 0:

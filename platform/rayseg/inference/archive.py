@@ -45,29 +45,32 @@ class SegmentConfig:
     """What to segment, with which model, and where to."""
 
     model_uri: str  # models:/NAME/VERSION or models:/NAME@ALIAS
-    tracking_uri: str
-    output: str  # URI of a folder
+    tracking_uri: str  # URI of the MLflow server or database, such as sqlite:///work/mlflow.db
+    output: str  # URI of a folder for files, ledger and rejects
     manifest: str | None = None  # URI of a manifest as the catalog job writes it
-    source: str | None = None  # or URI of what to catalog first, into the output
-    ensemble: tuple[str, ...] = ()  # further models, whose probabilities are averaged with the first one's
-    mirror: Mirror | None = None  # averages over mirror images, too
+    source: str | None = None  # URI of a folder to catalog first, in place of `manifest`
+    ensemble: tuple[str, ...] = ()  # further models; their probabilities are averaged with the first model's
+    mirror: Mirror | None = None  # average over mirror images too: by columns, or by rows and columns
     engine: Engine = field(default_factory=Engine)
-    profiles: tuple[Profile, ...] = ("seg",)  # what is written of each series: see `outputs`
+    profiles: tuple[Profile, ...] = ("seg",)  # what is written of each series
     postprocess: Postprocess = field(default_factory=Postprocess)
-    nothing_found: Literal["write", "ledger"] = "write"  # files without foreground, or a row in the ledger only
-    retry: Literal["rejected"] | None = None  # does rejected series again, too
-    only_changed: bool = True  # False: does everything again, changed or not
-    verify: bool = False  # does series again whose files are not in the output any more, or of another size
-    dry_run: bool = False  # only says what there is to do, and about how long it takes
-    cost_per_hour: float | None = None  # of the machines that run this, in any currency: for the estimate
-    pacs: str | None = None  # URL of a DICOMweb service that gets the DICOM files, too
+    # of a series without foreground: write its files, or only a row in the ledger
+    nothing_found: Literal["write", "ledger"] = "write"
+    retry: Literal["rejected"] | None = None  # does rejected series again
+    only_changed: bool = True  # false does everything again, changed or not
+    verify: bool = False  # does series again whose files are missing or have another size
+    dry_run: bool = False  # only tells what there is to do, and how long it takes
+    cost_per_hour: float | None = None  # cost of the machines in any currency, for the estimate
+    pacs: str | None = None  # URL of a DICOMweb service that gets the DICOM files too
     concurrency: int = 1  # actors
-    cpus_per_actor: int = 1  # as many series, and slices of theirs, at once; on a GPU these share batches
-    gpus_per_actor: float = 0.0
+    # CPUs of an actor: as many series at a time, and slices of theirs; on a GPU these share batches
+    cpus_per_actor: int = 1
+    gpus_per_actor: float = 0.0  # GPUs of an actor; fractions share one
     # Series that have ended and the ledger lacks, at most: what a killed run does again beside those that were in work.
     unrecorded: int = 64
-    experiment: str = "rayseg"  # of MLflow, where the run shows its progress
-    max_reject_fraction: float = 0.2  # of the manifest's accepted objects
+    experiment: str = "rayseg"  # experiment of MLflow, where the run shows its progress
+    # the job fails where a greater share of the manifest's accepted objects is rejected
+    max_reject_fraction: float = 0.2
 
     def __post_init__(self) -> None:
         if not self.profiles or len(set(self.profiles)) < len(self.profiles):

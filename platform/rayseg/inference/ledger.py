@@ -1,7 +1,7 @@
 """What became of each series of an archive, and of the objects that were refused: two tables with transactions.
 
-They lie at `OUTPUT/ledger` and `OUTPUT/rejects`, see `tables` and, for how any program reads them, docs/tables.md. Rows
-are added and never changed. The latest row of a series, a model and a configuration is what holds.
+They lie at `OUTPUT/ledger` and `OUTPUT/rejects`, see `tables`. docs/how-to/read-results.md says how any program reads
+them. Rows are added and never changed. The latest row of a series, a model and a configuration is what holds.
 
 A row of the ledger names, by digest, the rejects that it counts, which are written before it: whatever is killed where,
 a reject holds if and only if the row that counts it does. What the catalog refused is of no series' row, as it is of no

@@ -15,9 +15,9 @@ _EVERYWHERE = np.ones((3, 3, 3), bool)  # across faces, edges and corners
 class Postprocess:
     """Steps in this order, for each class by itself; as it stands nothing is done."""
 
-    fill_holes: bool = False  # background that a class encloses within its slice becomes of the class
-    largest_only: bool = False  # only the class's lesion of the greatest volume is kept
-    min_lesion_mm3: float = 0.0  # smaller lesions are left out
+    fill_holes: bool = False  # background that a class encloses within its slice becomes that class
+    largest_only: bool = False  # keeps only the class's lesion of the greatest volume
+    min_lesion_mm3: float = 0.0  # leaves smaller lesions out
 
     def __post_init__(self) -> None:
         if not self.min_lesion_mm3 >= 0:

@@ -20,7 +20,8 @@ class GroupNormalization(layers.GroupNormalization):
     """Group normalisation (Wu and He 2018, arXiv:1803.08494) of (N, H, W, C) with fixed H and W, as Keras has it.
 
     Keras reduces over a five-dimensional view, which is slow on CPUs and, in OpenVINO, inexact on large images. Here
-    the moments of each channel are taken first and then combined to those of the group. docs/engines.md has figures.
+    the moments of each channel are taken first and then combined to those of the group. docs/explanation/engines.md has
+    figures.
     """
 
     def call(self, inputs: Any) -> Any:

@@ -24,9 +24,9 @@ class Loss:
 
     # auto: bce_dice for one class, ce_dice for several
     name: Literal["auto", "bce", "dice", "bce_dice", "focal", "tversky", "ce", "ce_dice"] = "auto"
-    alpha: float | None = None  # focal: of the foreground, 0.25 by default; tversky: of false positives, 0.3
-    beta: float = 0.7  # tversky: of false negatives
-    gamma: float = 2.0  # focal: how little easy pixels count
+    alpha: float | None = None  # focal: weight of the foreground (0.25); tversky: weight of false positives (0.3)
+    beta: float = 0.7  # tversky: weight of false negatives
+    gamma: float = 2.0  # focal: the greater, the less easy pixels count
 
     def __post_init__(self) -> None:
         if self.alpha is not None and not 0 <= self.alpha <= 1:

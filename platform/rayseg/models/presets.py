@@ -9,29 +9,29 @@ _LEVELS_OF_ENCODER = 5  # an encoder U-Net's way up: from a 32nd of the size, do
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    """The network's form. Every field but `preset` is None by default: as the preset has it.
+    """The network's form. Every key but `preset` is null by default, and then as the preset has it.
 
-    preset: a name of `PRESETS`; `resolved` tells what it stands for.
+    preset: name of a preset.
     widths: filters of each level of a U-Net, from the full resolution down to the bottleneck; each halves the size.
-    convolutions: 3x3 convolutions of a block; with `residual` of one of the way up.
+    convolutions: number of 3x3 convolutions of a block; with `residual`, of a block of the way up.
     residual: residual blocks (of two 3x3 convolutions) of each level of the way down, which then halves the size by
         strides; empty for plain blocks and pooling.
-    normalization: after each convolution. `group` and `instance` do not see the batch, so neither the batch size nor
-        the number of workers changes what they compute; `batch` is over the global batch. Of an encoder U-Net it is
-        the decoder's, the encoder keeps its own.
-    bias: whether convolutions before a normalisation have one, which has no effect but on rounding: `batch` takes the
-        mean away again. Others always have it.
-    activation: after each convolution; a leaky ReLU has the slope 0.01 below 0.
+    normalization: what follows each convolution. `group` and `instance` do not see the batch, so neither the batch
+        size nor the number of workers changes what they compute; `batch` is over the global batch. In a U-Net over an
+        encoder it is that of the decoder; the encoder keeps its own.
+    bias: whether convolutions before a normalisation have a bias. It has no effect but on rounding, as `batch` takes
+        the mean away again. Other convolutions always have one.
+    activation: what follows each convolution and its normalisation; a leaky ReLU has the slope 0.01 below 0.
     dropout: a rate. Its masks depend on the number of workers.
     dropout_place: `deep`: after the last two levels of the way down (after the encoder; before the last convolution of
         DeepLab); `blocks`: after the first convolution of each block.
     upsampling: `transpose`: a 2x2 transposed convolution; `upsample`: nearest neighbours; `upsample_conv`: these and a
         2x2 convolution.
-    initializer: of convolutions' kernels, a name of Keras. A pretrained form's encoder keeps its own.
-    head: filters of a last 3x3 convolution before the one that gives the classes; 0 for none.
-    deep_supervision: auxiliary outputs, at the second finest level and below.
-    output_stride: of DeepLab: how many times smaller its last features are than the image.
-    weights: of the encoder: `none`; `imagenet`, which Keras downloads; or path or URI of a file (`models.weights`).
+    initializer: Keras's name of the initializer of kernels. An encoder keeps its own.
+    head: filters of an extra 3x3 convolution before the last one; 0 for none.
+    deep_supervision: number of auxiliary outputs, from the second finest level down.
+    output_stride: DeepLab: how many times smaller its last features are than the image.
+    weights: weights of the encoder: `none`; `imagenet`, which Keras downloads; or path or URI of a file.
     """
 
     preset: str = "unet-small"

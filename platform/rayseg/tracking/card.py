@@ -251,7 +251,7 @@ def _evaluation(one: Evaluation) -> str:
         "",
         f"{one.patients} patients, {one.slices} slices of prepared set `{one.digest}` ({one.rejected} could not be "
         "read), on the slices' own grid; 95 % intervals by bootstrap over patients, tolerance of nsd "
-        f"{one.tolerance}. README defines the metrics.",
+        f"{one.tolerance}. docs/reference/metrics.md defines the metrics.",
         "",
         *_table(("metric",), [((name,), one.metrics[name]) for name in _TOLD if name in one.metrics]),
     ]

@@ -17,10 +17,10 @@ _GPU_FEED_THREADS = 4  # at least
 class EarlyStopping:
     """Ends the run when `monitor` has not risen by `min_delta` for `patience` epochs (Keras's own callback)."""
 
-    patience: int = 10
-    min_delta: float = 0.0
-    monitor: str = "val/dice_pooled"
-    mode: Literal["max", "min"] = "max"
+    patience: int = 10  # epochs without a rise
+    min_delta: float = 0.0  # a smaller rise is none
+    monitor: str = "val/dice_pooled"  # the score that is watched
+    mode: Literal["max", "min"] = "max"  # whether the score should rise or fall
 
     def __post_init__(self) -> None:
         if self.patience < 1:
@@ -34,13 +34,13 @@ class Plateau:
     Keras's own ReduceLROnPlateau does it.
     """
 
-    patience: int = 5
-    factor: float = 0.5
-    min_delta: float = 1e-4
-    cooldown: int = 0
-    least: float = 0.0  # learning rate
-    monitor: str = "val/dice_pooled"
-    mode: Literal["max", "min"] = "max"
+    patience: int = 5  # epochs without a rise
+    factor: float = 0.5  # the rate is multiplied by it
+    min_delta: float = 1e-4  # a smaller rise is none
+    cooldown: int = 0  # epochs after a reduction that do not count
+    least: float = 0.0  # lowest learning rate
+    monitor: str = "val/dice_pooled"  # the score that is watched
+    mode: Literal["max", "min"] = "max"  # whether the score should rise or fall
 
     def __post_init__(self) -> None:
         if not 0 < self.factor < 1:
@@ -59,47 +59,47 @@ class TrainConfig:
 
     prepared: str = ""  # URI of a prepared set
     storage: str = ""  # URI of a folder for checkpoints
-    tracking_uri: str = ""  # of MLflow: sqlite:///PATH or the URL of a server; by default that of MLFLOW_TRACKING_URI
-    experiment: str = "rayseg"
-    name: str = "train"
-    registered_model: str = "rayseg"
-    reproduce: str | None = None  # id of a run in MLflow to repeat: all else but the three places above is as it was
+    tracking_uri: str = ""  # URI of MLflow: sqlite:///PATH or the URL of a server; by default MLFLOW_TRACKING_URI
+    experiment: str = "rayseg"  # experiment of the run in MLflow
+    name: str = "train"  # name of the run in MLflow
+    registered_model: str = "rayseg"  # name of the model that is registered
+    reproduce: str | None = None  # id of a run in MLflow to repeat; only the three places above are taken from here
 
     model: NetworkConfig = field(default_factory=NetworkConfig)
-    init_from: str | None = None  # a registered model to go on from: models:/NAME/VERSION or models:/NAME@ALIAS
-    freeze_epochs: int = 0  # so many first epochs leave a pretrained encoder as it is
+    init_from: str | None = None  # a registered model to start from: models:/NAME/VERSION or models:/NAME@ALIAS
+    freeze_epochs: int = 0  # the first epochs, in which a pretrained encoder is left as it is
 
     loss: Loss = field(default_factory=Loss)
-    augment: Augment | None = None  # `{}` is a light one
-    batch_size: int = 8  # over all workers
-    accumulation: int = 1  # parts that each worker's share of a batch is computed in, one after the other
-    epochs: int = 10
-    learning_rate: float = 1e-3  # the highest, at a batch of `base_batch_size` where that is given
-    base_batch_size: int | None = None  # `learning_rate` is for a batch of this size, and scaled to `batch_size`
-    scaling_rule: Literal["linear", "sqrt"] = "linear"
-    schedule: Literal["constant", "cosine", "plateau"] = "cosine"
-    warmup_epochs: int = 1  # of the cosine schedule
+    augment: Augment | None = None  # null is off; {} is light
+    batch_size: int = 8  # rows of a batch, over all workers
+    accumulation: int = 1  # parts in which each worker's share of a batch is computed, one after the other
+    epochs: int = 10  # passes over the training split
+    learning_rate: float = 1e-3  # the highest rate, for a batch of `base_batch_size` where that is given
+    base_batch_size: int | None = None  # batch size that `learning_rate` is for; the rate is scaled to `batch_size`
+    scaling_rule: Literal["linear", "sqrt"] = "linear"  # how the rate is scaled
+    schedule: Literal["constant", "cosine", "plateau"] = "cosine"  # how the rate changes over the epochs
+    warmup_epochs: int = 1  # epochs in which the rate of the cosine schedule rises
     plateau: Plateau = field(default_factory=Plateau)
     early_stopping: EarlyStopping | None = None
     clip_norm: float | None = None  # greatest norm of all gradients of a batch together
-    ema_momentum: float | None = None  # validates and registers a moving average of the weights: 0.99, 0.999
-    # One class: a pixel is foreground where its probability is at least this. None: what gives the best pooled Dice of
-    # the validation split in the best epoch. Several classes: unused.
+    ema_momentum: float | None = None  # validates and registers a moving average of the weights, such as 0.99
+    # One class: a pixel is foreground where its probability is at least this. Null takes the threshold of the best
+    # pooled Dice on validation, in the best epoch. Several classes do not use it.
     threshold: float | None = None
-    mixed_precision: Literal["float32", "mixed_bfloat16", "mixed_float16"] = "float32"
+    mixed_precision: Literal["float32", "mixed_bfloat16", "mixed_float16"] = "float32"  # arithmetic
     jit_compile: bool = False  # XLA for forward and backward pass
     tensorboard: bool = False  # keeps TensorBoard's event files with the run
-    seed: int = 1
+    seed: int = 1  # another seed is another start, order and augmentation
 
-    # Threads of each worker that read and augment. By default one: a forward pass on the CPU is far slower. With
-    # a GPU to keep busy as many as `cpus_per_worker`, and 4 at least.
+    # Threads of each worker that read and augment. By default one, as a forward pass on the CPU is far slower. With a
+    # GPU there are as many as `cpus_per_worker`, and 4 at least.
     feed_threads: int | None = None
-    # [least, most]: the run takes as many workers as the cluster has room for, and goes on with more or fewer.
+    # A number of workers, or [least, most]: as many as the cluster has room for, more or fewer as nodes come and go.
     num_workers: int | tuple[int, int] = 2
-    cpus_per_worker: float = 1.0
-    gpus_per_worker: float = 0.0  # 1, or a fraction of one that other runs share; of several only one would be used
+    cpus_per_worker: float = 1.0  # CPUs of a worker
+    gpus_per_worker: float = 0.0  # 1, or a fraction of a GPU that other runs share
     max_failures: int = 3  # how often lost workers are replaced before the run fails; announced losses do not count
-    hang_timeout_s: float = 600.0  # a worker that takes longer for a step is taken for hung, and replaced
+    hang_timeout_s: float = 600.0  # a worker that takes longer for a step counts as hung, and is replaced
 
     def __post_init__(self) -> None:
         # Now, not after all epochs: a database refuses what is longer.

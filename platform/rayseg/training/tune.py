@@ -42,14 +42,15 @@ def _default_space() -> dict[str, dict[str, Any]]:
 class Tune:
     """The section `tune`: what is tried, how long, and how many at once."""
 
-    space: dict[str, dict[str, Any]] = field(default_factory=_default_space)  # see `space.Space`
+    # keys of `train` and what to draw: see the how-to page
+    space: dict[str, dict[str, Any]] = field(default_factory=_default_space)
     points: tuple[dict[str, Any], ...] = ()  # values of the first trials; the others are drawn
-    trials: int = 12
-    search: Literal["random", "optuna"] = "random"  # Optuna draws its first ten at random, too
-    seed: int = 1
-    grace_epochs: int = 3  # so many epochs each trial has; as many as `train.epochs`: none is stopped
+    trials: int = 12  # number of trials
+    search: Literal["random", "optuna"] = "random"  # random, or Optuna (TPE), whose first ten are random too
+    seed: int = 1  # another seed draws other trials
+    grace_epochs: int = 3  # epochs that each trial has; as many as `train.epochs` stop none
     reduction_factor: int = 3  # at each rung the best of so many go on
-    concurrent: int | None = None  # trials at once; by default as many as the cluster has room for
+    concurrent: int | None = None  # trials at a time; by default as many as the cluster has room for
     output: str = ""  # URI of a folder for the table, the picture and the best recipe; by default one in train.storage
 
     def __post_init__(self) -> None:
