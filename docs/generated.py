@@ -6,89 +6,10 @@ or a column is the comment beside it or right above it, or its line in the docst
 
 import ast
 import inspect
-import io
 import re
-import tokenize
-from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
-from typing import Any
 
-ROOT = Path(__file__).parents[1]
-_WORDS = {"str": "text", "int": "whole number", "float": "number", "bool": "`true` or `false`", "Any": "any value"}
-
-
-@dataclass(frozen=True)
-class Module:
-    """A source file: its tree, its comments by line, and what each name that it imports is called elsewhere."""
-
-    path: Path
-
-    @property
-    def tree(self) -> ast.Module:
-        """The parsed source."""
-        return _parsed(self.path)[0]
-
-    @property
-    def comments(self) -> dict[int, str]:
-        """Comments by line."""
-        return _parsed(self.path)[1]
-
-    def meaning(self, node: ast.AST) -> str:
-        """The comments right above the node and those beside it."""
-        lines = self.path.read_text(encoding="utf-8").splitlines()
-        above, number = [], node.lineno - 1  # type: ignore[attr-defined]
-        while number in self.comments and lines[number - 1].lstrip().startswith("#"):
-            above.insert(0, self.comments[number])
-            number -= 1
-        beside = range(node.lineno, node.end_lineno + 1)  # type: ignore[attr-defined]
-        texts = [
-            text
-            for line, text in self.comments.items()
-            if line in beside and not lines[line - 1].lstrip().startswith("#")
-        ]
-        return " ".join(above + texts)
-
-    def node(self, name: str) -> "tuple[Module, ast.AST] | None":
-        """What the name stands for, in this module or in the one that it is imported from."""
-        for statement in self.tree.body:
-            if isinstance(statement, ast.ClassDef) and statement.name == name:
-                return self, statement
-            targets = statement.targets if isinstance(statement, ast.Assign) else []
-            if isinstance(statement, ast.AnnAssign):
-                targets = [statement.target]
-            if any(isinstance(target, ast.Name) and target.id == name for target in targets):
-                return self, statement.value  # type: ignore[attr-defined, union-attr]
-            if isinstance(statement, ast.ImportFrom) and any(alias.name == name for alias in statement.names):
-                module = _module(statement.module or "")
-                return module.node(name) if module else None
-        return None
-
-    def attribute(self, owner: str, name: str) -> "tuple[Module, ast.AST] | None":
-        """`owner.name`, of a module that is imported as `owner`."""
-        for statement in self.tree.body:
-            if isinstance(statement, ast.ImportFrom) and any(alias.name == owner for alias in statement.names):
-                module = _module(f"{statement.module}.{owner}")
-                return module.node(name) if module else None
-        return None
-
-
-@cache
-def _parsed(path: Path) -> tuple[ast.Module, dict[int, str]]:
-    source = path.read_text(encoding="utf-8")
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    comments = {token.start[0]: token.string for token in tokens if token.type == tokenize.COMMENT}
-    texts = {line: re.sub(r"#\s*noqa.*", "", text).lstrip("# ").strip() for line, text in comments.items()}
-    return ast.parse(source), {line: text for line, text in texts.items() if text}
-
-
-def _module(name: str) -> Module | None:
-    path = Path(*name.split("."))
-    for base in (ROOT / "platform", ROOT):
-        for file in (base / path.with_suffix(".py"), base / path / "__init__.py"):
-            if file.is_file():
-                return Module(file)
-    return None
+from rayseg import keys
+from rayseg.keys import Group
 
 
 def generate(what: str) -> str:
@@ -101,103 +22,23 @@ def generate(what: str) -> str:
 
 def _keys(job: str) -> str:
     """All keys of a job's section, a table for each group."""
-    module = Module(ROOT / "jobs" / f"{job}.py")
-    (call,) = [node for node in ast.walk(module.tree) if isinstance(node, ast.Call) and len(node.args) == 3]
-    assert isinstance(call.args[1], ast.Name)
-    return "\n".join(["## Keys", "", *_groups(module, call.args[1].id, "", job)])
+    return "\n".join(["## Keys", "", *_tables(keys.of_job(job))])
 
 
-def _groups(module: Module, name: str, prefix: str, job: str) -> list[str]:
-    place = module.node(name)
-    assert place is not None, name
-    module, node = place
-    assert isinstance(node, ast.ClassDef), name
-    text = inspect.cleandoc(ast.get_docstring(node) or "")
-    fields = [field for field in node.body if isinstance(field, ast.AnnAssign)]
-    known = {field.target.id for field in fields}  # type: ignore[union-attr]
-    told = {key: " ".join(rest.split()) for key, rest in _entries(text) if key in known}
-    for key in told:
-        text = re.sub(rf"^{key}: .*(?:\n +.*)*\n?", "", text, flags=re.MULTILINE)
-    lines = [text.strip(), "", "| Key | Type | Default | Meaning |", "|---|---|---|---|"]
-    inner = []
-    for field in fields:
-        key = field.target.id  # type: ignore[union-attr]
-        meaning = " ".join(filter(None, (told.get(key, ""), module.meaning(field))))
-        group = _group(module, field.annotation)
-        if group and group.endswith("Config") and group != "NetworkConfig" and group != "JobsConfig":
-            default = _default(module, field.value)
-            lines.append(f"| `{key}` | section | {default} | As the job [{key}]({key}.md) has it. {_cell(meaning)} |")
-            continue
-        default = _default(module, field.value)
-        if group:
-            inner.append((group, f"{prefix}{key}"))
-            meaning = f"{meaning} [Keys](#group-{f'{prefix}{key}'.replace('.', '')})."
-        lines.append(f"| `{prefix}{key}` | {_cell(_type(module, field.annotation))} | {default} | {_cell(meaning)} |")
+def _tables(group: Group) -> list[str]:
+    lines = [group.text, "", "| Key | Type | Default | Meaning |", "|---|---|---|---|"]
+    for key in group.keys:
+        meaning = key.meaning
+        if key.kind == "section":
+            meaning = f"As the job [{key.name}]({key.name}.md) has it. {meaning}"
+        elif key.group:
+            meaning = f"{meaning} [Keys](#group-{key.name.replace('.', '')})."
+        lines.append(f"| `{key.name}` | {_cell(key.kind)} | {key.default} | {_cell(meaning)} |")
     lines.append("")
-    for group, key in inner:
-        lines += ["", f"### Group `{key}`", "", *_groups(module, group, f"{key}.", job)]
+    for key in group.keys:
+        if key.group:
+            lines += ["", f"### Group `{key.name}`", "", *_tables(key.group)]
     return lines
-
-
-def _entries(text: str) -> list[tuple[str, str]]:
-    return re.findall(r"^(\w+): (.*(?:\n +.*)*)", text, re.MULTILINE)
-
-
-def _group(module: Module, annotation: ast.expr) -> str | None:
-    """The dataclass that the annotation names, if it is one of keys."""
-    for node in ast.walk(annotation):
-        if isinstance(node, ast.Name):
-            place = module.node(node.id)
-            if place and isinstance(place[1], ast.ClassDef) and node.id not in ("Window",):
-                return node.id
-    return None
-
-
-def _type(module: Module, node: ast.expr) -> str:
-    if isinstance(node, ast.BinOp):
-        return f"{_type(module, node.left)} or {_type(module, node.right)}"
-    if isinstance(node, ast.Constant):
-        return "`null`" if node.value is None else f"`{node.value}`"
-    if isinstance(node, ast.Subscript):
-        items = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
-        outer = ast.unparse(node.value)
-        if outer == "Literal":
-            return ", ".join(f"`{item.value}`" for item in items if isinstance(item, ast.Constant))
-        if outer == "dict":
-            return f"mapping of {_type(module, items[0])} to {_type(module, items[1])}"
-        kinds = [_type(module, item) for item in items if ast.unparse(item) != "..."]
-        return f"list of {kinds[0]}" if len(items) != len(kinds) else f"[{', '.join(kinds)}]"
-    name = ast.unparse(node)
-    if name in _WORDS:
-        return _WORDS[name]
-    place = module.node(name)
-    if place and isinstance(place[1], ast.expr):
-        return _type(place[0], place[1])
-    return "`{center, width}`" if name == "Window" else "group"
-
-
-def _default(module: Module, node: ast.expr | None) -> str:
-    if node is None:
-        return "(needed)"
-    if isinstance(node, ast.Call):
-        factory = ast.unparse(node.keywords[0].value) if node.keywords else ""
-        return {"dict": "`{}`", "_default_space": "rate and batch"}.get(factory, "")
-    value = _value(module, node)
-    return f"`{str(value).lower() if isinstance(value, bool) or value is None else value}`".replace("none", "null")
-
-
-def _value(module: Module, node: ast.expr) -> Any:
-    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-        place = module.attribute(node.value.id, node.attr)
-        assert place is not None, ast.unparse(node)
-        return _value(place[0], place[1])  # type: ignore[arg-type]
-    if isinstance(node, ast.BinOp):
-        left, right = _value(module, node.left), _value(module, node.right)
-        return left * right if isinstance(node.op, ast.Mult) else left**right
-    value = ast.literal_eval(node)
-    if isinstance(value, tuple):
-        return f"[{', '.join(map(str, value))}]"
-    return '""' if value == "" else value
 
 
 def _cell(text: str) -> str:
@@ -206,7 +47,7 @@ def _cell(text: str) -> str:
 
 def _codes(module: str, name: str) -> str:
     """The values of an enumeration with their meanings."""
-    home = _module(module)
+    home = keys.find(module)
     assert home is not None
     _, node = home.node(name) or (None, None)
     assert isinstance(node, ast.ClassDef)
@@ -220,7 +61,7 @@ def _codes(module: str, name: str) -> str:
 
 def _columns(module: str, name: str) -> str:
     """The columns of an Arrow schema, or the parts of a list of structures."""
-    home = _module(module)
+    home = keys.find(module)
     assert home is not None
     _, node = home.node(name) or (None, None)
     assert node is not None, name
@@ -239,7 +80,7 @@ def _columns(module: str, name: str) -> str:
 
 def _figures() -> str:
     """What Prometheus gets of all stages, as `meters.METERS` declares it."""
-    home = _module("rayseg.meters")
+    home = keys.find("rayseg.meters")
     assert home is not None
     _, node = home.node("METERS") or (None, None)
     assert isinstance(node, ast.Dict)
@@ -254,7 +95,7 @@ def _figures() -> str:
 
 def _client() -> str:
     """The public methods of `rayseg.client.Client`."""
-    home = _module("rayseg.client")
+    home = keys.find("rayseg.client")
     assert home is not None
     _, node = home.node("Client") or (None, None)
     assert isinstance(node, ast.ClassDef)

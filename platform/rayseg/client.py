@@ -1,4 +1,4 @@
-"""A client of the service, for Python and for the shell: `rayseg segment FILE_OR_FOLDER --server URL`."""
+"""A client of the service, for Python and for the shell: `rayseg ask FILE_OR_FOLDER --server URL`."""
 
 import argparse
 import contextlib
@@ -207,17 +207,16 @@ def _is_loopback(host: str) -> bool:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command `rayseg`."""
-    parser = argparse.ArgumentParser(prog="rayseg", description="Research software, not a medical device.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    segment = commands.add_parser("segment", help="segment an image, a volume or a series by a service")
-    segment.add_argument("source", type=Path, metavar="FILE_OR_FOLDER", help="DICOM, image, NIfTI or zip; or a folder")
-    segment.add_argument("--server", required=True, metavar="URL")
-    segment.add_argument("--token-file", type=Path, metavar="FILE", help="else the variable RAYSEG_TOKEN, if any")
-    segment.add_argument("--output", type=Path, metavar="FILE", help="where to; - is the standard output")
-    segment.add_argument("--format", choices=list(FORMATS), default="json")
-    segment.add_argument("--model", help="alias or version")
-    segment.add_argument("--threshold", type=float, help="0 to 1, of models of one class")
+    """The command `rayseg ask`."""
+    about = "Has a service segment an image, a volume or a series. Research software, not a medical device."
+    parser = argparse.ArgumentParser(prog="rayseg ask", description=about)
+    parser.add_argument("source", type=Path, metavar="FILE_OR_FOLDER", help="DICOM, image, NIfTI or zip; or a folder")
+    parser.add_argument("--server", required=True, metavar="URL")
+    parser.add_argument("--token-file", type=Path, metavar="FILE", help="else the variable RAYSEG_TOKEN, if any")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="where to; - is the standard output")
+    parser.add_argument("--format", choices=list(FORMATS), default="json")
+    parser.add_argument("--model", help="alias or version")
+    parser.add_argument("--threshold", type=float, help="0 to 1, of models of one class")
     options = parser.parse_args(arguments)
     try:
         token = options.token_file.read_text().strip() if options.token_file else os.environ.get("RAYSEG_TOKEN")
@@ -250,7 +249,3 @@ def _write(answer: Answer, options: argparse.Namespace) -> None:
     part.write_bytes(answer.content)
     part.replace(target)  # whole or not there
     print(f"{target}: {len(answer.content)} bytes, model {answer.model}", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    main()

@@ -8,7 +8,8 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -52,8 +53,11 @@ def load(
         ValueError: missing or unreadable file, unknown section or key, wrong type, missing value: one line, key named.
     """
     values = _sections(config_class, path, section) if path is not None else {}
+    own = {field.name for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
     for override in overrides:
-        _override(values, override)
+        # `train.epochs=3` says the same to the job train as `epochs=3`.
+        named = section is not None and section not in own and override.startswith(f"{section}.")
+        _override(values, override.removeprefix(f"{section}.") if named else override)
     return build(config_class, values)
 
 
@@ -105,9 +109,23 @@ def digest(values: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+class _Yaml(yaml.SafeLoader):
+    """PyYAML reads YAML 1.1, to which 1e-3 is a text; to YAML 1.2, and to everybody who writes it, it is a number."""
+
+
+_Yaml.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def read_yaml(text: str) -> Any:
+    """Plain values of a YAML text. Raises yaml.YAMLError where it is none."""
+    return yaml.load(text, _Yaml)  # noqa: S506 (it is a SafeLoader)
+
+
 def _sections(config_class: type[Any], path: str | Path, section: str | None) -> dict[str, Any]:
     try:
-        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        recipe = read_yaml(Path(path).read_text(encoding="utf-8")) or {}
     except FileNotFoundError:
         raise ValueError(f"config file {path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -118,7 +136,7 @@ def _sections(config_class: type[Any], path: str | Path, section: str | None) ->
         raise ValueError(f"config file {path}: expected sections ({', '.join(sorted(SECTIONS))}), got {recipe!r:.60}")
     for key in recipe:
         if key not in SECTIONS:
-            raise ValueError(f"config key {key}: unknown section in {path}; sections: {', '.join(sorted(SECTIONS))}")
+            raise ValueError(f"config key {key}: unknown section in {path}{_meant(str(key), SECTIONS)}")
     if section is None:
         return {
             name: recipe[name] for name in recipe.keys() & {field.name for field in dataclasses.fields(config_class)}
@@ -134,7 +152,7 @@ def _override(values: dict[str, Any], override: str) -> None:
     if not equals or not key.strip():
         raise ValueError(f"--set {override}: expected key=value, as in --set train.epochs=3")
     try:
-        value = yaml.safe_load(text)
+        value = read_yaml(text)
     except yaml.YAMLError:
         raise ValueError(f"config key {key}: {text!r} is not a YAML value") from None
     put(values, key.strip(), value)
@@ -164,9 +182,16 @@ def _refuse_unknown(config_class: Any, values: Any, prefix: str) -> None:
     hints = {field.name: field.type for field in dataclasses.fields(config_class)}
     for key, value in values.items():
         if key not in hints:
-            raise ValueError(f"config key {prefix}{key}: unknown; keys here: {', '.join(sorted(hints))}")
+            raise ValueError(f"config key {prefix}{key}: unknown{_meant(str(key), hints)}")
         for candidate in _dataclasses_of(hints[key]):
             _refuse_unknown(candidate, value, f"{prefix}{key}.")
+
+
+def _meant(key: str, known: Iterable[str]) -> str:
+    """The key that was probably meant, or all that there are."""
+    names = sorted(known)
+    near = get_close_matches(key, names, 1)
+    return f"; did you mean {near[0]}?" if near else f"; there are: {', '.join(names)}"
 
 
 def _refuse_passwords(values: Any, key: str) -> None:

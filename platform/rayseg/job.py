@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rayseg import build, config, logs, meters, retry, work
+from rayseg import build, config, logs, manual, meters, retry, work
 
 logger = logging.getLogger(__name__)
 
@@ -32,12 +32,14 @@ def run(
     is a defect or a lost machine and gives a traceback and code 1. Texts of errors that are not ours are left out:
     they quote names of files, or what was read.
     """
-    parser = argparse.ArgumentParser(prog=f"python -m jobs.{section}", description=function.__doc__)
-    parser.add_argument("--config", metavar="RECIPE.yaml", help="recipe; this job reads its own section")
-    parser.add_argument(
-        "--set", metavar="KEY=VALUE", action="append", default=[], dest="overrides", help="change one value"
-    )
+    parser = argparse.ArgumentParser(prog=f"python -m jobs.{section}", add_help=False, allow_abbrev=False)
+    parser.add_argument("-h", "--help", action="store_true")
+    parser.add_argument("--config", metavar="RECIPE.yaml")
+    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], dest="overrides")
     options = parser.parse_args(arguments)
+    if options.help:
+        print(manual.of_job(section))
+        raise SystemExit(0)
     logs.begin(section)
     logs.set_up()
     logger.info("rayseg %s from %s", build.current(), build.where())

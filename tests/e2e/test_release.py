@@ -196,7 +196,7 @@ def service(
 
 
 def segment(url: str, source: Path, **environment: str) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "rayseg.client", "segment", str(source), "--server", url]
+    command = [sys.executable, "-m", "rayseg.command", "ask", str(source), "--server", url]
     return subprocess.run(command, env=shell() | environment, capture_output=True, text=True, timeout=120)
 
 

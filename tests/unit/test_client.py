@@ -138,7 +138,7 @@ def test_the_commands_exit_codes_and_files(
         Path(name).write_bytes(content)
     ended = 0
     try:
-        client.main(["segment", "--server", url, *arguments])
+        client.main(["--server", url, *arguments])
     except SystemExit as error:
         ended = error.code
     captured = capfdbinary.readouterr()

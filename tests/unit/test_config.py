@@ -84,6 +84,32 @@ def test_what_a_group_finds_wrong_is_told_without_the_whole_group():
         config.build(Stage, {"output": "o", "window": {"center": 1.0, "width": 0.0}})
 
 
+@pytest.mark.parametrize(
+    ("text", "value"), [("1e-3", 0.001), ("2E+1", 20.0), ("1.5e2", 150.0), (".5e1", 5.0), ("-1e0", -1.0)]
+)
+def test_numbers_may_be_written_as_everybody_does(tmp_path, text, value):
+    assert config.load(Stage, "train", None, ["output=o", f"rate={text}"]).rate == value
+    assert config.load(Stage, "train", recipe(tmp_path, f"train: {{output: o, rate: {text}}}")).rate == value
+
+
+@pytest.mark.parametrize("text", ["e3", "1e", "12e5x", "0x1e3g"])
+def test_a_text_that_looks_like_a_number_is_a_text(text):
+    assert config.load(Stage, "train", None, [f"output={text}"]).output == text
+
+
+def test_a_key_may_be_named_with_its_section():
+    assert config.load(Stage, "train", None, ["output=o", "train.epochs=5"]).epochs == 5
+    with pytest.raises(ValueError, match=r"prepare: unknown"):
+        config.load(Stage, "train", None, ["output=o", "prepare.limit=5"])
+
+
+def test_a_key_that_is_nearly_right_is_named():
+    with pytest.raises(ValueError, match=r"^config key epohcs: unknown; did you mean epochs\?$"):
+        config.load(Stage, "train", None, ["epohcs=5"])
+    with pytest.raises(ValueError, match=r"^config key xyz: unknown; there are: epochs, kind, output, "):
+        config.load(Stage, "train", None, ["xyz=5"])
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"nowhere\.yaml: no such file"):
         config.load(Stage, "train", tmp_path / "nowhere.yaml")
