@@ -154,7 +154,7 @@ def check_job(command: Command) -> None:
     section = command.words[2].removeprefix("jobs.")
     config_class, whole = job(section)
     recipe = command.option("--config")
-    saved = recipes(command.page)
+    saved = {name: values for page in GUIDES for name, values in recipes(page).items()}
     settings = command.settings
     if recipe in saved:
         values = saved[recipe]
