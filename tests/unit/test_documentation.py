@@ -7,6 +7,7 @@ import ast
 import dataclasses
 import importlib
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,21 @@ def test_links_of_the_readme_lead_somewhere() -> None:
     for page in (README, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"):
         for target in re.findall(r"\]\(([^)#]+)[^)]*\)", read(page)):
             assert "://" in target or (page.parent / target).exists(), (name(page), target)
+
+
+def test_every_page_is_listed_on_the_first_one() -> None:
+    listed = {(DOCS / target).resolve() for target in re.findall(r"\]\(([^)]+)\)", read(DOCS / "index.md"))}
+    jobs = {DOCS / "reference/jobs" / f"{section}.md" for section in config.SECTIONS}
+    assert listed == set(PAGES) - {DOCS / "index.md"} - jobs
+
+
+def test_the_citation_is_of_this_version() -> None:
+    project = tomllib.loads(read(ROOT / "pyproject.toml"))["project"]
+    cited = yaml.safe_load(read(ROOT / "CITATION.cff"))
+    assert (cited["version"], cited["license"]) == (project["version"], project["license"])
+    assert project["license"] == "Apache-2.0"
+    assert "Version 2.0, January 2004" in read(ROOT / "LICENSE")
+    assert project["license-files"] == ["LICENSE", "NOTICE"]
 
 
 def test_pictures_are_shown_and_shown_pictures_are_there() -> None:
