@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+_ENTRY = re.compile(r"^(\w+): (.*(?:\n +.*)*)\n?", re.MULTILINE)
+_YAML = {True: "true", False: "false", None: "null", "": '""'}
 _WORDS = {"str": "text", "int": "whole number", "float": "number", "bool": "`true` or `false`", "Any": "any value"}
 
 
@@ -92,55 +94,62 @@ def _module(name: str) -> Module | None:
 
 
 def generate(what: str) -> str:
-    """The Markdown for a mark: `keys JOB`, `codes CLASS`, `columns MODULE NAME`, `figures`, `http` or `client`."""
+    """The Markdown for a mark: `keys JOB`, `codes MODULE NAME`, `columns MODULE NAME`, `figures`, `http`, `client`."""
     kind, *names = what.split()
-    return {"keys": _keys, "codes": _codes, "columns": _columns, "figures": _figures, "http": _http, "client": _client}[
-        kind
-    ](*names)
+    kinds = {"keys": _keys, "codes": _codes, "columns": _columns, "figures": _figures, "http": _http, "client": _client}
+    return kinds[kind](*names)
 
 
 def _keys(job: str) -> str:
     """All keys of a job's section, a table for each group."""
+    return "\n".join(["## Keys", "", *_table(*_configuration(job), "")])
+
+
+@cache
+def _configuration(job: str) -> tuple[Module, str]:
+    """The job's module, and the name of the dataclass that it hands to `job.run`."""
     module = Module(ROOT / "jobs" / f"{job}.py")
     (call,) = [node for node in ast.walk(module.tree) if isinstance(node, ast.Call) and len(node.args) == 3]
     assert isinstance(call.args[1], ast.Name)
-    return "\n".join(["## Keys", "", *_groups(module, call.args[1].id, "", job)])
+    return module, call.args[1].id
 
 
-def _groups(module: Module, name: str, prefix: str, job: str) -> list[str]:
+@cache
+def _jobs() -> dict[str, str]:
+    """Jobs by the names of their dataclasses."""
+    names = [path.stem for path in sorted((ROOT / "jobs").glob("*.py")) if path.stem != "__init__"]
+    return {_configuration(name)[1]: name for name in names}
+
+
+def _table(module: Module, name: str, prefix: str) -> list[str]:
+    """What the dataclass says of itself, its keys, and the tables of the groups among these."""
     place = module.node(name)
     assert place is not None, name
     module, node = place
     assert isinstance(node, ast.ClassDef), name
     text = inspect.cleandoc(ast.get_docstring(node) or "")
     fields = [field for field in node.body if isinstance(field, ast.AnnAssign)]
-    known = {field.target.id for field in fields}  # type: ignore[union-attr]
-    told = {key: " ".join(rest.split()) for key, rest in _entries(text) if key in known}
-    for key in told:
-        text = re.sub(rf"^{key}: .*(?:\n +.*)*\n?", "", text, flags=re.MULTILINE)
-    lines = [text.strip(), "", "| Key | Type | Default | Meaning |", "|---|---|---|---|"]
-    inner = []
+    known = {ast.unparse(field.target) for field in fields}
+    entries = {key: " ".join(rest.split()) for key, rest in _ENTRY.findall(text) if key in known}
+    text = _ENTRY.sub(lambda entry: "" if entry[1] in known else entry[0], text)
+    rows, groups = [], []
     for field in fields:
-        key = field.target.id  # type: ignore[union-attr]
-        meaning = " ".join(filter(None, (told.get(key, ""), module.meaning(field))))
+        assert isinstance(field.target, ast.Name)
+        key = f"{prefix}{field.target.id}"
+        kind, default = _type(module, field.annotation), _default(module, field.value)
+        meaning = [entries.get(field.target.id, ""), module.meaning(field)]
         group = _group(module, field.annotation)
-        if group and group.endswith("Config") and group != "NetworkConfig" and group != "JobsConfig":
-            default = _default(module, field.value)
-            lines.append(f"| `{key}` | section | {default} | As the job [{key}]({key}.md) has it. {_cell(meaning)} |")
-            continue
-        default = _default(module, field.value)
-        if group:
-            inner.append((group, f"{prefix}{key}"))
-            meaning = f"{meaning} [Keys](#group-{f'{prefix}{key}'.replace('.', '')})."
-        lines.append(f"| `{prefix}{key}` | {_cell(_type(module, field.annotation))} | {default} | {_cell(meaning)} |")
-    lines.append("")
-    for group, key in inner:
-        lines += ["", f"### Group `{key}`", "", *_groups(module, group, f"{key}.", job)]
+        if group in _jobs():
+            kind = "section"
+            meaning.insert(0, f"As the job [{_jobs()[group]}]({_jobs()[group]}.md) has it.")
+        elif group:
+            groups.append((group, key))
+            meaning.append(f"[Keys](#group-{key.replace('.', '')}).")
+        rows.append(f"| `{key}` | {_cell(kind)} | {default} | {_cell(' '.join(filter(None, meaning)))} |")
+    lines = [text.strip(), "", "| Key | Type | Default | Meaning |", "|---|---|---|---|", *rows, ""]
+    for group, key in groups:
+        lines += [f"### Group `{key}`", "", *_table(module, group, f"{key}.")]
     return lines
-
-
-def _entries(text: str) -> list[tuple[str, str]]:
-    return re.findall(r"^(\w+): (.*(?:\n +.*)*)", text, re.MULTILINE)
 
 
 def _group(module: Module, annotation: ast.expr) -> str | None:
@@ -182,8 +191,7 @@ def _default(module: Module, node: ast.expr | None) -> str:
     if isinstance(node, ast.Call):
         factory = ast.unparse(node.keywords[0].value) if node.keywords else ""
         return {"dict": "`{}`", "_default_space": "rate and batch"}.get(factory, "")
-    value = _value(module, node)
-    return f"`{str(value).lower() if isinstance(value, bool) or value is None else value}`".replace("none", "null")
+    return f"`{_value(module, node)}`"
 
 
 def _value(module: Module, node: ast.expr) -> Any:
@@ -197,7 +205,7 @@ def _value(module: Module, node: ast.expr) -> Any:
     value = ast.literal_eval(node)
     if isinstance(value, tuple):
         return f"[{', '.join(map(str, value))}]"
-    return '""' if value == "" else value
+    return _YAML[value] if value is None or value == "" or isinstance(value, bool) else value
 
 
 def _cell(text: str) -> str:
