@@ -49,7 +49,7 @@ lint: setup docs
 
 # The documentation site, in build/docs: without a network, and a warning (a link that leads nowhere) fails.
 docs: setup
-	$(BIN)/sphinx-build --fail-on-warning --keep-going --nitpicky --quiet docs build/docs
+	$(BIN)/sphinx-build --fresh-env --fail-on-warning --keep-going --nitpicky --quiet docs build/docs
 
 bench: setup
 	$(BIN)/python -m jobs.benchmark --set suite=$(SUITE) $(foreach s,$(SET),--set $(s))

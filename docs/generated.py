@@ -13,11 +13,10 @@ from rayseg.keys import Group
 
 
 def generate(what: str) -> str:
-    """The Markdown for a mark: `keys JOB`, `codes CLASS`, `columns MODULE NAME`, `figures`, `http` or `client`."""
+    """The Markdown for a mark: `keys JOB`, `codes MODULE NAME`, `columns MODULE NAME`, `figures`, `http`, `client`."""
     kind, *names = what.split()
-    return {"keys": _keys, "codes": _codes, "columns": _columns, "figures": _figures, "http": _http, "client": _client}[
-        kind
-    ](*names)
+    kinds = {"keys": _keys, "codes": _codes, "columns": _columns, "figures": _figures, "http": _http, "client": _client}
+    return kinds[kind](*names)
 
 
 def _keys(job: str) -> str:
@@ -29,15 +28,15 @@ def _tables(group: Group) -> list[str]:
     lines = [group.text, "", "| Key | Type | Default | Meaning |", "|---|---|---|---|"]
     for key in group.keys:
         meaning = key.meaning
-        if key.kind == "section":
-            meaning = f"As the job [{key.name}]({key.name}.md) has it. {meaning}"
+        if key.job:
+            meaning = f"As the job [{key.job}]({key.job}.md) has it. {meaning}"
         elif key.group:
             meaning = f"{meaning} [Keys](#group-{key.name.replace('.', '')})."
         lines.append(f"| `{key.name}` | {_cell(key.kind)} | {key.default} | {_cell(meaning)} |")
     lines.append("")
     for key in group.keys:
         if key.group:
-            lines += ["", f"### Group `{key.name}`", "", *_tables(key.group)]
+            lines += [f"### Group `{key.name}`", "", *_tables(key.group)]
     return lines
 
 

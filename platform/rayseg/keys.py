@@ -17,7 +17,8 @@ from typing import Any
 _PLATFORM = Path(__file__).parents[1]
 _ROOTS = (_PLATFORM, _PLATFORM.parent)  # of a clone; of an installation the first has all
 _WORDS = {"str": "text", "int": "whole number", "float": "number", "bool": "`true` or `false`", "Any": "any value"}
-_OTHERS = ("NetworkConfig", "JobsConfig")  # groups, though they end like sections
+_ENTRY = re.compile(r"^(\w+): (.*(?:\n +.*)*)\n?", re.MULTILINE)
+_YAML = {True: "true", False: "false", None: "null", "": '""'}
 _DEFAULTS = {"dict": "`{}`", "_default_space": "rate and batch"}
 
 
@@ -29,6 +30,7 @@ class Key:
     kind: which values it takes; a group has keys of its own.
     default: as a recipe spells it; empty for a group, `(needed)` where there is none.
     meaning: sentences.
+    job: whose section this is, of a key that stands for one.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Key:
     default: str
     meaning: str
     group: "Group | None" = None
+    job: str | None = None
 
 
 @dataclass(frozen=True)
@@ -123,11 +126,7 @@ def find(name: str) -> Module | None:
 
 def of_job(job: str) -> Group:
     """The keys of the section of `python -m jobs.JOB`."""
-    module = find(f"jobs.{job}")
-    assert module is not None, job
-    (call,) = [node for node in ast.walk(module.tree) if isinstance(node, ast.Call) and len(node.args) == 3]
-    assert isinstance(call.args[1], ast.Name)
-    return _group_of(module, call.args[1].id, "")
+    return _group_of(*_configuration(job), "")
 
 
 def summary(job: str) -> str:
@@ -135,6 +134,24 @@ def summary(job: str) -> str:
     module = find(f"jobs.{job}")
     assert module is not None, job
     return (ast.get_docstring(module.tree) or "").partition(": ")[2]
+
+
+@cache
+def _configuration(job: str) -> tuple[Module, str]:
+    """The job's module, and the name of the dataclass that it hands to `job.run`."""
+    module = find(f"jobs.{job}")
+    assert module is not None, job
+    (call,) = [node for node in ast.walk(module.tree) if isinstance(node, ast.Call) and len(node.args) == 3]
+    assert isinstance(call.args[1], ast.Name)
+    return module, call.args[1].id
+
+
+@cache
+def _jobs() -> dict[str, str]:
+    """Jobs by the names of their dataclasses."""
+    home = find("jobs")
+    assert home is not None
+    return {_configuration(path.stem)[1]: path.stem for path in sorted(home.path.parent.glob("[a-z]*.py"))}
 
 
 def _group_of(module: Module, name: str, prefix: str) -> Group:
@@ -145,25 +162,20 @@ def _group_of(module: Module, name: str, prefix: str) -> Group:
     text = inspect.cleandoc(ast.get_docstring(node) or "")
     fields = [field for field in node.body if isinstance(field, ast.AnnAssign)]
     known = {ast.unparse(field.target) for field in fields}
-    told = {key: " ".join(rest.split()) for key, rest in _entries(text) if key in known}
-    for key in told:
-        text = re.sub(rf"^{key}: .*(?:\n +.*)*\n?", "", text, flags=re.MULTILINE)
+    entries = {key: " ".join(rest.split()) for key, rest in _ENTRY.findall(text) if key in known}
+    text = _ENTRY.sub(lambda entry: "" if entry[1] in known else entry[0], text)
     keys = []
     for field in fields:
-        key = ast.unparse(field.target)
-        meaning = " ".join(filter(None, (told.get(key, ""), module.meaning(field))))
-        inner = _group(module, field.annotation)
-        default = _default(module, field.value)
-        if inner and inner.endswith("Config") and inner not in _OTHERS:
-            keys.append(Key(f"{prefix}{key}", "section", default, meaning))
-            continue
-        group = _group_of(module, inner, f"{prefix}{key}.") if inner else None
-        keys.append(Key(f"{prefix}{key}", _type(module, field.annotation), default, meaning, group))
+        name = ast.unparse(field.target)
+        kind, default = _type(module, field.annotation), _default(module, field.value)
+        meaning = " ".join(filter(None, (entries.get(name, ""), module.meaning(field))))
+        inner, group, job = _group(module, field.annotation), None, None
+        if inner in _jobs():
+            kind, job = "section", _jobs()[inner]
+        elif inner:
+            group = _group_of(module, inner, f"{prefix}{name}.")
+        keys.append(Key(f"{prefix}{name}", kind, default, meaning, group, job))
     return Group(text.strip(), tuple(keys))
-
-
-def _entries(text: str) -> list[tuple[str, str]]:
-    return re.findall(r"^(\w+): (.*(?:\n +.*)*)", text, re.MULTILINE)
 
 
 def _group(module: Module, annotation: ast.expr) -> str | None:
@@ -205,8 +217,7 @@ def _default(module: Module, node: ast.expr | None) -> str:
     if isinstance(node, ast.Call):
         factory = ast.unparse(node.keywords[0].value) if node.keywords else ""
         return _DEFAULTS.get(factory, "")
-    value = _value(module, node)
-    return f"`{str(value).lower() if isinstance(value, bool) or value is None else value}`".replace("none", "null")
+    return f"`{_value(module, node)}`"
 
 
 def _value(module: Module, node: ast.expr) -> Any:
@@ -220,4 +231,4 @@ def _value(module: Module, node: ast.expr) -> Any:
     value = ast.literal_eval(node)
     if isinstance(value, tuple):
         return f"[{', '.join(map(str, value))}]"
-    return '""' if value == "" else value
+    return _YAML[value] if value is None or value == "" or isinstance(value, bool) else value

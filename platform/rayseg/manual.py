@@ -45,8 +45,8 @@ def _summary(job: str) -> str:
 def _lines(group: keys.Group) -> list[str]:
     lines = []
     for key in group.keys:
-        if key.kind == "section":
-            lines += [f"  {key.name}: as `rayseg {key.name} --help` says"]
+        if key.job:
+            lines += [f"  {key.name}: section of the job, see rayseg {key.job} --help"]
             continue
         default = {"": "", "(needed)": ", needed", '`""`': ""}.get(key.default, f", default {key.default}")
         lines += [f"  {key.name}: {key.kind}{default}".replace("`", "")]

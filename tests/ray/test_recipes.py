@@ -1,4 +1,4 @@
-"""Every shipped recipe, from a raw folder of its layout to an epoch of its own network at its own size."""
+"""Every shipped recipe and the tutorial's: from a raw folder of its layout to an epoch of its own network and size."""
 
 import io
 from collections.abc import Callable
@@ -7,6 +7,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from rayseg import config, storage
@@ -18,6 +19,7 @@ from rayseg.evaluation.evaluate import EvaluateConfig
 from rayseg.evaluation.promote import PromoteConfig
 from rayseg.training.learner import Learner
 from rayseg.training.settings import TrainConfig
+from tests.unit.documentation import DOCS, recipes
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
@@ -92,11 +94,15 @@ def encoded(values: np.ndarray, form: str) -> bytes:
         ("glioma-tif", tifs),
         ("images-masks", pictures),
         ("brain-tumor-mri", pictures),
+        ("tutorial", pictures),
     ],
 )
 def test_a_recipe_goes_from_the_folder_to_an_epoch(tmp_path: Path, recipe: str, make: Callable[[str], None]) -> None:
     make(str(tmp_path))
     path = RECIPES / f"{recipe}.yaml"
+    if recipe == "tutorial":
+        path = tmp_path / "pictures.yaml"
+        path.write_text(yaml.safe_dump(recipes(DOCS / "start" / "pictures.md")[path.name]))
     cataloged = catalog(
         config.load(CatalogConfig, "catalog", path, [f"source={tmp_path}/source", f"output={tmp_path}/m.parquet"])
     )

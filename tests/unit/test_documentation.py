@@ -7,13 +7,14 @@ import ast
 import dataclasses
 import importlib
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from rayseg import config
+from rayseg import config, manual
 from rayseg.client import FORMATS
 from rayseg.evaluation import metrics
 from rayseg.records import LEDGER, MANIFEST, PREPARED, REJECTS
@@ -100,6 +101,21 @@ def test_links_of_the_readme_lead_somewhere() -> None:
             assert "://" in target or (page.parent / target).exists(), (name(page), target)
 
 
+def test_every_page_is_listed_on_the_first_one() -> None:
+    listed = {(DOCS / target).resolve() for target in re.findall(r"\]\(([^)]+)\)", read(DOCS / "index.md"))}
+    jobs = {DOCS / "reference/jobs" / f"{section}.md" for section in config.SECTIONS}
+    assert listed == set(PAGES) - {DOCS / "index.md"} - jobs
+
+
+def test_the_citation_is_of_this_version() -> None:
+    project = tomllib.loads(read(ROOT / "pyproject.toml"))["project"]
+    cited = yaml.safe_load(read(ROOT / "CITATION.cff"))
+    assert (cited["version"], cited["license"]) == (project["version"], project["license"])
+    assert project["license"] == "Apache-2.0"
+    assert "Version 2.0, January 2004" in read(ROOT / "LICENSE")
+    assert project["license-files"] == ["LICENSE", "NOTICE"]
+
+
 def test_pictures_are_shown_and_shown_pictures_are_there() -> None:
     shown = {
         (page.parent / path).resolve()
@@ -138,8 +154,7 @@ def test_a_command_is_one_that_works(command: Command) -> None:
     elif program == "curl":
         check_request(command)
     elif program == "rayseg":
-        assert command.words[1] == "segment"
-        assert command.option("--format") in FORMATS
+        check_command(command)
     else:
         # A command that we know nothing of is to be checked above, or named there.
         assert program in OTHERS, command.line
@@ -148,13 +163,20 @@ def test_a_command_is_one_that_works(command: Command) -> None:
             assert (ROOT / word).exists(), word
 
 
+def check_command(command: Command) -> None:
+    name = command.words[1]
+    assert name in {"ask", "doctor", "--help", *manual.JOBS}
+    if name == "ask":
+        assert command.option("--format") in FORMATS
+
+
 def check_job(command: Command) -> None:
     """Each key exists and takes its value, in the recipe that the line names, or in the demo's."""
     assert command.words[1] == "-m"
     section = command.words[2].removeprefix("jobs.")
     config_class, whole = job(section)
     recipe = command.option("--config")
-    saved = recipes(command.page)
+    saved = {name: values for page in GUIDES for name, values in recipes(page).items()}
     settings = command.settings
     if recipe in saved:
         values = saved[recipe]
