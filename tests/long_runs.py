@@ -24,6 +24,7 @@ def config(prepared: str, folder: Path, **changes: object) -> TrainConfig:
         "clip_norm": 1.0,
         "ema_momentum": 0.8,
         "tensorboard": True,
+        "mixed_precision": "float32",
         "cpus_per_worker": 1.0,
     }
     return TrainConfig(**(values | changes))  # type: ignore[arg-type]

@@ -118,7 +118,9 @@ def test_training_goes_on_while_mlflow_is_silent_and_nothing_is_lost(
     ended: list[int] = []
     with faulty(behind, seed=0) as proxy, contextlib.ExitStack() as stack:
         small = NetworkConfig(widths=(2, 4), convolutions=1)
-        config = TrainConfig(discs, str(tmp_path), proxy.url, epochs=3, num_workers=1, model=small)
+        config = TrainConfig(
+            discs, str(tmp_path), proxy.url, epochs=3, num_workers=1, model=small, mixed_precision="float32"
+        )
         run_id = runs.start(behind, "experiment", "name")
         proxy.share, proxy.kinds = 1.0, ("hold",)
         patience = threading.Timer(180, proxy.released.set)  # or a training that waits would wait for ever

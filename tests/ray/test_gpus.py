@@ -51,6 +51,7 @@ def trained(prepared: str, folder: Path, *more: str, **changes: object) -> tuple
         "batch_size": 4,
         "epochs": 1,
         "max_failures": 3,
+        "mixed_precision": "float32",
         **changes,
     }
     environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'platform'}:{ROOT}"}

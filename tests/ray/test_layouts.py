@@ -380,6 +380,7 @@ def test_several_classes_from_the_folder_to_a_registered_model_and_its_scores(
             model=NetworkConfig(widths=(4, 8)),
             batch_size=4,
             epochs=2,
+            mixed_precision="float32",
             num_workers=1,
         )
     )

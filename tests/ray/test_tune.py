@@ -36,6 +36,7 @@ def test_a_sweep_whose_driver_is_killed_goes_on_as_if_undisturbed(
             batch_size=11,
             epochs=EPOCHS,
             schedule="constant",
+            mixed_precision="float32",
             num_workers=1,
         ),
         tune=Tune(

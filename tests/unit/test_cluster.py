@@ -127,6 +127,7 @@ def test_an_elastic_run_needs_room_for_its_least_workers(nodes, discs, tmp_path,
     nodes += [node(CPU=3), node(CPU=3)]
     model = NetworkConfig(widths=(4,), convolutions=1)
     places = {"prepared": discs, "storage": str(tmp_path), "tracking_uri": f"sqlite:///{tmp_path}/mlflow.db"}
+    places["mixed_precision"] = "float32"
     with pytest.raises(ValueError, match=r"^train\.num_workers: 3 times 2 CPU is wanted at once, .* has room for 2;"):
         trainer.fit(TrainConfig(**places, model=model, cpus_per_worker=2, num_workers=(3, 8)))
     with pytest.raises(RuntimeError, match="begun"):

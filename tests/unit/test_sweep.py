@@ -37,6 +37,7 @@ TRIALS, EPOCHS = 14, 3
         ({"learning_rate": {"uniform": [0.2, 0.1]}}, (), r"tune.space.learning_rate.uniform: \[low, high\]"),
         ({"accumulation": {"randint": [1.5, 3]}}, (), "tune.space.accumulation.randint: whole numbers"),
         ({"batch_size": {"choice": [8, 9]}}, (), "tune.space.batch_size: .*multiple of train.num_workers"),
+        ({"mixed_precision": {"choice": ["float32", "auto"]}}, (), "tune.space.mixed_precision: float32, mixed_bf"),
         (SPEC, ({"learning_rate": 0.003},), "tune.points.0: a value of each key"),
         (SPEC, (POINT, POINT | {"batch_size": 32}), "tune.points.1.batch_size: a value within"),
     ],

@@ -54,7 +54,7 @@ class TrainConfig:
     """A training run.
 
     Two runs of equal configuration and data end with equal weights; `num_workers` and `accumulation` change them by
-    rounding only.
+    rounding only. `mixed_precision: auto` is not a whole configuration: see `precision`.
     """
 
     prepared: str = ""  # URI of a prepared set
@@ -86,7 +86,8 @@ class TrainConfig:
     # One class: a pixel is foreground where its probability is at least this. None: what gives the best pooled Dice of
     # the validation split in the best epoch. Several classes: unused.
     threshold: float | None = None
-    mixed_precision: Literal["float32", "mixed_bfloat16", "mixed_float16"] = "float32"
+    # auto: float32 or mixed_bfloat16, what is faster where the run trains. It is measured once, and kept with the run.
+    mixed_precision: Literal["auto", "float32", "mixed_bfloat16", "mixed_float16"] = "auto"
     jit_compile: bool = False  # XLA for forward and backward pass
     tensorboard: bool = False  # keeps TensorBoard's event files with the run
     seed: int = 1
