@@ -115,7 +115,7 @@ def test_a_recipe_goes_from_the_folder_to_an_epoch(tmp_path: Path, recipe: str, 
     for job, section in ((EvaluateConfig, "evaluate"), (PromoteConfig, "promote")):
         config.load(job, section, path)
 
-    given = [f"prepared={prepared.prepared}", "batch_size=2", "num_workers=1"]
+    given = [f"prepared={prepared.prepared}", "batch_size=2", "num_workers=1", "mixed_precision=float32"]
     settings = config.load(TrainConfig, "train", path, given)
     keras.utils.set_random_seed(1)
     learner = Learner(settings, describe(prepared.prepared), 0, 1, lambda: None)

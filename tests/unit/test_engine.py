@@ -83,3 +83,33 @@ def test_normalisations_that_ours_cannot_stand_for_are_left_as_they_are() -> Non
     image_NHWC = np.random.default_rng(1).integers(0, 255, (1, 8, 8, 4), np.uint8)
     found = engine.compile_openvino(engine.convert(model), "float32").exact(image_NHWC)
     assert np.abs(found - model(image_NHWC)).max() < 1e-5
+
+
+@pytest.mark.parametrize("precision", ["screened", "bfloat16", "float32"])
+def test_no_engine_uses_bfloat16_where_it_is_not_native(monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
+    # OpenVINO asks the processor itself: no variable makes it one without bfloat16.
+    monkeypatch.setattr(engine, "has_bfloat16", lambda on_gpu: False)
+    images = keras.Input((8, 8, 1), dtype="uint8")
+    model = keras.Model(images, layers.Conv2D(1, 1, activation="sigmoid")(layers.Rescaling(1 / 255)(images)))
+    for compiled in (
+        engine.compile_openvino(engine.convert(model), precision),
+        engine.compile_tensorflow(model, precision),
+    ):
+        assert compiled.screen is None
+        assert compiled.description.endswith(" float32")
+        assert "bfloat16" not in compiled.description
+
+
+def test_the_processor_has_bfloat16_where_the_kernel_lists_its_instructions() -> None:
+    flags = set(Path("/proc/cpuinfo").read_text().split())
+    if "avx2" not in flags:
+        pytest.skip("no x86 processor")
+    assert engine.has_bfloat16(on_gpu=False) is bool(flags & {"avx512_bf16", "avx_ne_convert"})
+
+
+@pytest.mark.parametrize(("capability", "expected"), [((7, 5), False), ((8, 0), True), ((9, 0), True), (None, False)])
+def test_a_gpu_has_bfloat16_since_ampere(monkeypatch: pytest.MonkeyPatch, capability: object, expected: bool) -> None:
+    details = {} if capability is None else {"compute_capability": capability}
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: ["one"])
+    monkeypatch.setattr(tf.config.experimental, "get_device_details", lambda gpu: details)
+    assert engine.has_bfloat16(on_gpu=True) is expected

@@ -31,6 +31,7 @@ def learner(discs: str, **changes: Any) -> Learner:
         "batch_size": 8,
         "learning_rate": 0.02,
         "schedule": "constant",
+        "mixed_precision": "float32",
         "num_workers": 1,
     }
     return Learner(TrainConfig(**(values | changes)), describe(discs), 0, 1, lambda: None)
@@ -77,6 +78,17 @@ def test_an_epoch_that_goes_on_from_a_checkpoint_within_ends_bit_equal(discs: st
     for ours, others in ((whole.model, rest.model), (whole.model.optimizer, rest.model.optimizer)):
         for one, other in zip(ours.variables, others.variables, strict=True):
             np.testing.assert_array_equal(one.numpy(), other.numpy())
+
+
+def test_a_timed_step_is_a_step_of_the_training_and_takes_time(discs: str) -> None:
+    timed, other = learner(discs, batch_size=6, accumulation=2), learner(discs, batch_size=6, accumulation=2)
+    before = timed.model.get_weights()
+    assert timed.timed_step() > 0
+    assert other.timed_step() > 0
+    assert float(timed.model.optimizer.iterations.numpy()) == 1
+    for old, new, same in zip(before, timed.model.get_weights(), other.model.get_weights(), strict=True):
+        assert (old != new).any()
+        np.testing.assert_array_equal(new, same, "always the same noise")
 
 
 def test_validation_names_the_threshold_of_the_best_dice_unless_one_is_given(discs: str) -> None:

@@ -25,7 +25,8 @@ BATCH = NetworkConfig(widths=(4, 8), normalization="batch")
 
 
 def config(discs: str, **changes: Any) -> TrainConfig:
-    values: dict[str, Any] = {"prepared": discs, "storage": "unused", "tracking_uri": "unused", "model": SMALL}
+    places = {"prepared": discs, "storage": "unused", "tracking_uri": "unused"}
+    values: dict[str, Any] = {**places, "model": SMALL, "mixed_precision": "float32"}
     return TrainConfig(**(values | changes))
 
 

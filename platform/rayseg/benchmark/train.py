@@ -158,6 +158,7 @@ def _run(folder: Path, prepared: str, workers: int, cores: int, augment: Augment
             batch_size=_BATCH,
             epochs=_EPOCHS,
             schedule="constant",
+            mixed_precision="float32",
             num_workers=workers,
             cpus_per_worker=max(1, cores // workers),
         )

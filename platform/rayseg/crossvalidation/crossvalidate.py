@@ -31,7 +31,7 @@ from rayseg.evaluation.record import Findings, Record
 from rayseg.inference.predictor import Mirror
 from rayseg.tracking import runs
 from rayseg.tracking.version import ModelVersion
-from rayseg.training import trainer
+from rayseg.training import precision, trainer
 from rayseg.training.settings import TrainConfig
 
 logger = logging.getLogger(__name__)
@@ -113,7 +113,15 @@ def _crossvalidated(config: CrossValidateConfig, base: TrainConfig, sets: list[P
     same = dataclasses.replace(config, crossvalidate=dataclasses.replace(config.crossvalidate, concurrent=None))
     key = configuration.digest([configuration.plain(same), [one.digest for one in sets]])[:12]
     unfinished = storage.join(base.storage, f"{base.name}-folds-{key}.unfinished.json")
-    run_id = _begin(config, base, unfinished)
+    try:
+        mark = storage.read_json(unfinished)
+    except (FileNotFoundError, ValueError):
+        mark = {}
+    base, decision = precision.decided(base, sets[0], mark)  # one for all folds
+    if not mark:
+        mark = {"id": uuid.uuid4().hex, **decision}
+        storage.write_json(unfinished, mark)
+    run_id = _begin(dataclasses.replace(config, train=base), mark["id"], precision.tags(decision))
     folder = storage.join(base.storage, f"{base.name}-folds-{key}-{run_id[:8]}")
     try:
         trained = training.train(base, sets, folder, run_id, config.crossvalidate.concurrent)
@@ -155,20 +163,16 @@ def _prepared(config: CrossValidateConfig, fold: int) -> contextlib.AbstractCont
     return prepared_sets.reading(output, "crossvalidate")
 
 
-def _begin(config: CrossValidateConfig, base: TrainConfig, unfinished: str) -> str:
+def _begin(config: CrossValidateConfig, job_id: str, more_tags: dict[str, str]) -> str:
     """The run in MLflow: the one that an earlier start began, else a new one."""
+    base = config.train
     uri = base.tracking_uri
-    try:
-        mark: dict[str, str] = storage.read_json(unfinished)
-    except (FileNotFoundError, ValueError):
-        mark = {"id": uuid.uuid4().hex}
-        storage.write_json(unfinished, mark)
-    tags = {"rayseg.kind": "crossvalidation", "rayseg.crossvalidation": mark["id"]}
+    tags = {"rayseg.kind": "crossvalidation", "rayseg.crossvalidation": job_id}
     for run_id in runs.tagged(uri, base.experiment, tags):
         logger.info("crossvalidate: goes on with the unfinished run %s", run_id)
         runs.resume(uri, run_id)
         return run_id
-    run_id = runs.start(uri, base.experiment, f"{base.name}-folds", configuration.flat(config), tags)
+    run_id = runs.start(uri, base.experiment, f"{base.name}-folds", configuration.flat(config), tags | more_tags)
     runs.log_bytes(uri, run_id, "crossvalidation.json", json.dumps(configuration.plain(config), indent=2).encode())
     return run_id
 

@@ -28,6 +28,7 @@ Forward = Callable[[np.ndarray], np.ndarray]
 
 _GPU_BATCH = 16
 _DRIVER = Path("/dev/nvidiactl")  # of NVIDIA
+_NATIVE = (8, 0)  # compute capability of the first GPUs with bfloat16
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ class Engine:
 
     name: `auto` is TensorFlow where it sees a GPU (`has_gpu`), else OpenVINO.
     precision: `screened` runs every slice in bfloat16 and those where something may be found once more in float32, so
-        that masks are float32's and slices with nothing cost half; where the processor has no bfloat16 it is `float32`.
+        that masks are float32's and slices with nothing cost half. Where bfloat16 is not native (`has_bfloat16`)
+        `screened` and `bfloat16` are `float32`.
     """
 
     name: Literal["auto", "openvino", "tensorflow"] = "auto"
@@ -73,6 +75,21 @@ def has_gpu() -> bool:
     return bool(tf.config.list_physical_devices("GPU"))
 
 
+def has_bfloat16(on_gpu: bool) -> bool:
+    """Whether the CPU, or each GPU that TensorFlow sees, has instructions for bfloat16.
+
+    Elsewhere bfloat16 is emulated, which is several times slower than float32. NVIDIA's GPUs have them since compute
+    capability 8.0 (Ampere).
+    """
+    if not on_gpu:
+        return "BF16" in _openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    import tensorflow as tf
+
+    gpus = tf.config.list_physical_devices("GPU")
+    details = [tf.config.experimental.get_device_details(gpu) for gpu in gpus]
+    return all(one.get("compute_capability", (0, 0)) >= _NATIVE for one in details)
+
+
 def require_gpu(engine: Engine, key: str) -> None:
     """Raises ValueError where `key` asked for a GPU, Ray gave one, and the engine would not run on it."""
     if engine.name != "openvino" and not has_gpu():
@@ -107,7 +124,7 @@ def compile_openvino(network: Network, precision: str, threads: int = 1) -> Comp
     core = openvino.Core()
     version = openvino.__version__.partition("-")[0]
     model = core.read_model(network.xml, network.weights)
-    has_bfloat16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    native = has_bfloat16(on_gpu=False)
 
     def ready(hint: str) -> Forward:
         settings = {
@@ -133,10 +150,10 @@ def compile_openvino(network: Network, precision: str, threads: int = 1) -> Comp
 
         return forward
 
-    if precision == "bfloat16" and has_bfloat16:
+    if precision == "bfloat16" and native:
         return Compiled(ready("bf16"), None, f"openvino {version} bfloat16")
     exact = ready("f32")
-    if precision == "screened" and has_bfloat16:
+    if precision == "screened" and native:
         return Compiled(exact, ready("bf16"), f"openvino {version} bfloat16 screened, float32")
     return Compiled(exact, None, f"openvino {version} float32")
 
@@ -171,7 +188,7 @@ def compile_tensorflow(model: "keras.Model", precision: str, threads: int = 1) -
         return Shared(lambda images_NHWC: network(images_NHWC).numpy(), batch)
 
     name = f"tensorflow {tf.__version__}{' xla' if on_gpu else ''}"
-    if precision == "float32":
+    if precision == "float32" or not has_bfloat16(on_gpu):
         return Compiled(ready("float32"), None, f"{name} float32")
     if precision == "bfloat16":
         return Compiled(ready("mixed_bfloat16"), None, f"{name} bfloat16")

@@ -116,6 +116,16 @@ class Learner:
             "workers": self.ranks,
         }
 
+    def timed_step(self) -> float:
+        """Seconds of a training step on noise, from which the weights learn: for a model that is then thrown away."""
+        of_images, of_masks, of_weights = (spec.shape.as_list() for spec in self._signature)
+        image_NHWC = np.random.default_rng(1).integers(0, 256, of_images, np.uint8)
+        mask_NHW = (image_NHWC[..., 0] > 200).astype(np.uint8)
+        assert list(mask_NHW.shape) == of_masks
+        began = time.perf_counter()
+        self._train_step(image_NHWC, mask_NHW, np.ones(of_weights, np.float32)).numpy()
+        return time.perf_counter() - began
+
     def validate(self) -> dict[str, Any]:
         """`val/loss` and the scores of `metrics.scores` over the whole validation split, summed over all ranks.
 

@@ -59,7 +59,7 @@ def train_worker(job: dict[str, Any]) -> dict[str, Any]:
     logs.adopt(job["told"])
     context = ray.train.get_context()
     rank, ranks = context.get_world_rank(), context.get_world_size()
-    _set_up(config, rank, logging.WARNING if job["quiet"] else logging.INFO)
+    set_up(config, rank, logging.WARNING if job["quiet"] else logging.INFO)
     attempts = _count_attempt(job["folder"]) if rank == 0 else 0
     keep_to_grant()
     devices = tf.config.list_physical_devices("GPU")
@@ -199,7 +199,7 @@ def _nobody(state: State) -> None:
     """Of ranks that publish nothing."""
 
 
-def _set_up(config: TrainConfig, rank: int, level: int) -> None:
+def set_up(config: TrainConfig, rank: int, level: int) -> None:
     """The process's logging, threads and seeds."""
     tf.get_logger().setLevel(logging.WARNING)
     # Ray shows what is logged here where the job runs: our words of rank 0, not each report of each rank.

@@ -54,7 +54,7 @@ class TrainConfig:
     """A training run.
 
     Two runs of equal configuration and data end with equal weights; `num_workers` and `accumulation` change them by
-    rounding only.
+    rounding only. `mixed_precision: auto` is not a whole configuration: see `precision`.
     """
 
     prepared: str = ""  # URI of a prepared set
@@ -86,7 +86,8 @@ class TrainConfig:
     # One class: a pixel is foreground where its probability is at least this. Null takes the threshold of the best
     # pooled Dice on validation, in the best epoch. Several classes do not use it.
     threshold: float | None = None
-    mixed_precision: Literal["float32", "mixed_bfloat16", "mixed_float16"] = "float32"  # arithmetic
+    # Arithmetic. auto is float32 or mixed_bfloat16, what is faster where the run trains. It is measured once and kept.
+    mixed_precision: Literal["auto", "float32", "mixed_bfloat16", "mixed_float16"] = "float32"
     jit_compile: bool = False  # XLA for forward and backward pass
     tensorboard: bool = False  # keeps TensorBoard's event files with the run
     seed: int = 1  # another seed is another start, order and augmentation

@@ -67,6 +67,8 @@ class Space:
         return OptunaDraws(self._domains, self._points, seed)
 
     def _try(self, values: Mapping[str, Any], where: str) -> None:
+        if values.get("mixed_precision") == "auto":
+            raise ValueError(f"{where}: float32, mixed_bfloat16 or mixed_float16 expected; auto is one of these")
         try:
             self.changed(values)
         except ValueError as error:

@@ -26,6 +26,7 @@ _FILE = "initial.npz"
 
 def network(config: TrainConfig, prepared: PreparedSet) -> keras.Model:
     """The run's network with weights of the seed; raises ValueError where it does not fit the prepared images."""
+    assert config.mixed_precision != "auto", "decided before, see `precision`"
     form = dataclasses.replace(config.model, weights=None)
     return build_network(form, prepared.shape, len(prepared.labels.names), config.mixed_precision)
 

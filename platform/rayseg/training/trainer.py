@@ -31,7 +31,7 @@ from rayseg.models.encoders import encoder_layers
 from rayseg.models.losses import loss_function
 from rayseg.models.network import portable
 from rayseg.tracking import bundle, registry, runs
-from rayseg.training import cases, journal, record, start
+from rayseg.training import cases, journal, precision, record, start
 from rayseg.training.callbacks import BEST_FILE
 from rayseg.training.interruptions import Count, Interruptions
 from rayseg.training.loop import ATTEMPTS_FILE, NO_GPU_FILE, train_worker
@@ -82,18 +82,19 @@ def _fit(
     cluster.require("train", config.bundle, config.least_workers, KEYS)
     if config.reproduce:
         record.check_repeatable(config, prepared)
-    key = f"{config.name}-{configuration.digest([configuration.plain(config), prepared.digest])[:12]}"
-    unfinished = storage.join(config.storage, f"{key}.unfinished.json")
-    run_id = _unfinished(unfinished, config.tracking_uri)
-    if run_id is None:
+    unfinished = storage.join(config.storage, f"{_key(config, prepared)}.unfinished.json")
+    mark = _unfinished(unfinished, config.tracking_uri)
+    config, decision = precision.decided(config, prepared, mark)
+    if not mark:
         for begun in runs.tagged(config.tracking_uri, config.experiment, trial.tags) if trial else ():
             runs.discard(config.tracking_uri, begun)  # its driver was lost before it could note it
-        run_id = record.begin(config, prepared, with_what | (trial.tags if trial else {}))
-        storage.write_json(unfinished, {"run_id": run_id})
+        run_id = record.begin(config, prepared, with_what | precision.tags(decision) | (trial.tags if trial else {}))
+        storage.write_json(unfinished, {"run_id": run_id, **decision})
     else:
+        run_id = mark["run_id"]
         logger.info("train: goes on with the unfinished run %s", run_id)
         runs.resume(config.tracking_uri, run_id)
-    folder = storage.join(config.storage, f"{key}-{run_id[:8]}")
+    folder = storage.join(config.storage, f"{_key(config, prepared)}-{run_id[:8]}")
     try:
         start.bring_initial(config, prepared, folder)
         attempts = _attempts_to_the_end(config, folder) or _train(config, prepared, folder, run_id, trial, callbacks)
@@ -127,7 +128,7 @@ def check(config: TrainConfig, prepared: PreparedSet) -> dict[str, str]:
     check_leak(pa.concat_tables([prepared.read_rows(split, LEAK_COLUMNS) for split in SPLITS]))
     # Built once here, so that what does not fit fails before any worker starts.
     loss_function(config.loss, len(prepared.labels.names))
-    model = start.network(config, prepared)
+    model = start.network(dataclasses.replace(config, mixed_precision="float32"), prepared)  # `auto` comes later
     if config.freeze_epochs and not encoder_layers(model):
         raise ValueError(f"train.freeze_epochs: {config.model.preset} has no encoder to freeze")
     synchronized = any(getattr(layer, "synchronized", False) for layer in model.layers)
@@ -147,13 +148,18 @@ def check(config: TrainConfig, prepared: PreparedSet) -> dict[str, str]:
     return numerics.told(model, config.jit_compile, config.gpus_per_worker > 0)
 
 
-def _unfinished(uri: str, tracking_uri: str) -> str | None:
-    """The id of the run that `uri` says is unfinished, where MLflow still knows it."""
+def _key(config: TrainConfig, prepared: PreparedSet) -> str:
+    """Names a configuration and its data."""
+    return f"{config.name}-{configuration.digest([configuration.plain(config), prepared.digest])[:12]}"
+
+
+def _unfinished(uri: str, tracking_uri: str) -> dict[str, Any]:
+    """The mark of an unfinished run at `uri`, where MLflow still knows its `run_id`; else empty."""
     try:
-        run_id: str = storage.read_json(uri)["run_id"]
+        mark: dict[str, Any] = storage.read_json(uri)
     except (FileNotFoundError, ValueError):
-        return None
-    return run_id if runs.exists(tracking_uri, run_id) else None
+        return {}
+    return mark if runs.exists(tracking_uri, mark["run_id"]) else {}
 
 
 def _attempts_to_the_end(config: TrainConfig, folder: str) -> int | None:

@@ -20,7 +20,7 @@ from rayseg import cluster, storage
 from rayseg import config as configuration
 from rayseg.data.prepared import PreparedSet, reading
 from rayseg.tracking import figures, runs
-from rayseg.training import findings, trainer
+from rayseg.training import findings, precision, trainer
 from rayseg.training.findings import Scaling
 from rayseg.training.halving import rungs
 from rayseg.training.settings import TrainConfig, TrainResult, Trial
@@ -116,7 +116,7 @@ def tune(config: TuneConfig) -> TuneResult:
 
 def _swept(config: TuneConfig, prepared: PreparedSet) -> TuneResult:
     base, options = config.train, config.tune
-    space = Space(options.space, options.points, base)
+    Space(options.space, options.points, base)  # refused before anything else
     trainer.check(base, prepared)
     abreast = min(_room(base), options.trials, options.concurrent or options.trials)
 
@@ -126,10 +126,15 @@ def _swept(config: TuneConfig, prepared: PreparedSet) -> TuneResult:
         mark = storage.read_json(unfinished)
         logger.info("tune: goes on with an unfinished sweep")
     except (FileNotFoundError, ValueError):
-        mark = {"id": uuid.uuid4().hex, "abreast": abreast}
+        mark = {}
+    base, decision = precision.decided(base, prepared, mark)  # one for all trials
+    if not mark:
+        mark = {"id": uuid.uuid4().hex, "abreast": abreast, **decision}
         storage.write_json(unfinished, mark)
+    config = dataclasses.replace(config, train=base)
+    space = Space(options.space, options.points, base)
     folder = storage.join(base.storage, f"{key}-{mark['id'][:8]}")
-    run_id = _begin(config, mark["id"])
+    run_id = _begin(config, mark["id"], precision.tags(decision))
     trials = storage.join(folder, "trials")
     drawn = (options.search, options.seed, options.trials)
     halving = (rungs(options.grace_epochs, options.reduction_factor, base.epochs), options.reduction_factor)
@@ -166,13 +171,14 @@ def _room(train: TrainConfig) -> int:
     return _MANY if math.isinf(room) else int(room)
 
 
-def _begin(config: TuneConfig, sweep_id: str) -> str:
+def _begin(config: TuneConfig, sweep_id: str, more_tags: dict[str, str]) -> str:
     """The sweep's run in MLflow: the one that it has, else a new one."""
     uri, tags = config.train.tracking_uri, {"rayseg.sweep": sweep_id}
     for run_id in runs.tagged(uri, config.train.experiment, tags):
         runs.resume(uri, run_id)
         return run_id
-    run_id = runs.start(uri, config.train.experiment, f"{config.train.name}-sweep", configuration.flat(config), tags)
+    name = f"{config.train.name}-sweep"
+    run_id = runs.start(uri, config.train.experiment, name, configuration.flat(config), tags | more_tags)
     runs.log_bytes(uri, run_id, "config.json", json.dumps(configuration.plain(config), indent=2).encode())
     return run_id
 
