@@ -58,6 +58,18 @@ def rows_of(output: str, model_digest: str, config_digest: str) -> pa.Table:
     return tables.latest(_read(output, FOLDER, ours), IDENTITY)
 
 
+def kept(output: str, model_digest: str, masks_digest: str) -> dict[str, dict[str, Any]]:
+    """Rows that say of masks of this digest, which are this model's, that they are kept, the latest of each series.
+
+    By series key, columns `input_digest` and `masks`.
+    """
+    columns = ["series_key", "input_digest", "masks", tables.SEQUENCE]
+    rows = _read(output, FOLDER, pc.field("model_digest") == model_digest, [*columns, "model_digest"])
+    ours = pc.fill_null(pc.equal(pc.struct_field(rows["masks"], "digest"), masks_digest), False)
+    latest = tables.latest(rows.filter(ours), ["series_key"])
+    return {row.pop("series_key"): row for row in latest.select(columns[:-1]).to_pylist()}
+
+
 def rejects(output: str, stage: str | None = None) -> pa.Table:
     """What is refused now, by any stage or by this one: schema `records.ARCHIVE_REJECTS`, by object."""
     table = _read(output, REJECTS_FOLDER, None if stage is None else pc.field("stage") == stage)
