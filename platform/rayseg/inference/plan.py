@@ -102,7 +102,7 @@ def make(
     rejects: list[dict[str, Any]] = []
     met: set[str] = set()
     news = News(told or {})
-    columns = (*_MANIFEST_COLUMNS, *feasible.columns(task.profiles))
+    columns = (*_MANIFEST_COLUMNS, *feasible.columns(task.profiles, task.postprocess))
     # What is of no series stands for itself.
     for group, rows in groupby(_rows(manifest, columns), lambda row: row["series_key"] or (row["uri"], row["frame"])):
         key = group if isinstance(group, str) else None
@@ -191,12 +191,16 @@ def _of_series(
     if is_done(planned):
         return planned, rejects
     refused = feasible.refused(task.profiles, kind, usable)
-    if len(refused) < len(task.profiles):
+    unmeasured = feasible.unmeasured(task.postprocess, usable)
+    if unmeasured is None and len(refused) < len(task.profiles):
         profiles = [profile for profile in task.profiles if profile not in refused]
         masks = _masks(kept.get(str(key)), planned["input_digest"]) if is_enough(task, profiles) else None
         return planned | {"not_made": not_made_rows(refused), "masks": masks}, rejects
-    profile, first = next(iter(refused.items()))
-    reject = Reject(first.reason, f"{profile}: {first.detail}")
+    if unmeasured is None:
+        profile, first = next(iter(refused.items()))
+        reject = Reject(first.reason, f"{profile}: {first.detail}")
+    else:
+        reject = unmeasured
     ours = [reject_row(row["uri"], row["frame"], STAGE, reject, row["patient_key"], key) for row in usable]
     return None, [*ours, *rejects]
 
