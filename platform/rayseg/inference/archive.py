@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -149,6 +149,7 @@ def _archive(config: SegmentConfig, output: str, check: Callable[[], None]) -> S
     known = _known(config, versions)
     settings = _settings(config, known)
     digest = _config_digest(config, settings)
+    masks_digest = kept.digest(model.digest, config.engine, config.gpus_per_actor, config.mirror, config.postprocess)
     task = Task(
         storage.join(output, f"{model.name}-v{model.version}-{digest[:8]}"),
         model,
@@ -158,7 +159,7 @@ def _archive(config: SegmentConfig, output: str, check: Callable[[], None]) -> S
         config.nothing_found == "write",
         config.pacs,
         settings,
-        Keep(output, _masks_digest(config, model)),
+        Keep(output, masks_digest),
     )
     earlier = ledger.rows_of(output, model.digest, digest)
     latest = {row["series_key"]: row for row in earlier.select(["series_key", *plan.KNOWN]).to_pylist()}
@@ -174,7 +175,7 @@ def _archive(config: SegmentConfig, output: str, check: Callable[[], None]) -> S
         if config.dry_run
         else partial(_keep, output, {row["series_key"]: row for row in unused}),
         {} if config.dry_run else ledger.refused_by_catalog(output),
-        ledger.kept(output, model.digest, task.keep.digest) if task.keep and config.only_changed else {},
+        cache(partial(ledger.kept, output, model.digest, masks_digest)) if config.only_changed else dict,
     )
     skipped, refusals, unusable = len(planned.done), planned.refusals, planned.unusable
     counts = len(planned.todo), len(planned.kept), skipped, len(unusable)
@@ -257,10 +258,6 @@ def _config_digest(config: SegmentConfig, settings: str) -> str:
     """Of what decides about a series' files."""
     pacs = config.pacs and config.pacs.rstrip("/")
     return configuration.digest([settings, list(config.profiles), config.nothing_found, pacs, VERSION])
-
-
-def _masks_digest(config: SegmentConfig, model: ModelVersion) -> str:
-    return kept.digest(model.digest, config.engine, config.gpus_per_actor, config.mirror, config.postprocess)
 
 
 def _known(config: SegmentConfig, versions: Sequence[ModelVersion]) -> Known | None:

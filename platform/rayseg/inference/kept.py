@@ -90,20 +90,20 @@ def digest(model_digest: str, engine: Engine, gpus: float, mirror: str | None, p
 
 
 def write(
-    keep: Keep,
+    keep: Keep | None,
     series: Segmented,
     labels: Sequence[str],
     engine: str,
     heads: Sequence[Head | None],
     refused: Mapping[int, Reject],
 ) -> dict[str, Any] | Reject | None:
-    """Keeps the masks of a series, arguments as in `Kept`.
+    """Keeps the masks of a series, arguments as in `Kept`; None for `keep` keeps nothing.
 
     Returns:
         What the ledger's row says of it, `records.KEPT_FILE`; None where masks are not kept, as a slice could not be
         read that another try may read; WRITE_FAILED where the store did not take it.
     """
-    if any(reject.reason in _PASSING for reject in refused.values()):
+    if keep is None or any(reject.reason in _PASSING for reject in refused.values()):
         return None
     data = _encoded(series, labels, engine, heads, refused)
     try:

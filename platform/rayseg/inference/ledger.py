@@ -58,16 +58,19 @@ def rows_of(output: str, model_digest: str, config_digest: str) -> pa.Table:
     return tables.latest(_read(output, FOLDER, ours), IDENTITY)
 
 
-def kept(output: str, model_digest: str, masks_digest: str) -> dict[str, dict[str, Any]]:
-    """Rows that say of masks of this digest, which are this model's, that they are kept, the latest of each series.
+def kept(output: str, model_digest: str, masks_digest: str) -> dict[str, tuple[str, str, int]]:
+    """The masks of this digest, which are this model's, that are kept, by the latest row of each series that has some.
 
-    By series key, columns `input_digest` and `masks`.
+    By series key: the `input_digest` that they are of, SHA-256 and bytes of their file.
     """
     columns = ["series_key", "input_digest", "masks", tables.SEQUENCE]
-    rows = _read(output, FOLDER, pc.field("model_digest") == model_digest, [*columns, "model_digest"])
+    rows = _read(output, FOLDER, pc.field("model_digest") == model_digest, columns)
     ours = pc.fill_null(pc.equal(pc.struct_field(rows["masks"], "digest"), masks_digest), False)
     latest = tables.latest(rows.filter(ours), ["series_key"])
-    return {row.pop("series_key"): row for row in latest.select(columns[:-1]).to_pylist()}
+    files = (pc.struct_field(latest["masks"], name).to_pylist() for name in ("sha256", "bytes"))
+    return dict(
+        zip(latest["series_key"].to_pylist(), zip(latest["input_digest"].to_pylist(), *files, strict=True), strict=True)
+    )
 
 
 def rejects(output: str, stage: str | None = None) -> pa.Table:

@@ -43,6 +43,7 @@ _HOUR_S = 3600.0
 _REJECTS_PER_PART = 50_000  # of the ledger
 
 _Rows = Sequence[dict[str, Any]]
+_Kept = tuple[str, str, int]  # `input_digest`, SHA-256 and bytes of kept masks
 
 
 @dataclass
@@ -79,7 +80,7 @@ def make(
     is_done: Callable[[Mapping[str, Any]], bool],
     keep: Callable[[_Rows, _Rows], None],
     told: Mapping[Place, Reject] | None = None,
-    kept: Mapping[str, Mapping[str, Any]] | None = None,
+    kept: Callable[[], Mapping[str, _Kept]] = dict,
 ) -> Plan:
     """Reads a manifest, a part at a time.
 
@@ -92,7 +93,7 @@ def make(
         is_done: whether a series, a row of `SCHEMA`, is not to be done again.
         keep: gets ledger rows of unusable series, with the rejects that they are about, and what is new of others.
         told: what the catalog had refused before, by the table of rejects.
-        kept: rows of `ledger.kept`, of the masks that the task asks for, by series.
+        kept: gives `ledger.kept`, of the masks that the task asks for; called where a series is to do, and often.
 
     Raises:
         ValueError: there is no manifest, or the rows of a series do not stand together.
@@ -106,7 +107,7 @@ def make(
     # What is of no series stands for itself.
     for group, rows in groupby(_rows(manifest, columns), lambda row: row["series_key"] or (row["uri"], row["frame"])):
         key = group if isinstance(group, str) else None
-        planned, refused = _of_series(task, key, rows, is_done, kept or {})
+        planned, refused = _of_series(task, key, rows, is_done, kept)
         if key is not None:
             if key in met:
                 raise ValueError(
@@ -163,7 +164,7 @@ def _of_series(
     key: str | None,
     rows: Iterable[Mapping[str, Any]],
     is_done: Callable[[Mapping[str, Any]], bool],
-    kept: Mapping[str, Mapping[str, Any]],
+    kept: Callable[[], Mapping[str, _Kept]],
 ) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
     """The series as a row of `SCHEMA`, and the rejects.
 
@@ -194,7 +195,10 @@ def _of_series(
     unmeasured = feasible.unmeasured(task.postprocess, usable)
     if unmeasured is None and len(refused) < len(task.profiles):
         profiles = [profile for profile in task.profiles if profile not in refused]
-        masks = _masks(kept.get(str(key)), planned["input_digest"]) if is_enough(task, profiles) else None
+        known = kept().get(str(key)) if is_enough(task, profiles) else None
+        masks = None
+        if known is not None and task.keep is not None and known[0] == planned["input_digest"]:
+            masks = {"digest": task.keep.digest, "sha256": known[1], "bytes": known[2]}
         return planned | {"not_made": not_made_rows(refused), "masks": masks}, rejects
     if unmeasured is None:
         profile, first = next(iter(refused.items()))
@@ -203,11 +207,6 @@ def _of_series(
         reject = unmeasured
     ours = [reject_row(row["uri"], row["frame"], STAGE, reject, row["patient_key"], key) for row in usable]
     return None, [*ours, *rejects]
-
-
-def _masks(known: Mapping[str, Any] | None, input_digest: str) -> dict[str, Any] | None:
-    """The masks of a row of `ledger.kept`, where they are of this input."""
-    return known["masks"] if known is not None and known["input_digest"] == input_digest else None
 
 
 def is_done(known: Mapping[str, Any] | None, planned: Mapping[str, Any], retry_rejected: bool) -> bool:

@@ -84,11 +84,7 @@ def segment_series(
         else:
             series, heads = made
             with watch.step("write"):
-                written = (
-                    None
-                    if task.keep is None
-                    else kept.write(task.keep, series, labels, predictor.engine, heads, refused)
-                )
+                written = kept.write(task.keep, series, labels, predictor.engine, heads, refused)
             if isinstance(written, Reject):
                 ended = written
             else:
