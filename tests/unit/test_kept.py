@@ -192,6 +192,23 @@ def test_what_another_try_may_see_is_not_kept(tmp_path: Path, predictor: Predict
     assert not (tmp_path / "output").exists()
 
 
+def test_masks_that_the_store_does_not_take_cost_the_series(tmp_path: Path, predictor: Predictor) -> None:
+    of = keeping(tmp_path)
+    (tmp_path / "output").write_bytes(b"a file where a folder is needed")
+    (cell,) = planned(cataloged(tmp_path, series(*map(ct, range(3)))), of).todo
+    row = segment_series(predictor, of, **for_network(cell))
+    assert (row["verdict"], row["reason"], row["masks"], row["outputs"]) == ("rejected", "write_failed", None, [])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_description_tells_what_the_whole_bundle_does(tmp_path: Path) -> None:
+    folder = bundles.write_bundle(tmp_path / "bundle", 150)
+    bundle.calibrate(folder, VolumeErrors((3.0, 3.0), (19, 19)))
+    for mirror in (None, "both"):
+        whole = Predictor.load(folder, mirror=mirror)
+        assert Model.read(folder, mirror is not None, None) == model(whole)
+
+
 def spoil_masks(folder: Path) -> None:
     (path,) = (folder / "output").rglob("*.parquet")
     table = pq.read_table(path)
