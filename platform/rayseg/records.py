@@ -194,6 +194,42 @@ CLASS_VOLUMES = pa.list_(
     )
 )
 
+# The masks of a series that a run keeps, see `inference.kept`; `digest` is of what decides about them beside the input.
+KEPT_FILE = pa.struct([("digest", pa.string()), ("sha256", pa.string()), ("bytes", pa.int64())])
+
+# One row per slice of a series whose masks are kept: where it lies, and what `inference.quality` keeps of it.
+KEPT = pa.schema(
+    [
+        ("number", pa.int32()),  # of the slice among those of its series that the manifest accepts, from 0
+        ("frame", pa.int32()),  # as in the manifest
+        ("reason", pa.string()),  # a Reason value, of a slice without a mask; all that follows is null then
+        ("detail", pa.string()),
+        ("mask", pa.binary()),  # uint8 label map (rows, columns), C order, zlib
+        ("rows", pa.int32()),
+        ("columns", pa.int32()),
+        ("pixel_spacing_mm", pa.list_(pa.float64())),  # this and the next as in the manifest
+        ("slice_thickness_mm", pa.float64()),
+        ("image_position_mm", pa.list_(pa.float64())),
+        ("image_orientation", pa.list_(pa.float64())),
+        ("modality", pa.string()),  # this and what follows as in `inference.quality.Look`
+        ("body_part", pa.string()),
+        ("spacing_mm", pa.list_(pa.float64())),
+        ("intensity_mean", pa.float64()),
+        ("intensity_sd", pa.float64()),
+        ("entropy_bits", pa.float64()),
+        ("entropy_pixels", pa.int64()),
+        ("pixel_share", pa.float64()),
+        ("share", pa.float64()),
+        ("pieces", pa.int32()),
+        (
+            "agreement",
+            pa.struct([("sizes", pa.list_(pa.list_(pa.int64()))), ("shared", pa.list_(pa.list_(pa.int64())))]),
+        ),
+        ("head_bytes", pa.int64()),  # of the object, before its pixels; null of image files
+        ("head_sha256", pa.string()),
+    ]
+)
+
 # One row per series of an archive run; an image file (PNG, JPEG, TIFF) is one by itself, under its `instance_key`.
 LEDGER = pa.schema(
     [
@@ -221,10 +257,11 @@ LEDGER = pa.schema(
         ("input_digest", pa.string()),  # of the objects that were to be segmented, by URI, frame and ETag
         ("outputs", OUTPUTS),  # empty: rejected, or nothing found where such series get no files
         ("not_made", NOT_MADE),  # empty: all profiles could be made; null in ledgers of earlier versions
+        ("masks", KEPT_FILE),  # that are kept; null where none are, and in ledgers of earlier versions
         ("engine", pa.string()),  # with its version and precision; null where nothing ran
         ("read_s", pa.float64()),  # waiting for bytes
         ("decode_s", pa.float64()),  # from bytes to pixels
-        ("forward_s", pa.float64()),  # the network, and scaling to and from its grid
+        ("forward_s", pa.float64()),  # the network, and scaling to and from its grid; 0 where masks were kept
         ("encode_s", pa.float64()),  # postprocessing, and making files
         ("write_s", pa.float64()),  # storing files
         ("seconds", pa.float64()),  # of the clock, in all

@@ -66,8 +66,38 @@ def test_series_that_cannot_be_compared_are_named_with_the_reason(tmp_path: Path
         "bad": ("rejected_in_baseline", "series_mixed"),
         "worse": ("rejected_in_both", "series_mixed, corrupt"),
         "moved": ("other_input", "the runs were given other objects, by URI, frame or ETag"),
-        "volume": ("no_segmentation", "the baseline wrote neither of the profiles seg-labelmap, seg"),
+        "volume": (
+            "no_segmentation",
+            "the baseline wrote neither of the profiles seg-labelmap, seg, and masks are not kept of both",
+        ),
     }
+
+
+def test_kept_masks_of_both_stand_for_the_segmentation_that_one_lacks(tmp_path: Path) -> None:
+    seg, volume = (
+        [{"profile": name, "uri": "x", "sha256": "0", "bytes": 1, "pacs": None}] for name in ("seg", "nifti")
+    )
+    kept = {"digest": "d" * 64, "sha256": "s", "bytes": 9}
+    baseline = [
+        row("both", outputs=seg, masks=kept), row("one", outputs=seg, masks=kept), row("old", outputs=seg),
+        row("empty"), row("none", outputs=volume, masks=kept),
+    ]  # fmt: skip
+    challenger = [
+        row("both", "2", outputs=seg, masks=kept), row("one", "2", outputs=volume, masks=kept),
+        row("old", "2", outputs=volume, masks=kept), row("empty", "2", outputs=volume, masks=kept),
+        row("none", "2", foreground_pixels=7, masks=kept),
+    ]  # fmt: skip
+    pairs, others = sides.pair(chosen(tmp_path / "a", *baseline), chosen(tmp_path / "b", *challenger))
+    assert [(one["series_key"], one["reason"]) for one in others] == [
+        ("empty", "no_segmentation"), ("old", "no_segmentation"),
+    ]  # fmt: skip
+    told = {one["series_key"]: (one["baseline"], one["challenger"]) for one in pairs}
+    assert told.pop("both") == (seg[0], seg[0])
+    for key, files in told.items():
+        for folder, file in zip("ab", files, strict=True):
+            uri = f"{tmp_path}/{folder}/masks/{'d' * 16}/{key}.parquet"
+            assert file == {"profile": "masks", "uri": uri, "sha256": "s", "bytes": 9}
+    assert sorted(told) == ["none", "one"]
 
 
 def test_a_run_is_not_compared_with_itself(tmp_path: Path) -> None:

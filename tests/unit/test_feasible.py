@@ -1,5 +1,6 @@
 """A profile that cannot be made costs itself only: known from headers, before the network runs, or where it fails."""
 
+import dataclasses
 import gzip
 import io
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from PIL import Image
 
 from rayseg.dicom import segmentation
 from rayseg.inference import outputs, plan
+from rayseg.inference.postprocess import Postprocess
 from rayseg.inference.predictor import Predictor
 from rayseg.records import LEDGER, Reason, Reject
 from tests import bundles
@@ -325,3 +327,17 @@ def test_dense_sections_of_a_tomograph_are_a_stack(tmp_path: Path, predictor: Pr
     assert row["volume_ml"] == pytest.approx(row["foreground_pixels"] * 4 * 6 * 6 * 1e-12)
     measures = pydicom.dcmread(io.BytesIO(written(row)["seg"][0])).SharedFunctionalGroupsSequence[0]
     assert float(measures.PixelMeasuresSequence[0].SpacingBetweenSlices) == pytest.approx(0.006)
+
+
+def test_lesions_without_a_volume_are_known_before_the_network_runs(tmp_path: Path, predictor: Predictor) -> None:
+    of = dataclasses.replace(task(tmp_path, ("seg", "png")), postprocess=Postprocess(min_lesion_mm3=1.0))
+    nowhere = cataloged(tmp_path, series(*(ct(number, without=PLACE) for number in range(3))))
+    found = planned(nowhere, of)
+    assert (found.todo, found.series) == ([], [])
+    (row,) = found.unusable
+    assert (row["reason"], row["detail"]) == (
+        "missing_attribute", "segment.postprocess.min_lesion_mm3: the series' positions give no volumes",
+    )  # fmt: skip
+    assert len(planned(nowhere, dataclasses.replace(of, postprocess=Postprocess(fill_holes=True))).todo) == 1
+    placed = cataloged(tmp_path / "placed", series(*map(ct, range(3))))
+    assert len(planned(placed, of).todo) == 1

@@ -52,7 +52,14 @@ def planned(uri: str, of: Task, known: Mapping[str, Any] | None = None) -> plan.
 
 def segmented(uri: str, of: Task, predictor: Predictor) -> list[dict[str, Any]]:
     """The ledger rows of what is to do."""
-    return [segment_series(predictor, of, **plan.unpacked_series(cell)) for cell in planned(uri, of).todo]
+    return [segment_series(predictor, of, **for_network(cell)) for cell in planned(uri, of).todo]
+
+
+def for_network(cell: bytes) -> dict[str, Any]:
+    """Of a planned series what `segment_series` takes."""
+    series = plan.unpacked_series(cell)
+    assert series.pop("masks") is None
+    return series
 
 
 def written(row: Mapping[str, Any]) -> dict[str, list[bytes]]:

@@ -25,12 +25,14 @@ from rayseg.data.preprocess import Preprocess
 from rayseg.dicom.reading import Slice, read_slice
 from rayseg.inference import ledger
 from rayseg.inference.archive import SegmentConfig, segment
+from rayseg.inference.outputs import Profile
 from rayseg.models.engine import Engine, compile_openvino
 from rayseg.tracking import registry, runs
 
 _PATIENTS, _SLICES, _SIZE = 12, 32, 512  # the archive: 12 series
 _TIMES = 8  # each series stands in the manifest so many times, so that starting counts little
 _HEAVY_TIMES = 2
+_OTHER: tuple[Profile, ...] = ("seg", "nifti")  # made of kept masks
 _NETWORK = 256
 _LIGHT, _HEAVY = "unet-small", "unet-residual"  # presets: where all else weighs most, and the one for accuracy
 _ROWS_OF_GROWTH = (1_000, 20_000)  # slices
@@ -115,7 +117,16 @@ def measure(folder: Path, repeats: int) -> dict[str, Any]:
     heavy_config = dataclasses.replace(
         config, model_uri="models:/heavy/1", manifest=more, concurrency=1, cpus_per_actor=cores
     )
-    names = ("bare_forward", "bulk", "ray_recipe", "bare_float32", "bare_forward.heavy", "bulk.heavy")
+    names = (
+        "bare_forward",
+        "bulk",
+        "kept",
+        "ray_recipe",
+        "bare_float32",
+        "bare_forward.heavy",
+        "bulk.heavy",
+        "kept.heavy",
+    )
     speeds: dict[str, list[float]] = {name: [] for name in names}
     shares: dict[str, list[float]] = {}
     first_output_s: list[float] = []
@@ -130,15 +141,22 @@ def measure(folder: Path, repeats: int) -> dict[str, Any]:
         first_output_s.append(-first[0] - began)
         for step, share in _shares(str(output)).items():
             shares.setdefault(f"share.{step}", []).append(share)
+        speeds["kept"].append(_bulk(dataclasses.replace(config, profiles=_OTHER), output))
         speeds["ray_recipe"].append(_recipe(source, bundle, folder / f"recipe-{repeat}", cores))
         speeds["bare_forward.heavy"].append(bare(heavy, images_NHWC[: 32 * cores], Engine().precision, cores))
         speeds["bulk.heavy"].append(_bulk(heavy_config, folder / f"heavy-{repeat}"))
+        speeds["kept.heavy"].append(
+            _bulk(dataclasses.replace(heavy_config, profiles=_OTHER), folder / f"heavy-{repeat}")
+        )
     ratios = {
         f"bulk_vs_{name}": figure([a / b for a, b in zip(speeds[bulk], speeds[name], strict=True)])
         for bulk, name in (
             *(("bulk", name) for name in ("bare_forward", "bare_float32", "ray_recipe")),
             ("bulk.heavy", "bare_forward.heavy"),
         )
+    } | {
+        f"{kept}_vs_first_run": figure([a / b for a, b in zip(speeds[kept], speeds[bulk], strict=True)])
+        for kept, bulk in (("kept", "bulk"), ("kept.heavy", "bulk.heavy"))
     }
     return {
         **ratios,

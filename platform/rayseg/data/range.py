@@ -6,7 +6,7 @@ picture, and the trainer adds what the model says of validation. `inference.qual
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import cv2
@@ -55,6 +55,17 @@ class Known:
 
     range: Range | None = None
     volumes: VolumeErrors = VolumeErrors()  # noqa: RUF009, it is frozen
+
+
+def of_several(first: Range | None, known: Known | None) -> Known:
+    """What several models, or one with its mirror images, are judged by: what was measured of these together.
+
+    Where that was not measured, the first model's bundle tells what it was trained on; what its own predictions were
+    like on validation says nothing of averaged ones, whose volumes have no interval either.
+    """
+    if known is not None:
+        return known
+    return Known(first and replace(first, pieces=None, entropy_bits=None, pairwise_dice=None))
 
 
 def facts(slice: Slice, image_HWC: np.ndarray, preprocess: Preprocess) -> dict[str, Any]:

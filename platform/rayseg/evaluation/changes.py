@@ -20,9 +20,12 @@ from rayseg.data.manifest import read_failure
 from rayseg.dicom import segmentation
 from rayseg.dicom.segmentation import Decoded
 from rayseg.evaluation.lesions import lesions
+from rayseg.evaluation.sides import MASKS
 from rayseg.geometry import planes
 from rayseg.geometry.grid import Geometry
 from rayseg.geometry.volume import volume_ml
+from rayseg.inference import kept
+from rayseg.inference.kept import Kept
 from rayseg.records import Reason, Reject
 from rayseg.retry import CredentialsError
 
@@ -51,10 +54,11 @@ DIFF = pa.schema(
         ("vanished", pa.int32()),  # lesions of the baseline
     ]
 )
-# The slice with most changed pixels. Its UID finds the source and goes no further.
+# The slice with most changed pixels. Its UID, or its place, finds the source and goes no further.
 _SHOWN = pa.struct(
     [
-        ("slice_uid", pa.string()),
+        ("slice_uid", pa.string()),  # null where kept masks were compared
+        ("place", pa.int32()),  # among the slices of its series that the manifest accepts, from 0; null where not known
         ("position_mm", pa.list_(pa.float64())),  # 3
         ("number", pa.int32()),  # from 1, along the normal
         ("slices", pa.int32()),
@@ -108,13 +112,17 @@ def compare_series(pair: Mapping[str, Any]) -> dict[str, Any]:
     """A row of `CHANGES` of a pair of `sides.pair`; raises CredentialsError alone."""
     base = {"series_key": pair["series_key"], "patient_key": pair["patient_key"]}
     try:
-        sides = []
-        for side in ("baseline", "challenger"):
-            read = None if pair[side] is None else _read(pair[side], side)
+        sides, files = [], (pair["baseline"], pair["challenger"])
+        for side, file in zip(("baseline", "challenger"), files, strict=True):
+            read = None if file is None else _read(file, side, pair["series_key"])
             if isinstance(read, Reject):
                 return _refused(base, read)
             sides.append(read)
-        return _compared(base, *sides)
+        changes = _compared(base, *sides)
+        shown = changes["shown"]
+        if shown is not None and any(file is not None and file["profile"] == MASKS for file in files):
+            changes["shown"] = {**shown, "slice_uid": None, "place": int(shown["slice_uid"])}
+        return changes
     except CredentialsError:
         raise
     except Exception as error:  # a defect of ours must cost this series only
@@ -126,7 +134,7 @@ def _refused(base: Mapping[str, Any], reject: Reject) -> dict[str, Any]:
     return {"rows": [{**base, **told}], "shown": None}
 
 
-def _read(file: Mapping[str, Any], side: str) -> Decoded | Reject:
+def _read(file: Mapping[str, Any], side: str, series_key: str) -> Decoded | Reject:
     """The file of a ledger's row, if it is still the one that the row is about."""
     try:
         data = storage.read(file["uri"])
@@ -136,9 +144,19 @@ def _read(file: Mapping[str, Any], side: str) -> Decoded | Reject:
         what = f"the {side}'s file is not what its ledger says (sha256)"
         return Reject(Reason.CORRUPT, f"{what}; has another run replaced it?")
     try:
-        return segmentation.read(data)
+        return _of_kept(kept.decode(data, series_key)) if file["profile"] == MASKS else segmentation.read(data)
     except ValueError as error:
         return Reject(Reason.CORRUPT, f"the {side}'s file: {error}")
+
+
+def _of_kept(masks: Kept) -> Decoded:
+    """Kept masks as a segmentation says them; slices are named by their numbers."""
+    names = [f"{number:09d}" for number in masks.series.numbers]
+    arrays = (mask.copy() for mask in masks.series.masks)  # they are renumbered in place
+    labels = dict(enumerate(masks.labels, start=1))
+    return Decoded(
+        dict(zip(names, arrays, strict=True)), dict(zip(names, masks.series.geometries, strict=True)), labels
+    )
 
 
 def _compared(base: Mapping[str, Any], baseline: Decoded | None, challenger: Decoded | None) -> dict[str, Any]:

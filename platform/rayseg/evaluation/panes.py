@@ -26,7 +26,7 @@ _AROUND = 1.4  # times what was found, where that is more
 _TINT = 0.55
 _LINE = 2  # pixels, of an outline
 _NEAREST = 3  # rows of the manifest that are tried for a slice's source
-_MANIFEST_COLUMNS = ("uri", "frame", "verdict", "series_key", "image_position_mm")
+_MANIFEST_COLUMNS = ("uri", "frame", "verdict", "kind", "series_key", "instance_key", "image_position_mm")
 
 
 def pictures(shown: Sequence[Mapping[str, Any]], manifest: str, runs: tuple[str, str]) -> list[Picture]:
@@ -42,9 +42,11 @@ def pictures(shown: Sequence[Mapping[str, Any]], manifest: str, runs: tuple[str,
     wanted = pa.array([one["series_key"] for one in shown])
     sources: dict[str, list[dict[str, Any]]] = {}
     for group in storage.read_row_groups(manifest, _MANIFEST_COLUMNS):
-        for row in group.filter(pc.is_in(group["series_key"], wanted)).to_pylist():
+        here = pc.or_(pc.is_in(group["series_key"], wanted), pc.is_in(group["instance_key"], wanted))
+        for row in group.filter(here).to_pylist():
             if row["verdict"] == "ok":
-                sources.setdefault(row["series_key"], []).append(row)
+                alone = row["kind"] == "image" and row["frame"] is None
+                sources.setdefault(row["instance_key" if alone else "series_key"], []).append(row)
     names = [f"{side}: {run}" for side, run in zip(("baseline", "challenger"), runs, strict=True)]
     made = []
     for one in tqdm(shown, desc="pictures", disable=None):
@@ -60,19 +62,23 @@ def pictures(shown: Sequence[Mapping[str, Any]], manifest: str, runs: tuple[str,
 
 
 def _source(one: Mapping[str, Any], rows: Sequence[dict[str, Any]]) -> Slice | None:
-    """The slice that a picture is of: one of those that the manifest has nearest to where the masks lie."""
+    """The slice that a picture is of, by its place, or one of those that the manifest has nearest to the masks."""
 
     def distance_mm(row: dict[str, Any]) -> float:
         if row["image_position_mm"] is None or one["position_mm"] is None:
             return np.inf
         return float(np.linalg.norm(np.subtract(row["image_position_mm"], one["position_mm"])))
 
-    for row in sorted(rows, key=distance_mm)[:_NEAREST]:
+    by_place = one["place"] is not None
+    near = rows[one["place"] : one["place"] + 1] if by_place else sorted(rows, key=distance_mm)[:_NEAREST]
+    for row in near:
         try:
             found = read_slice(storage.read(row["uri"]), row["frame"])
         except OSError:
             continue
-        if not isinstance(found, Reject) and found.header and found.header.slice_uid == one["slice_uid"]:
+        if isinstance(found, Reject):
+            continue
+        if by_place or (found.header and found.header.slice_uid == one["slice_uid"]):
             return found
     return None
 

@@ -5,10 +5,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rayseg import storage
-from rayseg.inference import ledger
+from rayseg.inference import kept, ledger
 
 # Profiles that label maps can be read from, the smaller file first.
 _READABLE = ("seg-labelmap", "seg")
+MASKS = "masks"  # in place of a profile: masks that the run has kept
 _RUN = ("model_name", "model_version", "config_digest", "model_digest")
 _SHOWN_DIGITS = 12  # of a configuration's digest
 
@@ -20,6 +21,7 @@ class Side:
     name: str  # NAME/VERSION
     config_digest: str
     engines: tuple[str, ...]  # of the ledger, where it tells
+    output: str  # URI of the folder that a segment job wrote
     rows: Mapping[str, dict[str, Any]] = field(repr=False)  # of `records.LEDGER`, by series key
 
     @property
@@ -57,7 +59,7 @@ def choose(output: str, wanted: str | None, key: str) -> Side:
         )
     (run,) = meant
     engines = {str(row["engine"]) for row in runs[run].values() if row.get("engine")}
-    return Side(f"{run[0]}/{run[1]}", run[2], tuple(sorted(engines)), runs[run])
+    return Side(f"{run[0]}/{run[1]}", run[2], tuple(sorted(engines)), output, runs[run])
 
 
 def _names(wanted: str, run: Sequence[str]) -> bool:
@@ -71,8 +73,9 @@ def pair(baseline: Side, challenger: Side) -> tuple[list[dict[str, Any]], list[d
     """Series that can be compared, and the others with a reason, both by series key.
 
     The former have `series_key`, `patient_key`, and as `baseline` and `challenger` the file to read, as
-    `records.OUTPUTS` has it: None where the run found nothing and wrote no files of such series. The latter have
-    `series_key`, `patient_key`, `reason` and `detail`.
+    `records.OUTPUTS` has it: None where the run found nothing and wrote no files of such series. Where one of the two
+    has no segmentation, it is the kept masks of both, `profile` MASKS. The latter have `series_key`, `patient_key`,
+    `reason` and `detail`.
     """
     pairs, others = [], []
     for key in sorted(baseline.rows.keys() | challenger.rows.keys()):
@@ -81,10 +84,13 @@ def pair(baseline: Side, challenger: Side) -> tuple[list[dict[str, Any]], list[d
         reason = _reason(left, right)
         if reason is not None:
             others.append({**base, "reason": reason[0], "detail": reason[1]})
-        else:
-            assert left is not None
-            assert right is not None
-            pairs.append({**base, "baseline": _file(left), "challenger": _file(right)})
+            continue
+        assert left is not None
+        assert right is not None
+        files = _file(left), _file(right)
+        if _lacking(left, right):
+            files = _masks(baseline, left), _masks(challenger, right)
+        pairs.append({**base, "baseline": files[0], "challenger": files[1]})
     return pairs, others
 
 
@@ -98,10 +104,23 @@ def _reason(left: dict[str, Any] | None, right: dict[str, Any] | None) -> tuple[
         return f"rejected_in_{where}", ", ".join(dict.fromkeys(rejected.values()))
     if left["input_digest"] != right["input_digest"]:
         return "other_input", "the runs were given other objects, by URI, frame or ETag"
-    for side, row in (("baseline", left), ("challenger", right)):
-        if _file(row) is None and (row["outputs"] or row["foreground_pixels"]):
-            return "no_segmentation", f"the {side} wrote neither of the profiles {', '.join(_READABLE)}"
+    lacking = _lacking(left, right)
+    if lacking and not all(row.get("masks") for row in (left, right)):
+        wrote = f"the {lacking[0]} wrote neither of the profiles {', '.join(_READABLE)}"
+        return "no_segmentation", f"{wrote}, and masks are not kept of both"
     return None
+
+
+def _lacking(left: Mapping[str, Any], right: Mapping[str, Any]) -> list[str]:
+    """The sides that have something and no file that it can be read from."""
+    sides = (("baseline", left), ("challenger", right))
+    return [side for side, row in sides if _file(row) is None and (row["outputs"] or row["foreground_pixels"])]
+
+
+def _masks(side: Side, row: Mapping[str, Any]) -> dict[str, Any]:
+    masks = row["masks"]
+    uri = kept.Keep(side.output, masks["digest"]).uri(row["series_key"])
+    return {"profile": MASKS, "uri": uri, "sha256": masks["sha256"], "bytes": masks["bytes"]}
 
 
 def _file(row: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -2,6 +2,8 @@
 
 The series is the unit of work. It is done when its files are whole and its row is written; a run that is stopped
 anywhere and started again skips what is done before reading anything, and does the rest to the same bytes.
+
+Masks are kept (`kept`). A run in which only the files are others than before makes them of these (`remake`).
 """
 
 import logging
@@ -9,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +23,8 @@ from rayseg import config as configuration
 from rayseg.data.catalog import CatalogConfig, catalog
 from rayseg.data.layouts import Layout
 from rayseg.data.range import Known
-from rayseg.inference import delivery, ledger, plan, report, stream
+from rayseg.inference import delivery, kept, ledger, plan, report, stream
+from rayseg.inference.kept import Keep
 from rayseg.inference.outputs import SEGMENTATIONS, Profile, settings_digest
 from rayseg.inference.plan import Estimate, Plan
 from rayseg.inference.postprocess import Postprocess
@@ -57,7 +60,7 @@ class SegmentConfig:
     # of a series without foreground: write its files, or only a row in the ledger
     nothing_found: Literal["write", "ledger"] = "write"
     retry: Literal["rejected"] | None = None  # does rejected series again
-    only_changed: bool = True  # false does everything again, changed or not
+    only_changed: bool = True  # false does everything again, changed or not, masks included
     verify: bool = False  # does series again whose files are missing or have another size
     dry_run: bool = False  # only tells what there is to do, and how long it takes
     cost_per_hour: float | None = None  # cost of the machines in any currency, for the estimate
@@ -99,6 +102,7 @@ class SegmentResult:
     ledger: str  # URI of the folder of its parts
     model_uri: str  # with the version, whatever alias was asked for
     segmented: int = 0
+    from_masks: int = 0  # of these, by masks that an earlier run has kept: no network ran
     rejected: int = 0
     slices: int = 0  # with a mask, in this run
     rejected_slices: int = 0  # objects without one, in the manifest already or in this run
@@ -148,6 +152,7 @@ def _archive(config: SegmentConfig, output: str, check: Callable[[], None]) -> S
     known = _known(config, versions)
     settings = _settings(config, known)
     digest = _config_digest(config, settings)
+    masks_digest = kept.digest(model.digest, config.engine, config.gpus_per_actor, config.mirror, config.postprocess)
     task = Task(
         storage.join(output, f"{model.name}-v{model.version}-{digest[:8]}"),
         model,
@@ -157,6 +162,7 @@ def _archive(config: SegmentConfig, output: str, check: Callable[[], None]) -> S
         config.nothing_found == "write",
         config.pacs,
         settings,
+        Keep(output, masks_digest),
     )
     earlier = ledger.rows_of(output, model.digest, digest)
     latest = {row["series_key"]: row for row in earlier.select(["series_key", *plan.KNOWN]).to_pylist()}
@@ -172,9 +178,11 @@ def _archive(config: SegmentConfig, output: str, check: Callable[[], None]) -> S
         if config.dry_run
         else partial(_keep, output, {row["series_key"]: row for row in unused}),
         {} if config.dry_run else ledger.refused_by_catalog(output),
+        cache(partial(ledger.kept, output, model.digest, masks_digest)) if config.only_changed else dict,
     )
     skipped, refusals, unusable = len(planned.done), planned.refusals, planned.unusable
-    logger.info("segment: %d series to do, %d done, %d unusable", len(planned.todo), skipped, len(unusable))
+    counts = len(planned.todo), len(planned.kept), skipped, len(unusable)
+    logger.info("segment: %d series to segment, %d to make of kept masks, %d done, %d unusable", *counts)
     result = SegmentResult(
         series=len(planned.series) + len(unusable),
         skipped=skipped,
@@ -188,7 +196,7 @@ def _archive(config: SegmentConfig, output: str, check: Callable[[], None]) -> S
         return replace(result, estimate=estimate, not_made=lacking)
     rows_of_run: list[dict[str, Any]] = []
     run_id = None
-    if planned.todo:
+    if planned.todo or planned.kept:
         with runs.running(
             config.tracking_uri,
             config.experiment,
@@ -213,6 +221,7 @@ def _archive(config: SegmentConfig, output: str, check: Callable[[], None]) -> S
     return replace(
         result,
         segmented=len(segmented),
+        from_masks=sum(not row["forward_s"] for row in segmented.values()),
         rejected=rejected,
         slices=sum(row["slices"] for row in rows_of_run),
         rejected_slices=refusals.reasons.total(),
@@ -250,7 +259,8 @@ def _cataloged(config: SegmentConfig, output: str) -> str:
 
 def _config_digest(config: SegmentConfig, settings: str) -> str:
     """Of what decides about a series' files."""
-    return configuration.digest([settings, list(config.profiles), config.nothing_found, config.pacs, VERSION])
+    pacs = config.pacs and config.pacs.rstrip("/")
+    return configuration.digest([settings, list(config.profiles), config.nothing_found, pacs, VERSION])
 
 
 def _known(config: SegmentConfig, versions: Sequence[ModelVersion]) -> Known | None:
@@ -302,9 +312,10 @@ def _segmented(
     )
     rows: list[dict[str, Any]] = []
     waiting: list[dict[str, Any]] = []
-    with Progress(len(planned.todo), planned.slices, output, config.tracking_uri, run_id) as progress:
+    todo = len(planned.todo) + len(planned.kept)
+    with Progress(todo, planned.slices, output, config.tracking_uri, run_id) as progress:
         try:
-            for some in stream.rows(planned.todo, task, folders, workers):
+            for some in stream.rows(planned.todo, planned.kept, task, folders, workers):
                 waiting += some
                 progress.update(some)
                 # More end while the ledger is written: the other half is for those.
@@ -315,7 +326,7 @@ def _segmented(
         finally:
             check()
             rows += _appended(output, waiting, planned.refusals, run_id)
-    assert len(rows) == len(planned.todo), "every series is one row"
+    assert len(rows) == todo, "every series is one row"
     return rows
 
 

@@ -10,8 +10,10 @@ import pyarrow as pa
 from rayseg.dicom.sources import PLACE, are_placed
 from rayseg.geometry.grid import Geometry
 from rayseg.geometry.stack import Places, places
+from rayseg.geometry.volume import voxels_mm3
 from rayseg.inference.outputs import PICTURES, SEGMENTATIONS, Kind, lacking
-from rayseg.records import Reject
+from rayseg.inference.postprocess import Postprocess
+from rayseg.records import Reason, Reject
 
 _GEOMETRY = (
     "rows",
@@ -27,9 +29,10 @@ _PLACE = dict(
 PRESENT = (*_PLACE.values(),)  # columns of a manifest of which it matters whether there is a value
 
 
-def columns(profiles: Iterable[str]) -> tuple[str, ...]:
-    """The columns of a manifest whose values `refused` looks at: those of the geometry only where these matter."""
-    return () if set(profiles) <= {*SEGMENTATIONS, *PICTURES} else _GEOMETRY
+def columns(profiles: Iterable[str], postprocess: Postprocess) -> tuple[str, ...]:
+    """The columns of a manifest whose values are looked at here: those of the geometry only where these matter."""
+    needless = set(profiles) <= {*SEGMENTATIONS, *PICTURES} and not postprocess.min_lesion_mm3
+    return () if needless else _GEOMETRY
 
 
 def present(table: pa.Table) -> list[int]:
@@ -65,6 +68,15 @@ def refused(profiles: Sequence[str], kind: Kind, rows: Sequence[Mapping[str, Any
         if profile in SEGMENTATIONS and ended[profile] is None:
             ended[profile] = _unplaced({row["present"] for row in rows})
     return {profile: reject for profile, reject in ended.items() if reject}
+
+
+def unmeasured(postprocess: Postprocess, rows: Sequence[Mapping[str, Any]]) -> Reject | None:
+    """Why masks of a series of such rows, with `columns`, cannot be postprocessed; None where they can."""
+    try:
+        postprocess.check(voxels_mm3([_geometry(row) for row in rows]) if postprocess.min_lesion_mm3 else None)
+    except ValueError as error:
+        return Reject(Reason.MISSING_ATTRIBUTE, str(error))
+    return None
 
 
 def _unplaced(present: Iterable[int]) -> Reject | None:

@@ -58,6 +58,21 @@ def rows_of(output: str, model_digest: str, config_digest: str) -> pa.Table:
     return tables.latest(_read(output, FOLDER, ours), IDENTITY)
 
 
+def kept(output: str, model_digest: str, masks_digest: str) -> dict[str, tuple[str, str, int]]:
+    """The masks of this digest, which are this model's, that are kept, by the latest row of each series that has some.
+
+    By series key: the `input_digest` that they are of, SHA-256 and bytes of their file.
+    """
+    columns = ["series_key", "input_digest", "masks", tables.SEQUENCE]
+    rows = _read(output, FOLDER, pc.field("model_digest") == model_digest, columns)
+    ours = pc.fill_null(pc.equal(pc.struct_field(rows["masks"], "digest"), masks_digest), False)
+    latest = tables.latest(rows.filter(ours), ["series_key"])
+    files = (pc.struct_field(latest["masks"], name).to_pylist() for name in ("sha256", "bytes"))
+    return dict(
+        zip(latest["series_key"].to_pylist(), zip(latest["input_digest"].to_pylist(), *files, strict=True), strict=True)
+    )
+
+
 def rejects(output: str, stage: str | None = None) -> pa.Table:
     """What is refused now, by any stage or by this one: schema `records.ARCHIVE_REJECTS`, by object."""
     table = _read(output, REJECTS_FOLDER, None if stage is None else pc.field("stage") == stage)

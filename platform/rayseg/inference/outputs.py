@@ -90,12 +90,21 @@ def settings_digest(postprocess: Postprocess, engine: Engine, mirror: str | None
 
 def without_pixels(data: bytes) -> pydicom.Dataset | Reject:
     """What files take of the data set of an object that was read already."""
+    return read_head(data)[0]
+
+
+def read_head(data: bytes) -> tuple[pydicom.Dataset | Reject, int]:
+    """What files take of the data set of an object that was read already, and how many of its bytes say that.
+
+    Those at its beginning, up to the pixels: read alone they give the same.
+    """
+    buffer = io.BytesIO(data)
     try:
-        dataset = pydicom.dcmread(io.BytesIO(data), stop_before_pixels=True, force=True, specific_tags=[*KEYWORDS])
+        dataset = pydicom.dcmread(buffer, stop_before_pixels=True, force=True, specific_tags=[*KEYWORDS])
         dataset.buffer = None  # it would hold all of `data`
-        return dataset
+        return dataset, min(buffer.tell(), len(data))
     except Exception as error:  # ours has read it
-        return Reject(Reason.INTERNAL, type(error).__name__)
+        return Reject(Reason.INTERNAL, type(error).__name__), len(data)
 
 
 def lacking(

@@ -22,6 +22,18 @@ class Packed(Sequence[np.ndarray]):
         assert array.dtype == np.uint8
         self._packed.append((zlib.compress(array.tobytes(), _FAST), array.shape))
 
+    @classmethod
+    def of_cells(cls, cells: Iterable[tuple[bytes, tuple[int, ...]]]) -> "Packed":
+        """Of what `cells` gives."""
+        packed = cls()
+        packed._packed.extend(cells)
+        return packed
+
+    @property
+    def cells(self) -> Sequence[tuple[bytes, tuple[int, ...]]]:
+        """Each array's bytes (C order, zlib), and its shape."""
+        return tuple(self._packed)
+
     def __len__(self) -> int:
         return len(self._packed)
 

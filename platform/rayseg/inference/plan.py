@@ -1,4 +1,7 @@
-"""What an archive run has to do: the manifest's series without those that the ledger has, and how long that takes."""
+"""What an archive run has to do: the manifest's series without those that the ledger has, and how long that takes.
+
+What cannot be made of a series, and whether its kept masks are enough for the rest, is decided here.
+"""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,8 +19,9 @@ from rayseg.data.spool import packed, unpacked
 from rayseg.inference import feasible
 from rayseg.inference.ledger import CATALOG
 from rayseg.inference.refusals import News, Refusals
+from rayseg.inference.remake import is_enough
 from rayseg.inference.series import STAGE, Task, ledger_row, not_made_rows, reject_row
-from rayseg.records import NOT_MADE, Reason, Reject
+from rayseg.records import KEPT_FILE, NOT_MADE, Reason, Reject
 
 SCHEMA = pa.schema(
     [
@@ -28,6 +32,7 @@ SCHEMA = pa.schema(
         ("input_digest", pa.string()),
         ("kind", pa.string()),  # of `outputs.Kind`
         ("not_made", NOT_MADE),  # the profiles that cannot be made of it
+        ("masks", KEPT_FILE),  # that its files are made of; null: the network is to run
     ]
 )
 _MANIFEST_COLUMNS = ("uri", "frame", "etag", "verdict", "reason", "detail", "kind", "patient_key", "series_key")
@@ -38,14 +43,18 @@ _HOUR_S = 3600.0
 _REJECTS_PER_PART = 50_000  # of the ledger
 
 _Rows = Sequence[dict[str, Any]]
+_Kept = tuple[str, str, int]  # `input_digest`, SHA-256 and bytes of kept masks
 
 
 @dataclass
 class Plan:
     """What a manifest holds for an archive run. Memory grows by some 10 to 30 bytes an object."""
 
-    todo: list[bytes] = field(default_factory=list)  # series in the manifest's order, each `packed` rows of `SCHEMA`
-    slices: int = 0  # objects of these
+    # Series in the manifest's order, each `packed` rows of `SCHEMA`: for the network, and with masks that are kept.
+    todo: list[bytes] = field(default_factory=list)
+    kept: list[bytes] = field(default_factory=list)
+    slices: int = 0  # objects of both
+    kept_slices: int = 0  # of these, of series with kept masks
     series: list[str] = field(default_factory=list)  # keys of all usable series, in the manifest's order
     done: set[str] = field(default_factory=set)  # of these, what is not to be done again
     accepted: int = 0  # objects that the catalog has accepted
@@ -62,6 +71,7 @@ class Estimate:
     slices: int
     seconds: float | None
     cost: float | None  # where `cost_per_hour` is given
+    from_masks: int = 0  # of the series, those that need no network: their masks are kept
 
 
 def make(
@@ -70,6 +80,7 @@ def make(
     is_done: Callable[[Mapping[str, Any]], bool],
     keep: Callable[[_Rows, _Rows], None],
     told: Mapping[Place, Reject] | None = None,
+    kept: Callable[[], Mapping[str, _Kept]] = dict,
 ) -> Plan:
     """Reads a manifest, a part at a time.
 
@@ -82,6 +93,7 @@ def make(
         is_done: whether a series, a row of `SCHEMA`, is not to be done again.
         keep: gets ledger rows of unusable series, with the rejects that they are about, and what is new of others.
         told: what the catalog had refused before, by the table of rejects.
+        kept: gives `ledger.kept`, of the masks that the task asks for; called where a series is to do, and often.
 
     Raises:
         ValueError: there is no manifest, or the rows of a series do not stand together.
@@ -91,11 +103,11 @@ def make(
     rejects: list[dict[str, Any]] = []
     met: set[str] = set()
     news = News(told or {})
-    columns = (*_MANIFEST_COLUMNS, *feasible.columns(task.profiles))
+    columns = (*_MANIFEST_COLUMNS, *feasible.columns(task.profiles, task.postprocess))
     # What is of no series stands for itself.
     for group, rows in groupby(_rows(manifest, columns), lambda row: row["series_key"] or (row["uri"], row["frame"])):
         key = group if isinstance(group, str) else None
-        planned, refused = _of_series(task, key, rows, is_done)
+        planned, refused = _of_series(task, key, rows, is_done, kept)
         if key is not None:
             if key in met:
                 raise ValueError(
@@ -110,8 +122,13 @@ def make(
             if "not_made" not in planned:
                 plan.done.add(planned["series_key"])
             else:
-                plan.todo.append(packed(pa.Table.from_pylist([planned], schema=SCHEMA)))
-                plan.slices += len(planned["uris"])
+                cell, slices = packed(pa.Table.from_pylist([planned], schema=SCHEMA)), len(planned["uris"])
+                plan.slices += slices
+                if planned["masks"] is None:
+                    plan.todo.append(cell)
+                else:
+                    plan.kept.append(cell)
+                    plan.kept_slices += slices
                 plan.not_made.update(one["profile"] for one in planned["not_made"])
         elif key is not None:
             first = Reject(Reason(refused[0]["reason"]), refused[0]["detail"])
@@ -143,7 +160,11 @@ def _rows(manifest: str, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
 
 
 def _of_series(
-    task: Task, key: str | None, rows: Iterable[Mapping[str, Any]], is_done: Callable[[Mapping[str, Any]], bool]
+    task: Task,
+    key: str | None,
+    rows: Iterable[Mapping[str, Any]],
+    is_done: Callable[[Mapping[str, Any]], bool],
+    kept: Callable[[], Mapping[str, _Kept]],
 ) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
     """The series as a row of `SCHEMA`, and the rejects.
 
@@ -171,10 +192,19 @@ def _of_series(
     if is_done(planned):
         return planned, rejects
     refused = feasible.refused(task.profiles, kind, usable)
-    if len(refused) < len(task.profiles):
-        return planned | {"not_made": not_made_rows(refused)}, rejects
-    profile, first = next(iter(refused.items()))
-    reject = Reject(first.reason, f"{profile}: {first.detail}")
+    unmeasured = feasible.unmeasured(task.postprocess, usable)
+    if unmeasured is None and len(refused) < len(task.profiles):
+        profiles = [profile for profile in task.profiles if profile not in refused]
+        known = kept().get(str(key)) if is_enough(task, profiles) else None
+        masks = None
+        if known is not None and task.keep is not None and known[0] == planned["input_digest"]:
+            masks = {"digest": task.keep.digest, "sha256": known[1], "bytes": known[2]}
+        return planned | {"not_made": not_made_rows(refused), "masks": masks}, rejects
+    if unmeasured is None:
+        profile, first = next(iter(refused.items()))
+        reject = Reject(first.reason, f"{profile}: {first.detail}")
+    else:
+        reject = unmeasured
     ours = [reject_row(row["uri"], row["frame"], STAGE, reject, row["patient_key"], key) for row in usable]
     return None, [*ours, *rejects]
 
@@ -189,14 +219,27 @@ def is_done(known: Mapping[str, Any] | None, planned: Mapping[str, Any], retry_r
 
 
 def estimate(planned: Plan, known: pa.Table, concurrency: int, cost_per_hour: float | None) -> Estimate:
-    """By the seconds a slice of all series that were ever segmented into this output: `known`, of `records.LEDGER`."""
+    """By the seconds a slice of all series that were ever segmented into this output: `known`, of `records.LEDGER`.
+
+    A series with kept masks takes what making and writing files took.
+    """
     timed = known.filter(pc.field("verdict") == "segmented")
     seconds = None
     if timed.num_rows:
-        slices = sum(pc.sum(timed[name]).as_py() for name in ("slices", "rejected_slices"))
-        seconds = planned.slices * (pc.sum(timed["seconds"]).as_py() or 0.0) / slices / concurrency
+        by_network = timed.filter(pc.coalesce(pc.field("forward_s") != 0, pc.scalar(True)))
+        of_files = _pace_s(timed, ("encode_s", "write_s"))
+        of_network = _pace_s(by_network, ("seconds",)) if by_network.num_rows else of_files
+        slices = planned.slices - planned.kept_slices
+        seconds = (slices * of_network + planned.kept_slices * of_files) / concurrency
     cost = None if seconds is None or cost_per_hour is None else seconds / _HOUR_S * cost_per_hour
-    return Estimate(len(planned.todo), planned.slices, seconds, cost)
+    kept = len(planned.kept)
+    return Estimate(len(planned.todo) + kept, planned.slices, seconds, cost, kept)
+
+
+def _pace_s(timed: pa.Table, columns: Sequence[str]) -> float:
+    """Seconds a slice, of rows of the ledger."""
+    slices = sum(pc.sum(timed[name]).as_py() for name in ("slices", "rejected_slices"))
+    return float(sum(pc.sum(timed[name]).as_py() or 0.0 for name in columns) / slices)
 
 
 def unpacked_series(cell: bytes) -> dict[str, Any]:

@@ -23,6 +23,11 @@ class Postprocess:
         if not self.min_lesion_mm3 >= 0:
             raise ValueError(f"segment.postprocess.min_lesion_mm3: 0 or more expected, got {self.min_lesion_mm3}")
 
+    def check(self, voxels_mm3: np.ndarray | None) -> None:
+        """Raises ValueError where `min_lesion_mm3` is asked for and a series' volumes are not known."""
+        if self.min_lesion_mm3 and voxels_mm3 is None:
+            raise ValueError("segment.postprocess.min_lesion_mm3: the series' positions give no volumes")
+
     def apply(self, masks: Sequence[np.ndarray], voxels_mm3: np.ndarray | None) -> Packed:
         """The label maps after all steps; memory is taken for the box around all foreground only.
 
@@ -32,10 +37,9 @@ class Postprocess:
             voxels_mm3: float64 (S,), the volume that a pixel of each slice stands for; None where it is not known.
 
         Raises:
-            ValueError: `min_lesion_mm3` is asked for and volumes are not known.
+            ValueError: as `check` does.
         """
-        if self.min_lesion_mm3 and voxels_mm3 is None:
-            raise ValueError("segment.postprocess.min_lesion_mm3: the series' positions give no volumes")
+        self.check(voxels_mm3)
         around = _around(masks)
         if around is None:
             return Packed(masks)

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +23,7 @@ import pandas as pd
 from PIL import Image
 
 from rayseg.ahead import mapped
-from rayseg.data.range import Known
+from rayseg.data.range import Known, of_several
 from rayseg.data.stacks import alone, along, usable
 from rayseg.dicom.reading import Slice, Source, read_slice
 from rayseg.models.engine import Compiled, Engine, compile_openvino, compile_tensorflow, has_gpu
@@ -130,17 +130,10 @@ class Predictor:
 
     @property
     def known(self) -> Known:
-        """What to judge by: what the bundle knows, of several models or mirror images what was measured of these.
-
-        Where that was not measured, the first model's bundle tells what it was trained on; what its own predictions
-        were like on validation says nothing of averaged ones, whose volumes have no interval either.
-        """
-        if not self._several:
-            return Known(self.bundle.range, self.bundle.volumes)
-        if self._known is not None:
-            return self._known
-        first = self.bundle.range
-        return Known(first and replace(first, pieces=None, entropy_bits=None, pairwise_dice=None))
+        """What to judge by: what the bundle knows, of several models or mirror images what was measured of these."""
+        if self._several:
+            return of_several(self.bundle.range, self._known)
+        return Known(self.bundle.range, self.bundle.volumes)
 
     def predict(self, slices: Sequence[Slice]) -> list[np.ndarray]:
         """One uint8 label map (rows, columns) a slice, on the slice's own grid.

@@ -7,21 +7,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import pydicom
 
 from rayseg.data.conformal import Interval, VolumeErrors
 from rayseg.data.objects import Place
-from rayseg.data.preprocess import Preprocess
-from rayseg.data.stacks import along
-from rayseg.geometry.grid import Geometry
+from rayseg.data.range import Range
 from rayseg.geometry.volume import volume_ml, voxels_mm3
-from rayseg.inference import quality
+from rayseg.inference import forward, kept, quality
 from rayseg.inference.delivery import deliver
-from rayseg.inference.outputs import File, Kind, Profile, Segmented, files, overlay_png
-from rayseg.inference.packed import Packed
+from rayseg.inference.kept import Head, Keep
+from rayseg.inference.outputs import File, Kind, Profile, Segmented, files
 from rayseg.inference.postprocess import Postprocess
-from rayseg.inference.predictor import Prediction, Predictor
-from rayseg.inference.sources import Sources, geometry
+from rayseg.inference.predictor import Predictor
 from rayseg.inference.watch import STEPS, Watch
 from rayseg.records import Reason, Reject
 from rayseg.retry import CredentialsError
@@ -43,6 +39,7 @@ class Task:
     pacs: str | None = None  # URL of a DICOMweb service that gets the DICOM files, too
     # Of what decides about a mask beside the model. Files' UIDs are made of it: a PACS keeps what it has by a UID.
     settings: str = ""
+    keep: Keep | None = None  # where masks are kept; None where they are not
 
 
 def segment_series(
@@ -57,7 +54,7 @@ def segment_series(
     kind: Kind = "dicom",
     not_made: Sequence[dict[str, str]] = (),
 ) -> dict[str, Any]:
-    """Segments the slices of a series, given in order, and writes its files `FOLDER/<series_key>...`.
+    """Segments the slices of a series, given in order, keeps its masks, and writes its files `FOLDER/<series_key>...`.
 
     A slice is an object at one of `uris`, or the frame of it that `frames` has at the same place; `input_digest` of all
     of them goes into the row as it is. A slice that cannot be used is in no file; a series without any other is
@@ -76,31 +73,40 @@ def segment_series(
     wanted = list(zip(uris, frames, strict=True))
     known = {one["profile"] for one in not_made}
     profiles = [profile for profile in task.profiles if profile not in known]
-    refused: dict[Place, Reject] = {}
+    refused: dict[int, Reject] = {}
+    labels = predictor.bundle.labels.names
+    masks: dict[str, Any] | None = None
     try:
-        ended = _make(predictor, task, series_key, kind, profiles, wanted, refused, watch)
+        made = _segmented(predictor, task, series_key, kind, profiles, wanted, refused, watch)
+        ended: dict[str, Any] | Reject
+        if isinstance(made, Reject):
+            ended = made
+        else:
+            series, heads = made
+            with watch.step("write"):
+                written = kept.write(task.keep, series, labels, predictor.engine, heads, refused)
+            if isinstance(written, Reject):
+                ended = written
+            else:
+                masks = written
+                ended = finish(task, series, predictor.known.range, labels, predictor.engine, profiles, watch)
     except CredentialsError:
         raise
     except Exception as error:  # a defect of ours must cost this series only
         ended = Reject(Reason.INTERNAL, type(error).__name__)
-    if isinstance(ended, Reject):
-        refused = {slice_place: refused.get(slice_place, ended) for slice_place in wanted}
-    else:
-        lacking = {one["profile"]: one for one in (*not_made, *ended["not_made"])}
-        ended["not_made"] = [lacking[profile] for profile in task.profiles if profile in lacking]
-    row = ledger_row(task, series_key, patient_key, ended if isinstance(ended, Reject) else None)
-    row |= {
-        "input_digest": input_digest,
-        "rejected_slices": len(refused),
-        "rejects": [
-            reject_row(*slice_place, STAGE, reject, patient_key, series_key) for slice_place, reject in refused.items()
-        ],
-        "not_made": list(not_made),
-        "engine": predictor.engine,
-        **{f"{step}_s": watch.seconds[step] for step in STEPS},
-        "seconds": time.monotonic() - watch.began,
-    }
-    return row if isinstance(ended, Reject) else row | ended
+    return ended_row(
+        task,
+        series_key,
+        patient_key,
+        ended,
+        wanted=wanted,
+        refused=refused,
+        input_digest=input_digest,
+        not_made=not_made,
+        masks=masks,
+        engine=predictor.engine,
+        watch=watch,
+    )
 
 
 def not_made_rows(refused: Mapping[str, Reject]) -> list[dict[str, str]]:
@@ -130,6 +136,7 @@ def ledger_row(task: Task, series_key: str, patient_key: str | None, reject: Rej
         "class_volumes": [],
         "outputs": [],
         "not_made": [],
+        "masks": None,
     }
 
 
@@ -148,43 +155,37 @@ def reject_row(
     }
 
 
-def _make(
-    predictor: Predictor,
+def finish(
     task: Task,
-    series_key: str,
-    kind: Kind,
+    series: Segmented,
+    known: Range | None,
+    labels: tuple[str, ...],
+    engine: str,
     profiles: Sequence[str],
-    wanted: Sequence[Place],
-    refused: dict[Place, Reject],
     watch: Watch,
 ) -> dict[str, Any] | Reject:
-    """Writes the files of the usable slices and returns what the ledger row says of them; fills `refused`."""
-    if kind == "image" and predictor.neighbours:
-        return Reject(Reason.NEEDS_NEIGHBOURS, "an image file has none, and the model looks at them")
-    series = _segmented(predictor, series_key, kind, profiles, wanted, refused, watch)
-    if not series.masks:
-        first = refused[wanted[0]]
-        return Reject(
-            first.reason, f"none of {len(wanted)} slices can be used; the first: {first.detail or first.reason}"
-        )
-    if task.postprocess != Postprocess():
-        try:
-            with watch.step("encode"):
-                masks = task.postprocess.apply(series.masks, voxels_mm3(series.geometries))
-        except ValueError as error:
-            return Reject(Reason.MISSING_ATTRIBUTE, str(error))
-        looks = [one.of(mask) for one, mask in zip(series.looks, masks, strict=True)]
-        # The errors are those of the model's own masks.
-        series = dataclasses.replace(series, masks=masks, looks=looks, errors=VolumeErrors())
+    """Makes the files of a segmented series and writes them.
+
+    Args:
+        task: what all series have in common.
+        series: with its final masks.
+        known: what the model was trained on.
+        labels: the classes' names.
+        engine: that made the masks.
+        profiles: that are to be made.
+        watch: counts the time.
+
+    Returns:
+        What the ledger's row says of it; a Reject where no profile can be made, or a file not be written.
+    """
     foreground = [int(np.count_nonzero(mask)) for mask in series.masks]
     volume = volume_ml(foreground, series.geometries)
-    flags = quality.judge(predictor.known.range, series.looks, volume)
+    flags = quality.judge(known, series.looks, volume)
     exported: list[File] = []
     not_made: dict[str, Reject] = {}
     if any(foreground) or task.write_empty:
         with watch.step("encode"):
-            labels = predictor.bundle.labels.names
-            exported, not_made = files(series, profiles, labels, task.model, flags, task.settings, predictor.engine)
+            exported, not_made = files(series, profiles, labels, task.model, flags, task.settings, engine)
     if len(not_made) == len(profiles):
         profile, first = next(iter(not_made.items()))
         return Reject(first.reason, f"{profile}: {first.detail}")
@@ -200,7 +201,7 @@ def _make(
         "slices": len(series.masks),
         "foreground_pixels": sum(foreground),
         **_with_interval(volume, series.errors.of_foreground(volume)),
-        "class_volumes": _of_classes(series, predictor.bundle.labels.names),
+        "class_volumes": _of_classes(series, labels),
         "entropy_bits": quality.entropy(series.looks),
         "pairwise_dice": quality.pairwise_dice(series.looks),
         "flags": [flag.value for flag in flags],
@@ -210,57 +211,81 @@ def _make(
     }
 
 
+def ended_row(
+    task: Task,
+    series_key: str,
+    patient_key: str,
+    ended: dict[str, Any] | Reject,
+    *,
+    wanted: Sequence[Place],
+    refused: Mapping[int, Reject],
+    input_digest: str,
+    not_made: Sequence[dict[str, str]],
+    masks: Mapping[str, Any] | None,
+    engine: str,
+    watch: Watch,
+) -> dict[str, Any]:
+    """The row of a series as `segment_series` gives it.
+
+    Args:
+        task, series_key, patient_key, input_digest, not_made: as `segment_series` has them.
+        ended: what `finish` gave, or why it could not be asked.
+        wanted: the slices.
+        refused: those that cannot be used, by number.
+        masks: what is kept, `records.KEPT_FILE`.
+        engine: that made the masks.
+        watch: what the time went into.
+    """
+    if isinstance(ended, Reject):
+        refused = {number: refused.get(number, ended) for number in range(len(wanted))}
+    else:
+        lacking = {one["profile"]: one for one in (*not_made, *ended["not_made"])}
+        ended["not_made"] = [lacking[profile] for profile in task.profiles if profile in lacking]
+    row = ledger_row(task, series_key, patient_key, ended if isinstance(ended, Reject) else None)
+    row |= {
+        "input_digest": input_digest,
+        "rejected_slices": len(refused),
+        "rejects": [
+            reject_row(*wanted[number], STAGE, reject, patient_key, series_key) for number, reject in refused.items()
+        ],
+        "not_made": list(not_made),
+        "masks": masks,
+        "engine": engine,
+        **{f"{step}_s": watch.seconds[step] for step in STEPS},
+        "seconds": time.monotonic() - watch.began,
+    }
+    return row if isinstance(ended, Reject) else row | ended
+
+
 def _segmented(
     predictor: Predictor,
+    task: Task,
     series_key: str,
     kind: Kind,
     profiles: Sequence[str],
     wanted: Sequence[Place],
-    refused: dict[Place, Reject],
+    refused: dict[int, Reject],
     watch: Watch,
-) -> Segmented:
-    """The usable slices with their masks; of pixels only what the profiles ask for is kept."""
-    numbers: list[int] = []
-    datasets: list[pydicom.Dataset] = []
-    masks = Packed()
-    geometries: list[Geometry] = []
-    looks: list[quality.Look] = []
-    probabilities = Packed()
-    pictures: list[tuple[int, bytes]] = []
-    sources = Sources(kind, predictor.bundle.preprocess.color, watch)
-    stacks = along(sources.read(wanted), predictor.neighbours)
-    results = watch.each("forward", predictor.judge_stacks(stacks))
-    for number, ((uri, frame), result) in enumerate(zip(wanted, results, strict=True)):
-        source = result if isinstance(result, Reject) else sources.datasets.get(uri)
-        if isinstance(result, Reject) or isinstance(source, Reject):
-            assert isinstance(source, Reject)
-            refused[uri, frame] = source
-            continue
-        if source is not None:
-            datasets.append(source)
-        numbers.append(number)
-        masks.append(result.mask)
-        geometries.append(geometry(result.slice))
+) -> tuple[Segmented, list[Head | None]] | Reject:
+    """The series with its final masks; fills `refused`."""
+    if kind == "image" and predictor.neighbours:
+        return Reject(Reason.NEEDS_NEIGHBOURS, "an image file has none, and the model looks at them")
+    series, heads = forward.segmented(predictor, series_key, kind, profiles, wanted, refused, watch)
+    if not series.masks:
+        first = refused[0]
+        return Reject(
+            first.reason, f"none of {len(wanted)} slices can be used; the first: {first.detail or first.reason}"
+        )
+    if task.postprocess == Postprocess():
+        return series, heads
+    try:
         with watch.step("encode"):
-            looks.append(quality.look(predictor.bundle.preprocess, result))
-            if "seg-fractional" in profiles:
-                probabilities.append(_as_bytes(result.probabilities_KHW))
-            if "overlays" in profiles and result.mask.any():
-                pictures.append((number, _picture(predictor.bundle.preprocess, result)))
-    return Segmented(
-        series_key,
-        kind,
-        numbers,
-        [wanted[number][1] for number in numbers],
-        geometries,
-        masks,
-        looks,
-        datasets,
-        sources.volume,
-        probabilities or None,
-        pictures,
-        predictor.known.volumes,
-    )
+            masks = task.postprocess.apply(series.masks, voxels_mm3(series.geometries))
+    except ValueError as error:
+        return Reject(Reason.MISSING_ATTRIBUTE, str(error))
+    looks = [one.of(mask) for one, mask in zip(series.looks, masks, strict=True)]
+    # The errors are those of the model's own masks.
+    return dataclasses.replace(series, masks=masks, looks=looks, errors=VolumeErrors()), heads
 
 
 def _of_classes(series: Segmented, labels: Sequence[str]) -> list[dict[str, Any]]:
@@ -279,15 +304,3 @@ def _with_interval(volume: float | None, interval: Interval | None) -> dict[str,
         "volume_low_ml": None if interval is None else interval.low_ml,
         "volume_high_ml": None if interval is None else interval.high_ml,
     }
-
-
-def _as_bytes(probabilities_KHW: np.ndarray) -> np.ndarray:
-    """Of the classes without the background, uint8 (rows, columns, classes)."""
-    foreground_KHW = probabilities_KHW if len(probabilities_KHW) == 1 else probabilities_KHW[1:]
-    return np.rint(np.moveaxis(foreground_KHW, 0, -1) * 255).clip(0, 255).astype(np.uint8)
-
-
-def _picture(preprocess: Preprocess, prediction: Prediction) -> bytes:
-    """With the grey values of the network's first channel, on the slice's own grid."""
-    alone = dataclasses.replace(preprocess, size=prediction.slice.shape, neighbours=0)
-    return overlay_png(alone.apply(prediction.slice)[..., 0], prediction.mask)

@@ -1,20 +1,24 @@
 """The slices of a series, read in order, and what its files take of the objects that they are in."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
 import pydicom
 
+from rayseg import storage
 from rayseg.data import objects
 from rayseg.data.objects import Place
 from rayseg.dicom import nifti
 from rayseg.dicom.reading import Slice
 from rayseg.geometry.grid import Geometry
 from rayseg.inference import volume
-from rayseg.inference.outputs import Kind, without_pixels
+from rayseg.inference.kept import Head
+from rayseg.inference.outputs import Kind, read_head
 from rayseg.inference.watch import Watch
 from rayseg.records import Reason, Reject
+
+_VOLUME_BYTES = 4096  # of a volume's file, compressed or not: more than its header
 
 
 @dataclass
@@ -26,6 +30,7 @@ class Sources:
     watch: Watch
     datasets: dict[str, pydicom.Dataset | Reject] = field(default_factory=dict)  # of DICOM, without pixels, by URI
     volume: bytes | None = None  # `volume.header` of a NIfTI volume
+    heads: dict[str, Head] = field(default_factory=dict)  # of DICOM and volumes, by URI
 
     def read(self, wanted: Sequence[Place]) -> Iterator[Slice | Reject]:
         """Each slice in order, some read ahead.
@@ -49,12 +54,31 @@ class Sources:
         assert isinstance(data, bytes)
         if (slice.header is not None) != (self.kind == "dicom"):
             return False
-        if self.kind == "dicom" and uri not in self.datasets:
+        if self.kind != "image" and uri not in self.heads:
             with self.watch.step("decode"):
-                self.datasets[uri] = without_pixels(data)
-        elif self.kind == "volume" and self.volume is None and nifti.is_nifti(data):
-            self.volume = volume.header(data)
+                self._take(uri, data)
         return True
+
+    def read_heads(self, known: Mapping[str, Head]) -> bool:
+        """Takes of each object what files take, without its pixels; False where one is not the `known` one any more."""
+        reading = storage.read_each(known, max((head.length for head in known.values()), default=0))
+        for (uri, head), data in zip(known.items(), self.watch.each("read", reading), strict=True):
+            if isinstance(data, OSError):
+                return False
+            with self.watch.step("decode"):
+                self._take(uri, data[: head.length])
+            if self.heads[uri] != head:
+                return False
+        return True
+
+    def _take(self, uri: str, data: bytes) -> None:
+        if self.kind == "dicom":
+            self.datasets[uri], length = read_head(data)
+        else:
+            length = min(len(data), _VOLUME_BYTES)
+            if self.volume is None and nifti.is_nifti(data):
+                self.volume = volume.header(data)
+        self.heads[uri] = Head.of(data, length)
 
 
 def geometry(slice: Slice) -> Geometry:

@@ -1,12 +1,16 @@
-"""Series through Ray Data: actors that segment whole series, several at once each, whose slices share batches."""
+"""Series through Ray Data: actors that segment whole series, several at once each, whose slices share batches.
+
+Series whose masks are kept go through actors without a model first, so that no network is loaded where all are.
+"""
 
 import logging
 import math
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,7 @@ from rayseg.data.range import Known
 from rayseg.grant import keep_to_grant
 from rayseg.inference.plan import unpacked_series
 from rayseg.inference.predictor import Mirror, Predictor
+from rayseg.inference.remake import Model, remake_series
 from rayseg.inference.series import Task, segment_series
 from rayseg.models.engine import Engine, require_gpu
 from rayseg.records import LEDGER, REJECTS
@@ -54,26 +59,55 @@ class Workers:
     known: Known | None = None  # of several models or mirror images, what they are judged by
 
 
+# What an actor does with a series, a row of `plan.SCHEMA`: its ledger row, or None where kept masks are of no use.
+_Work = Callable[[dict[str, Any]], dict[str, Any] | None]
+
+
 def rows(
-    todo: Sequence[bytes], task: Task, bundle_dirs: Sequence[Path], workers: Workers
+    todo: Sequence[bytes], kept: Sequence[bytes], task: Task, bundle_dirs: Sequence[Path], workers: Workers
 ) -> Iterator[list[dict[str, Any]]]:
     """Yields the series' ledger rows as they end, with their rejects beside in `rejects`; each series once.
 
     Args:
-        todo: series, each as `plan.Plan` has it.
+        todo: series for the network, each as `plan.Plan` has it.
+        kept: series with kept masks, likewise; those whose masks turn out to be gone go through the network, too.
         task: what they have in common.
         bundle_dirs: of the model, or of several that are averaged.
         workers: what does it.
     """
+    gone: list[bytes] = []
+    if kept:
+        several = len(bundle_dirs) > 1 or workers.mirror is not None
+        model = Model.read(bundle_dirs[0], several, workers.known)
+        for numbers, some in _streamed(kept, partial(_remaking, model, task), workers, 0.0):
+            gone += [kept[number] for number, row in zip(numbers, some, strict=True) if row["verdict"] is None]
+            yield [row for row in some if row["verdict"] is not None]
+    if gone:
+        logger.warning("segment: kept masks of %d series are of no use; the network runs again", len(gone))
+    if todo or gone:
+        yield from _segmented([*todo, *gone], task, bundle_dirs, workers)
+
+
+def _segmented(
+    todo: Sequence[bytes], task: Task, bundle_dirs: Sequence[Path], workers: Workers
+) -> Iterator[list[dict[str, Any]]]:
     if not workers.gpus and workers.engine.name == "auto":
         workers = replace(workers, engine=replace(workers.engine, name="openvino"))
     needless = {KERAS_FILE} if workers.engine.name == "openvino" else set()
     files = [{file.name: file for file in folder.iterdir() if file.name not in needless} for folder in bundle_dirs]
     bundles = ray.put([{name: np.fromfile(file, np.uint8) for name, file in some.items()} for some in files])
+    for _, some in _streamed(todo, partial(_segmenting, bundles, task, workers), workers, workers.gpus):
+        yield some
+
+
+def _streamed(
+    todo: Sequence[bytes], start: Callable[[], _Work], workers: Workers, gpus: float
+) -> Iterator[tuple[list[int], list[dict[str, Any]]]]:
+    """Yields numbers of series, and what `start`'s function gave of each, as they end."""
     share = len(todo) // (_TASKS_PER_ACTOR * workers.actors)
     per_task = min(max(share, workers.cpus), _SERIES_PER_THREAD * workers.cpus)
     for first in range(0, len(todo), _SERIES_PER_DATASET):
-        left = dict(enumerate(todo[first : first + _SERIES_PER_DATASET]))
+        left = dict(enumerate(todo[first : first + _SERIES_PER_DATASET], start=first))
         while left:
             before = len(left)
             some = [{"number": number, "series": cell} for number, cell in left.items()]
@@ -81,16 +115,17 @@ def rows(
                 _Segmenter,
                 batch_size=None,
                 batch_format="pyarrow",
-                fn_constructor_args=(bundles, task, workers, logs.told()),
+                fn_constructor_args=(start, workers.cpus, logs.told()),
                 compute=ray.data.ActorPoolStrategy(size=workers.actors),
                 num_cpus=workers.cpus,
-                num_gpus=workers.gpus,
+                num_gpus=gpus,
             )
             dataset.context.target_max_block_size = 1  # rows come when they are yielded, not at the end of their task
             for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
                 # Ray runs the task of a lost actor again, and numbers what it yields: rows come in the order in which
                 # they end, so that one may come twice, and another one not.
-                yield [row for row in batch.to_pylist() if left.pop(row.pop("number"), None) is not None]
+                ended = [row for row in batch.to_pylist() if left.pop(row["number"], None) is not None]
+                yield [row.pop("number") for row in ended], ended
             assert len(left) < before, "a pass over the rest ends some of it"
 
 
@@ -101,28 +136,10 @@ class _Segmenter:
     `tstate_delete_common`).
     """
 
-    def __init__(
-        self, bundles: "ray.ObjectRef[list[_Files]]", task: Task, workers: Workers, told: Mapping[str, str]
-    ) -> None:
+    def __init__(self, start: Callable[[], _Work], threads: int, told: Mapping[str, str]) -> None:
         logs.adopt(told)
-        if keep_to_grant():
-            require_gpu(workers.engine, "segment.gpus_per_actor")
-        self._task = task
-        self._threads = ThreadPoolExecutor(workers.cpus, "series")
-        with tempfile.TemporaryDirectory() as folder:
-            places = []
-            for number, files in enumerate(ray.get(bundles)):
-                places.append(Path(folder, str(number)))
-                places[-1].mkdir()
-                for name, content in files.items():
-                    content.tofile(places[-1] / name)
-            self._predictor = Predictor.load(
-                *places,
-                engine=workers.engine,
-                threads=workers.cpus,
-                mirror=workers.mirror,
-                known=workers.known,
-            )
+        self._threads = ThreadPoolExecutor(threads, "series")
+        self._work = start()
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         numbered = zip(batch["number"].to_pylist(), batch["series"].to_pylist(), strict=True)
@@ -144,7 +161,38 @@ class _Segmenter:
     def _segment(self, number: int, cell: bytes) -> dict[str, Any]:
         series = unpacked_series(cell)
         with logs.about(series=series["series_key"]):
-            row = segment_series(self._predictor, self._task, **series)
-            if row["verdict"] == "rejected":
+            row = self._work(series)
+            if row is not None and row["verdict"] == "rejected":
                 logger.warning("series %s is rejected: %s", series["series_key"], row["reason"])
-            return {"number": number, **row}
+            return {"number": number, **(row or {})}
+
+
+def _segmenting(bundles: "ray.ObjectRef[list[_Files]]", task: Task, workers: Workers) -> _Work:
+    """In the actor: loads the model."""
+    if keep_to_grant():
+        require_gpu(workers.engine, "segment.gpus_per_actor")
+    with tempfile.TemporaryDirectory() as folder:
+        places = []
+        for number, files in enumerate(ray.get(bundles)):
+            places.append(Path(folder, str(number)))
+            places[-1].mkdir()
+            for name, content in files.items():
+                content.tofile(places[-1] / name)
+        predictor = Predictor.load(
+            *places,
+            engine=workers.engine,
+            threads=workers.cpus,
+            mirror=workers.mirror,
+            known=workers.known,
+        )
+
+    def work(series: dict[str, Any]) -> dict[str, Any]:
+        series.pop("masks")
+        return segment_series(predictor, task, **series)
+
+    return work
+
+
+def _remaking(model: Model, task: Task) -> _Work:
+    """In the actor: there is nothing to load."""
+    return lambda series: remake_series(model, task, **series)

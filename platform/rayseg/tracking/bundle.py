@@ -17,7 +17,7 @@ from rayseg import config
 from rayseg.data.conformal import VolumeErrors
 from rayseg.data.labels import Labels
 from rayseg.data.preprocess import Preprocess
-from rayseg.data.range import Range
+from rayseg.data.range import Known, Range
 from rayseg.data.stacks import alone
 from rayseg.dicom.reading import Slice, read_slice
 from rayseg.models import engine
@@ -179,6 +179,7 @@ def load(bundle_dir: str | Path) -> Bundle:
     if _digest(description) != description["digest"]:
         raise ValueError(f"bundle {folder}: {_DESCRIPTION_FILE} does not have the digest that it was saved with")
     xml, weights = (_checked(folder, name, description["network_sha256"][name]) for name in _NETWORK_FILES)
+    known = known_of(description)
     return Bundle(
         Network(xml, weights),
         preprocess_of(description),
@@ -186,8 +187,8 @@ def load(bundle_dir: str | Path) -> Bundle:
         description["threshold"],
         description["digest"],
         (folder / EXAMPLE_FILE).read_bytes(),
-        description["range"] and config.build(Range, description["range"]),
-        config.build(VolumeErrors, description.get("volumes", {})),
+        known.range,
+        known.volumes,
     )
 
 
@@ -223,6 +224,13 @@ def preprocess_of(description: Mapping[str, Any]) -> Preprocess:
     Without further ado the default of today would be read into it.
     """
     return config.build(Preprocess, {"mask_filter": "nearest", **description["preprocess"]})
+
+
+def known_of(description: Mapping[str, Any]) -> Known:
+    """What the model's inputs, predictions and volumes are judged by, of a bundle's description."""
+    known = description["range"]
+    volumes = config.build(VolumeErrors, description.get("volumes", {}))
+    return Known(None if known is None else config.build(Range, known), volumes)
 
 
 def _checked(folder: Path, name: str, sha256: str) -> bytes:
