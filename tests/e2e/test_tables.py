@@ -4,11 +4,14 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from rayseg import retry, storage, tables
 from rayseg.inference import ledger
+from rayseg.records import LEDGER_TABLE
 from tests import appending
+from tests.faults import faulty
 from tests.unit.archive_runs import row
 
 pytestmark = pytest.mark.e2e
@@ -39,6 +42,23 @@ def test_the_documented_commands_read_what_holds(s3_store: str) -> None:
         told = frame[["series_key", "model_version", "slices"]].itertuples(index=False, name=None)
         assert sorted(told) == sorted(expected), name
     assert {*known["refused"]["uri"]} == {"y", "z"} == {one["uri"] for one in ledger.rejects(output).to_pylist()}
+
+
+def test_answers_that_are_lost_lose_and_double_nothing(
+    s3_store: str, s3_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retry, "sleep", lambda seconds: None)
+    uri = storage.join(s3_store, "lost-answers", "ledger")
+    with faulty(s3_environment["AWS_ENDPOINT_URL"], seed=5) as faults:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", faults.url)
+        faults.share, faults.kinds = 0.3, ("lost", "500")
+        for number in range(8):
+            rows = pa.Table.from_pylist([row(f"{number}")], schema=LEDGER_TABLE)
+            assert tables.append(uri, rows, ledger.IDENTITY) == number
+        faults.share = 0.0
+        assert faults.counts["lost"] > 10
+        rows = tables.read(uri, ["series_key", tables.SEQUENCE]).sort_by(tables.SEQUENCE).to_pylist()
+    assert rows == [{"series_key": f"{number}", tables.SEQUENCE: number} for number in range(8)]
 
 
 def test_refused_credentials_are_told_as_such(s3_store: str, monkeypatch: pytest.MonkeyPatch) -> None:
