@@ -7,16 +7,16 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from rayseg import retry, storage, tables
+from rayseg import retry, snapshots, storage, tables
 from rayseg.inference import ledger
-from rayseg.records import LEDGER_TABLE
+from rayseg.records import LEDGER_TABLE, MANIFEST
 from tests import appending
 from tests.faults import faulty
 from tests.unit.archive_runs import row
 
 pytestmark = pytest.mark.e2e
 
-DOCS = Path(__file__).parents[2] / "docs" / "tables.md"
+DOCS = sorted((Path(__file__).parents[2] / "docs").glob("*tables.md"), reverse=True)
 HTTP = {"AWS_ALLOW_HTTP": "true"}  # as the documentation has it, for a server without TLS
 
 
@@ -30,7 +30,9 @@ def test_the_documented_commands_read_what_holds(s3_store: str) -> None:
     ledger.append(output, [row("a", rejected_slices=1), row("b")], [bad | {"uri": "x"}])
     ledger.append(output, [row("a", slices=5, rejected_slices=1)], [bad | {"uri": "y"}])
     ledger.append(output, [row("a", "2")], [bad | {"uri": "z", "stage": "catalog", "series_key": None}])
-    commands = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
+    slices = [{"uri": f"{number}", "verdict": "ok", "series_key": "ab"[number % 2]} for number in range(5)]
+    snapshots.write_table(storage.join(output, "manifest.parquet"), pa.Table.from_pylist(slices, schema=MANIFEST))
+    commands = re.findall(r"```python\n(.*?)```", "".join(page.read_text() for page in DOCS), re.DOTALL)
     known: dict[str, Any] = {}
     for command in commands:
         assert "s3://results/2024" in command or known
@@ -41,6 +43,8 @@ def test_the_documented_commands_read_what_holds(s3_store: str) -> None:
         frame = known[name]
         told = frame[["series_key", "model_version", "slices"]].itertuples(index=False, name=None)
         assert sorted(told) == sorted(expected), name
+    assert dict(known["slices"].itertuples(index=False, name=None)) == {"a": 3, "b": 2}
+    assert known["rows"]["uri"].tolist() == list("01234")
     assert {*known["refused"]["uri"]} == {"y", "z"} == {one["uri"] for one in ledger.rejects(output).to_pylist()}
 
 
