@@ -102,6 +102,18 @@ def held(uri: str, job: str) -> Iterator[Lease]:
         lease.release()
 
 
+@contextlib.contextmanager
+def reader(folder: str, job: str) -> Iterator[None]:
+    """While it is open `living(folder)` tells of this process; says so where it cannot write there."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(held(storage.join(folder, f"{secrets.token_hex(8)}{SUFFIX}"), job))
+        except OSError as error:
+            why = type(error).__name__
+            logger.warning("%s: it cannot write %s (%s): who replaces what it reads will not wait", job, folder, why)
+        yield
+
+
 def living(folder: str) -> list[Holder]:
     """Who has the leases right below `folder`; those of processes that have ended are removed."""
     if not folder.startswith("s3://"):

@@ -8,8 +8,11 @@ fact of the table, whatever becomes of the times of its files. Who reads sees th
 import logging
 import random
 import re
-from collections.abc import Iterator, Sequence
+import secrets
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from time import sleep
 from typing import Any
 
@@ -20,7 +23,7 @@ import pyarrow.fs as pafs
 
 from rayseg import storage
 from rayseg.bucket import CONNECT_TIMEOUT_S, REQUEST_TIMEOUT_S, environment, place
-from rayseg.retry import ATTEMPTS, meant
+from rayseg.retry import ATTEMPTS, meant, tried
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +32,7 @@ COMMITS_PER_COMPACTION = 64  # small files that a reader may meet, some more whi
 _FILE_BYTES = 2**25  # of what compaction makes: so much is written again each time, at most
 _CHECKPOINT = 32  # commits, whose files of the log are read one by one
 _DATA = re.compile(r"part-\d+-[0-9a-f-]{36}-c\d+\.(\w+\.)?parquet")  # names of files of rows
+_MARK = "rayseg.commit"  # of the log: by it a process knows a commit as its own
 _HINT = "_last_checkpoint"  # of the log: where to begin reading it
 _COMMIT_ATTEMPTS = 100  # at a commit: each failure is another process's success
 _LONGEST_PAUSE_S = 2.0
@@ -37,7 +41,7 @@ _JITTER = random.SystemRandom()
 
 def exists(uri: str) -> bool:
     """Whether there is a table at `uri`."""
-    return _opened(uri) is not None
+    return opened(uri) is not None
 
 
 def append(uri: str, rows: pa.Table, indexed: Sequence[str]) -> int:
@@ -58,15 +62,22 @@ def append(uri: str, rows: pa.Table, indexed: Sequence[str]) -> int:
     from deltalake.exceptions import CommitFailedError
 
     for attempt in range(_COMMIT_ATTEMPTS):
-        table = _opened(uri)
+        table = opened(uri)
         if table is None:
             if create(uri, _numbered(rows, 0), indexed):
                 return 0
             continue
         number = table.version() + 1
+        adding = partial(
+            write_deltalake,
+            table,
+            _numbered(rows, number),
+            mode="append",
+            schema_mode="merge",
+            writer_properties=_zstd(),
+        )
         try:
-            with _told_as_ours():
-                write_deltalake(table, _numbered(rows, number), mode="append", schema_mode="merge", **_writing())
+            _commit(uri, number, adding)
         except CommitFailedError:  # by another process: its rows are earlier
             sleep(min(_LONGEST_PAUSE_S, 0.01 * 2 ** min(attempt, 10)) * _JITTER.random())
             continue
@@ -85,12 +96,18 @@ def create(uri: str, rows: pa.Table, indexed: Sequence[str]) -> bool:
         "delta.dataSkippingStatsColumns": ",".join([*indexed, SEQUENCE]),
         "delta.checkpointInterval": str(_CHECKPOINT),
     }
-    address, options = _address(uri)
+    root, options = address(uri)
+    making = partial(
+        write_deltalake,
+        root,
+        rows,
+        mode="error",
+        configuration=configuration,
+        storage_options=options,
+        writer_properties=_zstd(),
+    )
     try:
-        with _told_as_ours():
-            write_deltalake(
-                address, rows, mode="error", configuration=configuration, storage_options=options, **_writing()
-            )
+        _commit(uri, 0, making)
     except (CommitFailedError, DeltaError):
         if not exists(uri):
             raise
@@ -109,12 +126,12 @@ def read(
         where: by default all rows.
         schema: of the table; a column that older rows lack is null. By default as the table has it.
     """
-    table = _opened(uri)
+    table = opened(uri)
     if table is None:
         return None
     files, path = storage.filesystem(uri, ATTEMPTS)
     dataset: ds.Dataset = table.to_pyarrow_dataset(filesystem=pafs.SubTreeFileSystem(path, files), schema=schema)
-    with _told_as_ours():
+    with told_as_ours():
         return dataset.to_table(None if columns is None else list(columns), where)
 
 
@@ -126,14 +143,12 @@ def compact(uri: str) -> None:
     """
     from deltalake.exceptions import DeltaError
 
-    table = _opened(uri)
+    table = opened(uri)
     if table is None:
         return
     try:
-        with _told_as_ours():
-            table.optimize.compact(
-                target_size=_FILE_BYTES, max_concurrent_tasks=1, writer_properties=_writing()["writer_properties"]
-            )
+        with told_as_ours():
+            table.optimize.compact(target_size=_FILE_BYTES, max_concurrent_tasks=1, writer_properties=_zstd())
             useless = table.vacuum(full=True)  # only tells; a week is the default
         for name in filter(_DATA.fullmatch, useless):  # what others have put here stays
             storage.delete(storage.join(uri, name))
@@ -157,15 +172,17 @@ def latest(rows: pa.Table, key: Sequence[str]) -> pa.Table:
     return rows.take(order.filter(pa.concat_arrays([pa.array([True]), pc.invert(again)])))
 
 
-def _opened(uri: str) -> Any | None:
+def opened(uri: str) -> Any | None:
     """The latest version of the table, None where there is none."""
     from deltalake import DeltaTable
     from deltalake.exceptions import DeltaError, TableNotFoundError
 
-    address, options = _address(uri)
+    root, options = address(uri)
+    if not uri.startswith("s3://") and not Path(root).is_dir():  # which is no TableNotFoundError
+        return None
     try:
-        with _told_as_ours():
-            return DeltaTable(address, storage_options=options)
+        with told_as_ours():
+            return DeltaTable(root, storage_options=options)
     except TableNotFoundError:
         return None
     except DeltaError as error:
@@ -174,10 +191,10 @@ def _opened(uri: str) -> Any | None:
             raise
         # In a copy that was made amid a run it may be newer than the log. Nobody needs it: a new one comes by itself.
         storage.delete(hint)
-        return _opened(uri)
+        return opened(uri)
 
 
-def _address(uri: str) -> tuple[str, dict[str, str]]:
+def address(uri: str) -> tuple[str, dict[str, str]]:
     """The URI and the options of the store, as deltalake takes them."""
     if not uri.startswith("s3://"):
         return storage.filesystem(uri)[1], {}
@@ -194,18 +211,38 @@ def _address(uri: str) -> tuple[str, dict[str, str]]:
     return uri, options | ({"AWS_ENDPOINT_URL": endpoint} if endpoint else {})
 
 
-def _writing() -> dict[str, Any]:
-    """How all rows are written; a commit under a number that another process has taken fails."""
-    from deltalake import CommitProperties, WriterProperties
+def _commit(uri: str, number: int, commit: Callable[..., None]) -> None:
+    """Makes the commit, once, whatever answers of the store are lost; it fails where another process has its number."""
+    from deltalake import CommitProperties
+    from deltalake.exceptions import DeltaError
 
-    return {
-        "writer_properties": WriterProperties(compression="ZSTD"),
-        "commit_properties": CommitProperties(max_commit_retries=0),
-    }
+    mark = secrets.token_hex(8)
+    log = storage.join(uri, "_delta_log", f"{number:020d}.json")
+
+    def once() -> None:
+        try:
+            with told_as_ours():
+                commit(commit_properties=CommitProperties({_MARK: mark}, max_commit_retries=0))
+        except (DeltaError, OSError):
+            try:
+                if mark.encode() in storage.read(log):
+                    return
+            except FileNotFoundError:
+                pass
+            raise
+
+    tried(once)
+
+
+def _zstd() -> Any:
+    """How all rows are written."""
+    from deltalake import WriterProperties
+
+    return WriterProperties(compression="ZSTD")
 
 
 @contextmanager
-def _told_as_ours() -> Iterator[None]:
+def told_as_ours() -> Iterator[None]:
     """The store's errors as `retry` has them."""
     try:
         yield

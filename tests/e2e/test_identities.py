@@ -49,15 +49,15 @@ ALLOWED = [
     Allowed("segmentations/*/*.dcm", DICOM),
     *(
         Allowed(pattern, URIS, column, (PLACES,))
-        for pattern in ("manifest.parquet", "segmentations/manifest.parquet", "bulk/manifest.parquet")
+        for pattern in ("manifest.parquet/*", "segmentations/manifest.parquet/*", "bulk/manifest.parquet/*")
         for column in ("uri", "masks.uri")
     ),
     *(
         Allowed("prepared/split=*/*.parquet", URIS, column, (PLACES,))
         for column in ("uri", "masks.uri", "neighbours.uri", "metadata rayseg.shard")
     ),
-    Allowed("manifest.masks-without-image.parquet", URIS, "uri", (PLACES,)),
-    Allowed("prepared/rejects.parquet", URIS, "uri", (PLACES,)),
+    Allowed("manifest.masks-without-image.parquet/*", URIS, "uri", (PLACES,)),
+    Allowed("prepared/rejects.parquet/*", URIS, "uri", (PLACES,)),
     Allowed("*/rejects/*.parquet", URIS, "uri", (PLACES,)),
 ]
 

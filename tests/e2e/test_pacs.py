@@ -10,7 +10,7 @@ import pytest
 import requests
 from dicomweb_client import DICOMwebClient
 
-from rayseg import pacs, retry, storage
+from rayseg import pacs, retry, snapshots, storage
 from rayseg.data import synthetic
 from rayseg.data.catalog import CatalogConfig, catalog
 from rayseg.dicom import segmentation
@@ -99,7 +99,7 @@ def test_an_archive_is_segmented_from_a_pacs_into_it(
     manifest = str(tmp_path / "manifest.parquet")
     found = catalog(CatalogConfig(query(server), manifest))
     assert (found.objects, found.accepted, found.series) == (PATIENTS * SLICES, PATIENTS * SLICES, PATIENTS)
-    assert sorted(storage.read_table(manifest)["bytes"].to_pylist()) == sorted(map(len, files.values()))
+    assert sorted(snapshots.read_table(manifest)["bytes"].to_pylist()) == sorted(map(len, files.values()))
     config = SegmentConfig(
         *("models:/brain@champion", models.tracking_uri, str(tmp_path / "segmented"), manifest),
         profiles=("seg", "report", "stl"),

@@ -1,6 +1,7 @@
 """The catalog on a Ray cluster: one row an object whatever it is, and the same bytes each time."""
 
 import dataclasses
+import json
 import os
 import shutil
 from collections import Counter
@@ -14,10 +15,11 @@ import pydicom
 import pytest
 import ray.data
 import yaml
+from deltalake import DeltaTable
 from PIL import Image
 
 from rayseg import config as configuration
-from rayseg import storage
+from rayseg import snapshots, storage
 from rayseg.data import catalog as module
 from rayseg.data import standing, synthetic
 from rayseg.data.catalog import CatalogConfig, catalog
@@ -44,9 +46,14 @@ def config_of(source: Path, output: Path, layout: Layout = PHANTOM, **values: fl
     return CatalogConfig(source=str(source), output=str(output / "manifest.parquet"), layout=layout, **values)
 
 
+def rows_of(manifest: str) -> bytes:
+    """The bytes of its Parquet file."""
+    return storage.read(snapshots.current(manifest))
+
+
 def test_rows_say_what_the_headers_say(phantoms: Path, tmp_path: Path) -> None:
     result = catalog(config_of(phantoms, tmp_path))
-    table = storage.read_table(result.manifest)
+    table = snapshots.read_table(result.manifest)
     assert table.schema == MANIFEST
     rows = {row["uri"]: row for row in table.to_pylist()}
     paths = sorted((phantoms / "images").rglob("*.dcm"))
@@ -77,7 +84,7 @@ def test_a_series_stands_together_in_the_order_of_its_slices(phantoms: Path, tmp
     for number, path in enumerate(sorted((phantoms / "images").rglob("*.dcm"))):
         # Names without any relation to the order, patients interleaved
         storage.write(str(source / f"{(number * 7) % 12:02d}.dcm"), path.read_bytes())
-    rows = storage.read_table(catalog(config_of(source, tmp_path, Layout())).manifest).to_pylist()
+    rows = snapshots.read_table(catalog(config_of(source, tmp_path, Layout())).manifest).to_pylist()
     keys = [row["series_key"] for row in rows]
     assert [keys[start] for start in (0, 4, 8)] == list(dict.fromkeys(keys))
     assert keys == [key for key in dict.fromkeys(keys) for _ in range(4)]
@@ -103,7 +110,7 @@ def test_whatever_an_object_is_it_is_a_row(phantoms: Path, tmp_path: Path) -> No
     for name, data in objects.items():
         storage.write(str(source / name), data)
     result = catalog(config_of(source, tmp_path, Layout(), max_reject_fraction=1.0))
-    rows = storage.read_table(result.manifest).to_pylist()
+    rows = snapshots.read_table(result.manifest).to_pylist()
     reasons = {row["uri"].removeprefix(f"{source}/"): row["reason"] for row in rows}
     assert reasons == {
         "a.dcm": None,
@@ -130,7 +137,7 @@ def test_an_object_that_vanishes_is_a_row(phantoms: Path, tmp_path: Path, monkey
         return plan
 
     monkeypatch.setattr(module, "_plan", vanishing)
-    rows = storage.read_table(catalog(config_of(source, tmp_path, Layout())).manifest).to_pylist()
+    rows = snapshots.read_table(catalog(config_of(source, tmp_path, Layout())).manifest).to_pylist()
     (row,) = [row for row in rows if row["verdict"] == "rejected"]
     assert (row["uri"], row["reason"], row["patient_key"]) == (str(victim), "not_found", None)
     assert len(rows) == 12
@@ -151,16 +158,16 @@ def test_unchanged_objects_are_not_read_again(phantoms: Path, tmp_path: Path) ->
     (source / "note.txt").write_bytes(b"a note")
     config = config_of(source, tmp_path, Layout(), max_reject_fraction=1.0)
     assert catalog(config).unchanged == 0
-    first = storage.read(config.output)
+    first = rows_of(config.output)
     again = catalog(config)
     assert (again.objects, again.unchanged, again.rejected) == (14, 14, 2)
-    assert storage.read(config.output) == first
+    assert rows_of(config.output) == first
 
     whole = {path: path.read_bytes() for path in good}
     for path in good[1:]:  # of the same size and time: whoever read them would find nothing in them
         changed(path, bytes(len(whole[path])), 0)
     assert catalog(config).unchanged == 14
-    assert storage.read(config.output) == first
+    assert rows_of(config.output) == first
 
     for path in good[1:]:
         changed(path, whole[path], 0)
@@ -173,7 +180,7 @@ def test_unchanged_objects_are_not_read_again(phantoms: Path, tmp_path: Path) ->
     assert third.reasons == {"not_dicom": 1, "series_duplicates": 2, "truncated": 1}
     fresh = catalog(dataclasses.replace(config, output=str(tmp_path / "fresh.parquet")))
     assert fresh.unchanged == 0
-    assert storage.read(fresh.manifest) == storage.read(third.manifest)
+    assert rows_of(fresh.manifest) == rows_of(third.manifest)
 
 
 def test_what_a_killed_catalog_has_read_is_not_read_again(phantoms: Path, tmp_path: Path) -> None:
@@ -195,7 +202,7 @@ def test_what_a_killed_catalog_has_read_is_not_read_again(phantoms: Path, tmp_pa
         changed(Path(uri), bytes(Path(uri).stat().st_size), 0)
     result = catalog(config)
     assert (result.objects, result.unchanged) == (3_000, len(read))
-    assert storage.read(config.output) == storage.read(undisturbed.manifest)
+    assert rows_of(config.output) == rows_of(undisturbed.manifest)
     assert {path.name for path in tmp_path.iterdir()} == {
         *("source", "recipe.yaml", "manifest.parquet", "undisturbed.parquet")
     }
@@ -217,11 +224,11 @@ def test_rows_of_an_object_are_never_taken_over_in_part_or_twice(
         dying.setattr(standing.Parts, "remove", lambda parts: None)
         first = catalog(config)
     assert first.accepted == 120
-    whole = storage.read(config.output)
+    whole = rows_of(config.output)
     rows = [len(pq.read_table(part)) for part in Path(f"{config.output}.parts").iterdir()]
     assert sum(rows) == 120
     assert not any(number % 40 for number in rows)
-    assert (catalog(config).unchanged, storage.read(config.output)) == (3, whole)
+    assert (catalog(config).unchanged, rows_of(config.output)) == (3, whole)
 
 
 def test_what_a_catalog_keeps_beside_its_manifest_is_no_object_of_its_source(
@@ -232,7 +239,8 @@ def test_what_a_catalog_keeps_beside_its_manifest_is_no_object_of_its_source(
     monkeypatch.setattr(standing, "_FIRST_S", 0.0)
     monkeypatch.setattr(standing.Parts, "remove", lambda parts: None)
     assert catalog(config_of(source, source, Layout())).objects == 12
-    (source / "manifest.parquet").unlink()
+    assert catalog(config_of(source, source, Layout())).objects == 12
+    shutil.rmtree(source / "manifest.parquet")
     assert next((source / "manifest.parquet.parts").iterdir())
     result = catalog(config_of(source, source, Layout()))
     assert (result.objects, result.unchanged) == (12, 12)
@@ -249,7 +257,9 @@ def test_rows_made_otherwise_are_not_taken_over(
     elif change == "layout":
         config = dataclasses.replace(config, layout=Layout(missing_mask="empty"))
     else:  # a manifest that something else wrote
-        storage.write_table(config.output, storage.read_table(config.output).replace_schema_metadata())
+        table = snapshots.read_table(config.output).replace_schema_metadata()
+        shutil.rmtree(config.output)
+        storage.write_table(config.output, table)
     result = catalog(config)
     assert (result.objects, result.unchanged) == (12, 0)
 
@@ -265,19 +275,19 @@ def test_stacks_of_a_series_are_chosen_without_reading_again(tmp_path: Path) -> 
     config = config_of(source, tmp_path, Layout())
     both = catalog(config)
     assert (both.accepted, both.series, both.unchanged) == (11, 3, 0)
-    rows = storage.read_table(both.manifest).to_pylist()
+    rows = snapshots.read_table(both.manifest).to_pylist()
     assert [row["stack"] for row in rows] == ["EchoTime 11 ms"] * 4 + ["EchoTime 90 ms"] * 4 + [None] * 3
     assert [row["image_position_mm"][2] for row in rows] == [0, 5, 10, 15] * 2 + [0, 5, 10]
     one = catalog(dataclasses.replace(config, stacks="EchoTime 9*"))
     assert (one.accepted, one.series, one.unchanged) == (7, 2, 11)
     assert one.reasons == {"stack_not_wanted": 4}
-    taken = [row["series_key"] for row in storage.read_table(one.manifest).to_pylist() if row["verdict"] == "ok"]
+    taken = [row["series_key"] for row in snapshots.read_table(one.manifest).to_pylist() if row["verdict"] == "ok"]
     assert taken == [row["series_key"] for row in rows[4:]]
-    chosen = storage.read(one.manifest)
+    chosen = rows_of(one.manifest)
     again = catalog(config)
     assert again.unchanged == 11
-    assert storage.read_table(again.manifest).to_pylist() == rows
-    assert storage.read(catalog(dataclasses.replace(config, stacks=("echo 1", "*9?*"))).manifest) == chosen
+    assert snapshots.read_table(again.manifest).to_pylist() == rows
+    assert rows_of(catalog(dataclasses.replace(config, stacks=("echo 1", "*9?*"))).manifest) == chosen
     for none in ((), "", ("b=0", "")):
         with pytest.raises(ValueError, match=r"catalog\.stacks"):
             dataclasses.replace(config, stacks=none)
@@ -288,12 +298,47 @@ def test_a_failed_read_is_tried_again(phantoms: Path, tmp_path: Path) -> None:
     shutil.copytree(phantoms / "images", source)
     config = config_of(source, tmp_path, Layout())
     catalog(config)
-    table = storage.read_table(config.output)
+    table = snapshots.read_table(config.output)
     rows = table.to_pylist()
     rows[3] |= {"verdict": "rejected", "reason": "read_failed", "detail": "object: OSError"}
-    storage.write_table(config.output, pa.Table.from_pylist(rows, schema=table.schema))
+    snapshots.write_table(config.output, pa.Table.from_pylist(rows, schema=table.schema))
     result = catalog(config)
     assert (result.objects, result.unchanged, result.accepted) == (12, 11, 12)
+
+
+def test_a_manifest_of_before_is_taken_over_whatever_dies(
+    phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file, as manifests were before they were tables."""
+    config = config_of(phantoms / "images", tmp_path, Layout())
+    catalog(config)
+    whole = rows_of(config.output)
+    shutil.rmtree(config.output)
+    Path(config.output).write_bytes(whole)
+
+    def die(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as dying:
+        dying.setattr(snapshots.Writer, "_commit", die)
+        with pytest.raises(KeyboardInterrupt):
+            catalog(config)
+    result = catalog(config)
+    assert (result.objects, result.unchanged) == (12, 12)
+    assert rows_of(config.output) == whole
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["manifest.parquet"]
+
+
+def test_the_history_tells_of_each_manifest(phantoms: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(phantoms / "images", source)
+    config = config_of(source, tmp_path, Layout())
+    catalog(config)
+    (source / "note.txt").write_bytes(b"a note")
+    catalog(config)
+    told = [json.loads(one["userMetadata"]) for one in DeltaTable(config.output).history()]
+    counts = {"objects": 13, "accepted": 12, "patients": 3, "series": 3, "rejected": {"not_dicom": 1}}
+    assert told == [counts, counts | {"objects": 12, "rejected": {}}]
 
 
 def test_too_many_rejects_fail_after_the_manifest_is_written(phantoms: Path, tmp_path: Path) -> None:
@@ -303,7 +348,7 @@ def test_too_many_rejects_fail_after_the_manifest_is_written(phantoms: Path, tmp
         storage.write(str(source / f"{number}.txt"), b"text")
     with pytest.raises(ValueError, match=r"5 of 17 objects rejected, over max_reject_fraction 0.2: not_dicom 5"):
         catalog(config_of(source, tmp_path, Layout()))
-    assert len(storage.read_table(str(tmp_path / "manifest.parquet"))) == 17
+    assert len(snapshots.read_table(str(tmp_path / "manifest.parquet"))) == 17
 
 
 def test_the_same_source_gives_the_same_bytes_however_it_is_cut_into_tasks(
@@ -312,7 +357,7 @@ def test_the_same_source_gives_the_same_bytes_however_it_is_cut_into_tasks(
     first = catalog(config_of(phantoms, tmp_path / "one"))
     monkeypatch.setattr(module, "_ROWS_PER_TASK", 3)
     second = catalog(config_of(phantoms, tmp_path / "two", concurrency=2))
-    assert storage.read(first.manifest) == storage.read(second.manifest)
+    assert rows_of(first.manifest) == rows_of(second.manifest)
 
 
 def test_a_header_longer_than_the_first_read_is_read_whole(phantoms: Path, tmp_path: Path) -> None:
@@ -322,7 +367,7 @@ def test_a_header_longer_than_the_first_read_is_read_whole(phantoms: Path, tmp_p
     source = tmp_path / "source"
     source.mkdir()
     dataset.save_as(source / "long.dcm")
-    (row,) = storage.read_table(catalog(config_of(source, tmp_path, Layout())).manifest).to_pylist()
+    (row,) = snapshots.read_table(catalog(config_of(source, tmp_path, Layout())).manifest).to_pylist()
     assert (row["verdict"], row["rows"]) == ("ok", 32)
 
 
@@ -338,7 +383,7 @@ def test_images_take_patient_and_series_from_the_csv(tmp_path: Path) -> None:
         png(source / f"masks/{number}.png", number)
     (source / "groups.csv").write_text("file,group\n0.png,g1\n1.png,g2\n2.png,g1\n")
     layout = Layout(images="images", masks="masks", groups="groups.csv")
-    rows = storage.read_table(
+    rows = snapshots.read_table(
         catalog(config_of(source, tmp_path, layout, max_reject_fraction=0.5)).manifest
     ).to_pylist()
     pseudonyms = from_environment()
@@ -355,7 +400,7 @@ def test_images_without_a_csv_take_the_folders(tmp_path: Path) -> None:
     source = tmp_path / "source"
     for path in ("p1/brain/1.png", "p1/bone/1.png", "p2/brain/1.png"):
         png(source / path, 3)
-    rows = storage.read_table(catalog(config_of(source, tmp_path, Layout())).manifest).to_pylist()
+    rows = snapshots.read_table(catalog(config_of(source, tmp_path, Layout())).manifest).to_pylist()
     by_path = {row["uri"].removeprefix(f"{source}/"): row for row in rows}
     assert by_path["p1/brain/1.png"]["patient_key"] == by_path["p1/bone/1.png"]["patient_key"]
     assert by_path["p1/brain/1.png"]["series_key"] != by_path["p1/bone/1.png"]["series_key"]
@@ -370,7 +415,7 @@ def test_an_image_without_a_mask(tmp_path: Path, missing_mask: str, reason: str 
         png(source / f"{number}.png", number)
     png(source / "masks" / "0.png", 1)  # the masks lie within the folder of the images, and are none of those
     layout = Layout(masks="masks", missing_mask=missing_mask)
-    rows = storage.read_table(
+    rows = snapshots.read_table(
         catalog(config_of(source, tmp_path, layout, max_reject_fraction=0.5)).manifest
     ).to_pylist()
     assert [row["reason"] for row in rows] == [None, reason]
@@ -383,15 +428,15 @@ def test_masks_without_an_image_are_listed(tmp_path: Path) -> None:
         Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / name)
     result = catalog(config_of(tmp_path, tmp_path, Layout("images", "masks")))
     assert (result.accepted, result.rejected, result.masks_without_image) == (1, 0, 2)
-    table = storage.read_table(str(tmp_path / "manifest.masks-without-image.parquet"))
-    assert table.schema == REJECTS
+    table = snapshots.read_table(str(tmp_path / "manifest.masks-without-image.parquet"))
+    assert table.schema.equals(REJECTS)
     assert {(row["uri"], row["stage"], row["reason"]) for row in table.to_pylist()} == {
         (str(tmp_path / name), "catalog", "no_image") for name in ("masks/2.png", "masks/deep/3.png")
     }
     shutil.rmtree(tmp_path / "masks" / "deep")
     (tmp_path / "masks" / "2.png").unlink()
     assert catalog(config_of(tmp_path, tmp_path, Layout("images", "masks"))).masks_without_image == 0
-    assert not storage.exists(str(tmp_path / "manifest.masks-without-image.parquet"))
+    assert len(pq.read_table(tmp_path / "manifest.masks-without-image.parquet")) == 0
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 import pyarrow as pa
 
-from rayseg import cluster, storage
+from rayseg import cluster, snapshots, storage
 from rayseg.benchmark.data import figure
 from rayseg.benchmark.watch import greatest
 from rayseg.data import synthetic
@@ -102,8 +102,8 @@ def measure(folder: Path, repeats: int) -> dict[str, Any]:
     cluster.connect()
     once, manifest, more = (str(folder / f"{name}.parquet") for name in ("once", "manifest", "more"))
     catalog(CatalogConfig(str(source), once, Layout()))
-    storage.write_table(manifest, _repeated(storage.read_table(once), _TIMES))
-    storage.write_table(more, _repeated(storage.read_table(once), _HEAVY_TIMES))
+    storage.write_table(manifest, _repeated(snapshots.read_table(once), _TIMES))
+    storage.write_table(more, _repeated(snapshots.read_table(once), _HEAVY_TIMES))
     config = SegmentConfig(
         "models:/bench/1",
         tracking_uri,
@@ -245,7 +245,7 @@ def _growth(folder: Path, tracking_uri: str) -> float:
     synthetic.write_studies(str(small), patients=1, slices=40, size=64, masks=False)
     registered(folder / "tiny", tracking_uri, _LIGHT, 32, "tiny")
     catalog(CatalogConfig(str(small), str(folder / "one.parquet"), Layout()))
-    one = storage.read_table(str(folder / "one.parquet"))
+    one = snapshots.read_table(str(folder / "one.parquet"))
     peaks = []
     for slices in _ROWS_OF_GROWTH:
         manifest = str(folder / f"{slices}.parquet")

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from rayseg import lease, meters, pacs, storage, work
+from rayseg import lease, meters, pacs, snapshots, storage, work
 from rayseg.data import manifest, standing
 from rayseg.data.layouts import Layout, Mask, plan, read_groups
 from rayseg.data.spool import Spool, by_series, packed, unpacked
@@ -47,7 +47,7 @@ class CatalogConfig:
     """What to catalog and where to write the manifest."""
 
     source: str  # URI of the folder or prefix that `layout` describes, or a query of a DICOMweb service
-    output: str  # URI of the manifest, a Parquet file
+    output: str  # URI of the manifest, a table: a folder with one Parquet file
     layout: Layout = field(default_factory=Layout)
     max_reject_fraction: float = 0.2  # the job fails where a greater share of the objects is rejected
     concurrency: int = 4  # tasks at a time
@@ -88,7 +88,7 @@ class CatalogResult:
 
 
 def without_image_table(manifest: str) -> str:
-    """URI of the table, schema `records.REJECTS`, of masks that no image pairs with; there is none without any."""
+    """URI of the table, schema `records.REJECTS`, of masks that no image pairs with; none is made without any."""
     return f"{manifest.removesuffix('.parquet')}.masks-without-image.parquet"
 
 
@@ -120,6 +120,7 @@ def catalog(config: CatalogConfig) -> CatalogResult:
         TemporaryDirectory(prefix="rayseg-catalog-") as folder,
         Spool(Path(folder, "found"), _FOUND) as found,
     ):
+        table = snapshots.Writer(output)
         earlier = standing.Standing(output, mark, Path(folder, "standing"), parts.uris())
         lonely: list[str] = []
         unread, unchanged = _plan(source, output, config.layout, groups, earlier, found, lonely)
@@ -128,7 +129,9 @@ def catalog(config: CatalogConfig) -> CatalogResult:
         counts = _write(found, Path(folder, "manifest"), mark, config)
         held.check()
         _write_without_image(output, [_below(source, path) for path in lonely])
-        storage.write_file(output, Path(folder, "manifest"))
+        if snapshots.is_file(output):  # of an earlier version: between its end and the table's begin nothing is lost
+            parts.keep(Path(folder, "manifest"))
+        table.write(Path(folder, "manifest"), counts.told(objects))
         parts.remove()
     rows, rejected = counts.accepted + counts.reasons.total(), counts.reasons.total()
     reasons = dict(sorted(counts.reasons.items()))
@@ -158,11 +161,10 @@ def catalog(config: CatalogConfig) -> CatalogResult:
 
 def _write_without_image(manifest: str, masks: list[str]) -> None:
     table = without_image_table(manifest)
-    if not masks:
-        storage.delete(table)  # of an earlier catalog
+    if not masks and not storage.exists(table):
         return
     rejected = {"stage": "catalog", "reason": Reason.NO_IMAGE.value, "detail": ""}
-    storage.write_table(table, pa.Table.from_pylist([{"uri": uri, **rejected} for uri in masks], schema=REJECTS))
+    snapshots.write_table(table, pa.Table.from_pylist([{"uri": uri, **rejected} for uri in masks], schema=REJECTS))
 
 
 @dataclass
@@ -173,6 +175,16 @@ class _Counts:
     reasons: Counter[str] = field(default_factory=Counter)
     patients: set[str] = field(default_factory=set)
     series: set[str] = field(default_factory=set)
+
+    def told(self, objects: int) -> dict[str, Any]:
+        """What the manifest's history tells of it."""
+        return {
+            "objects": objects,
+            "accepted": self.accepted,
+            "rejected": dict(sorted(self.reasons.items())),
+            "patients": len(self.patients),
+            "series": len(self.series),
+        }
 
 
 def _write(found: Spool, path: Path, mark: str, config: CatalogConfig) -> _Counts:
@@ -228,7 +240,9 @@ def _plan(
     Paths of masks that no image pairs with go to `lonely`.
     """
     unread, unchanged = _Unread(), 0
-    ours = f"{output}{lease.SUFFIX}", f"{output}{standing.PARTS}/"  # of a manifest that is written into its own source
+    # Of a manifest that is written into its own source.
+    tables = output, without_image_table(output), f"{output}{standing.PARTS}"
+    ours = f"{output}{lease.SUFFIX}", *(f"{table}/" for table in tables)
     objects = _listed(source, layout, groups, lonely)
     listed = enumerate(one for one in objects if not one["uri"].startswith(ours))
     while some := [{"index": index, **row} for index, row in islice(listed, _ROWS_PER_TASK)]:

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from rayseg import config as configuration
-from rayseg import lease, meters, storage, work
+from rayseg import lease, meters, snapshots, storage, work
 from rayseg.data import accepted
 from rayseg.data.accepted import Units
 from rayseg.data.labels import Labels
@@ -35,7 +35,7 @@ from rayseg.records import MISSING_MASK, REJECTS, MissingMask, Reason
 
 logger = logging.getLogger(__name__)
 
-REJECTS_FILE = "rejects.parquet"
+REJECTS_FILE = "rejects.parquet"  # a table, see `snapshots`
 _SHARD = re.compile(rf"split=({'|'.join(SPLITS)})/part-\d+(-[0-9a-f]+)?\.parquet")
 _ROWS_FILE = "_rows.arrow"  # of a run, for its tasks
 _Mapped = Callable[..., Iterator[tuple[int, Any]]]  # `work.mapped`, with where the tasks run
@@ -104,7 +104,8 @@ def _prepared(config: PrepareConfig, held: lease.Lease) -> PrepareResult:
     with TemporaryDirectory(prefix="rayseg-prepare-") as folder:
         manifest, rows_file = Path(folder, "manifest"), Path(folder, "rows")
         try:
-            storage.fetch(manifest_uri, manifest)
+            with snapshots.reading(manifest_uri, "prepare") as file_uri:
+                storage.fetch(file_uri, manifest)
         except FileNotFoundError:
             raise ValueError(f"prepare.manifest: there is no {manifest_uri}; run the catalog job") from None
         with manifest.open("rb") as file:
@@ -139,7 +140,7 @@ def _prepared(config: PrepareConfig, held: lease.Lease) -> PrepareResult:
     _clear(output, keep={shard["path"] for shard in written})
     rejects = [reject for shard in written for reject in shard["rejects"]]
     held.check()
-    storage.write_table(storage.join(output, REJECTS_FILE), pa.Table.from_pylist(rejects, schema=REJECTS))
+    snapshots.write_table(storage.join(output, REJECTS_FILE), pa.Table.from_pylist(rejects, schema=REJECTS))
     reasons = dict(sorted(Counter(reject["reason"] for reject in rejects).items()))
     rows_in_all = sum(task.rows for task in tasks)
     if len(rejects) > config.max_reject_fraction * rows_in_all:

@@ -1,9 +1,7 @@
 """A prepared set as its readers see it: what `_prepared.json` tells, and the rows of the shards."""
 
-import logging
-import secrets
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -12,8 +10,6 @@ from rayseg import config, lease, storage
 from rayseg.data.labels import Labels
 from rayseg.data.preprocess import Preprocess
 from rayseg.records import PREPARED
-
-logger = logging.getLogger(__name__)
 
 DESCRIPTION = "_prepared.json"
 PATIENTS = "split.csv"  # which patient is where
@@ -81,14 +77,7 @@ def reading(uri: str, job: str) -> Iterator[PreparedSet]:
     Raises:
         ValueError: as `describe`.
     """
-    described = describe(uri)
-    with ExitStack() as stack:
-        try:
-            mark = storage.join(uri, READERS, f"{secrets.token_hex(8)}{lease.SUFFIX}")
-            stack.enter_context(lease.held(mark, job))
-            # Prepare takes the description away before it looks for readers: one of the two sees the other.
-            described = describe(uri)
-        except OSError as error:
-            why = type(error).__name__
-            logger.warning("%s: it cannot mark %s as read (%s): preparing into it would remove shards", job, uri, why)
-        yield described
+    describe(uri)
+    with lease.reader(storage.join(uri, READERS), job):
+        # Prepare takes the description away before it looks for readers: one of the two sees the other.
+        yield describe(uri)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from rayseg import config, storage
+from rayseg import config, snapshots, storage
 from rayseg.data.layouts import Layout
 from rayseg.data.manifest import unjudged
 from rayseg.data.spool import Spool, fill
@@ -67,6 +67,10 @@ class Parts:
         storage.write_table(storage.join(self.folder, f"part-{secrets.token_hex(8)}.parquet"), table)
         self._waiting, self._written = [], time.monotonic()
 
+    def keep(self, manifest: Path) -> None:
+        """A whole manifest, as a part."""
+        storage.write_file(storage.join(self.folder, "part-whole.parquet"), manifest)
+
     def remove(self) -> None:
         """All of them: the manifest is whole."""
         storage.delete_tree(self.folder)
@@ -81,8 +85,9 @@ class Standing:
     def __init__(self, uri: str, mark: str, path: Path, parts: Sequence[str] = ()) -> None:
         self._rows = Spool(path, MANIFEST)
         ends = []
-        for file in (uri, *parts):
+        for place in (uri, *parts):
             with contextlib.suppress(FileNotFoundError, ValueError):  # none, or none of ours
+                file = snapshots.current(place) if place == uri else place
                 if (storage.read_footer(file).metadata or {}).get(METADATA) == mark.encode():
                     fill(self._rows, file)
                     ends.append(len(self._rows))

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from rayseg import storage
+from rayseg import snapshots, storage
 from rayseg.data.preprocess import Preprocess
 from rayseg.demo.report import Picture
 from rayseg.dicom import pseudonyms, segmentation
@@ -27,7 +27,7 @@ def pictures(
         preprocess: gives the grey values that the network saw.
         wanted: number of tiles; a series without anything found shows its middle slice.
     """
-    table = storage.read_table(manifest, ("uri", "frame", "verdict", "series_key", "instance_key"))
+    table = snapshots.read_table(manifest, ("uri", "frame", "verdict", "series_key", "instance_key"))
     segmented = [row for row in ledger if row["verdict"] == "segmented"][:wanted]
     key = pseudonyms.from_environment().key
     made = []

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rayseg import cluster, storage
+from rayseg import cluster, snapshots, storage
 from rayseg.config import plain
 from rayseg.data import synthetic
 from rayseg.data.catalog import CatalogConfig, catalog
@@ -215,7 +215,7 @@ def _largest(series: list[dict[str, Any]]) -> dict[str, Any]:
 def _uris_by_series(manifest_uri: str) -> dict[str, list[str]]:
     """The accepted objects of a manifest by series key, in its order, without multi-frame ones."""
     uris: dict[str, list[str]] = {}
-    for row in storage.read_table(manifest_uri, ["uri", "frame", "verdict", "series_key"]).to_pylist():
+    for row in snapshots.read_table(manifest_uri, ["uri", "frame", "verdict", "series_key"]).to_pylist():
         if row["verdict"] == "ok" and row["frame"] is None:
             uris.setdefault(row["series_key"], []).append(row["uri"])
     return uris

@@ -18,7 +18,7 @@ import pyarrow as pa
 import ray.data
 from tqdm import tqdm
 
-from rayseg import cluster, storage
+from rayseg import cluster, snapshots, storage
 from rayseg import config as configuration
 from rayseg.evaluation import difference, panes, sides
 from rayseg.evaluation.changes import CHANGES, DIFF, compare_series
@@ -92,8 +92,10 @@ def diff(config: DiffConfig) -> DiffResult:
         raise ValueError(f"diff.challenger: {challenger.run} is the baseline, too; name another run or output")
     if not baseline.rows.keys() & challenger.rows.keys():
         raise ValueError("diff.challenger: the two ledgers have no series in common; are they of one archive?")
-    if not storage.exists(config.manifest):
-        raise ValueError(f"diff.manifest: there is no manifest at {config.manifest}")
+    try:
+        snapshots.current(config.manifest)
+    except FileNotFoundError:
+        raise ValueError(f"diff.manifest: there is no manifest at {config.manifest}") from None
     pairs, others = sides.pair(baseline, challenger)
     cluster.connect()
     found: list[list[dict[str, Any]]] = []

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 from tqdm import tqdm
 
-from rayseg import storage
+from rayseg import snapshots, storage
 from rayseg.dicom.reading import Slice, read_slice
 from rayseg.evaluation.difference import Picture
 from rayseg.records import Reject
@@ -41,12 +41,13 @@ def pictures(shown: Sequence[Mapping[str, Any]], manifest: str, runs: tuple[str,
         return []
     wanted = pa.array([one["series_key"] for one in shown])
     sources: dict[str, list[dict[str, Any]]] = {}
-    for group in storage.read_row_groups(manifest, _MANIFEST_COLUMNS):
-        here = pc.or_(pc.is_in(group["series_key"], wanted), pc.is_in(group["instance_key"], wanted))
-        for row in group.filter(here).to_pylist():
-            if row["verdict"] == "ok":
-                alone = row["kind"] == "image" and row["frame"] is None
-                sources.setdefault(row["instance_key" if alone else "series_key"], []).append(row)
+    with snapshots.reading(manifest, "diff") as file:
+        for group in storage.read_row_groups(file, _MANIFEST_COLUMNS):
+            here = pc.or_(pc.is_in(group["series_key"], wanted), pc.is_in(group["instance_key"], wanted))
+            for row in group.filter(here).to_pylist():
+                if row["verdict"] == "ok":
+                    alone = row["kind"] == "image" and row["frame"] is None
+                    sources.setdefault(row["instance_key" if alone else "series_key"], []).append(row)
     names = [f"{side}: {run}" for side, run in zip(("baseline", "challenger"), runs, strict=True)]
     made = []
     for one in tqdm(shown, desc="pictures", disable=None):

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rayseg import config as configuration
-from rayseg import storage
+from rayseg import snapshots, storage
 from rayseg.data.objects import Place
 from rayseg.data.spool import packed, unpacked
 from rayseg.inference import feasible
@@ -146,15 +146,16 @@ def make(
 def _rows(manifest: str, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
     """The rows with `columns` and `present`; an image file's series is the file."""
     try:
-        for some in storage.read_row_groups(manifest, [*{*columns, *feasible.PRESENT, "instance_key"}]):
-            known = some.select(columns)
-            alone = pc.and_(pc.fill_null(pc.equal(some["kind"], "image"), False), pc.is_null(some["frame"]))
-            if pc.any(alone).as_py():
-                keys = pc.if_else(alone, pc.coalesce(some["instance_key"], some["series_key"]), some["series_key"])
-                known = known.set_column(columns.index("series_key"), "series_key", keys)
-            values = [*(column.to_pylist() for column in known.columns), feasible.present(some)]
-            names = (*columns, "present")
-            yield from (dict(zip(names, row, strict=True)) for row in zip(*values, strict=True))
+        with snapshots.reading(manifest, STAGE) as file:
+            for some in storage.read_row_groups(file, [*{*columns, *feasible.PRESENT, "instance_key"}]):
+                known = some.select(columns)
+                alone = pc.and_(pc.fill_null(pc.equal(some["kind"], "image"), False), pc.is_null(some["frame"]))
+                if pc.any(alone).as_py():
+                    keys = pc.if_else(alone, pc.coalesce(some["instance_key"], some["series_key"]), some["series_key"])
+                    known = known.set_column(columns.index("series_key"), "series_key", keys)
+                values = [*(column.to_pylist() for column in known.columns), feasible.present(some)]
+                names = (*columns, "present")
+                yield from (dict(zip(names, row, strict=True)) for row in zip(*values, strict=True))
     except FileNotFoundError:
         raise ValueError(f"segment.manifest: there is no manifest at {manifest}; run the catalog job") from None
 
