@@ -107,6 +107,12 @@ def test_every_page_is_listed_on_the_first_one() -> None:
     assert listed == set(PAGES) - {DOCS / "index.md"} - jobs
 
 
+def test_the_picture_of_imports_is_what_import_linter_checks() -> None:
+    layers = tomllib.loads(read(ROOT / "pyproject.toml"))["tool"]["importlinter"]["contracts"][0]["layers"]
+    shown = " ".join(read(DOCS / "explanation/code.md").rpartition("```text\n")[2].partition("```")[0].split())
+    assert shown.split(" > ") == [layer.replace("rayseg.", "") for layer in layers]
+
+
 def test_the_citation_is_of_this_version() -> None:
     project = tomllib.loads(read(ROOT / "pyproject.toml"))["project"]
     cited = yaml.safe_load(read(ROOT / "CITATION.cff"))
@@ -131,7 +137,9 @@ GUIDED = [command for page in (README, *GUIDES) for command in commands(page)]
 def inner(command: Command) -> Command:
     """The job of a line that submits it, or names its interpreter."""
     found = list(command.words)
-    if found[0] == "submit":
+    if found[0] == "rayseg" and found[1] in manual.JOBS and "--help" not in found:
+        found = ["python", "-m", f"jobs.{found[1]}", *found[2:]]
+    elif found[0] == "submit":
         found = ["python", "-m", *found[1:]]
     elif found[:3] == ["ray", "job", "submit"] and "--" in found:
         found = found[found.index("--") + 1 :]
@@ -140,7 +148,7 @@ def inner(command: Command) -> Command:
 
 def test_commands_are_found() -> None:
     assert len(GUIDED) > 120
-    assert {"make", "python", "curl", "rayseg"} <= {command.words[0] for command in GUIDED}
+    assert {"make", "rayseg", "curl", "submit"} <= {command.words[0] for command in GUIDED}
 
 
 @pytest.mark.parametrize("command", GUIDED, ids=lambda command: f"{command.page.stem}: {' '.join(command.words)[:60]}")
