@@ -133,7 +133,7 @@ def pacs(asked: Callable[[], None] = lambda: None) -> Iterator[str]:
     "changed",
     [
         {"profiles": ("glb", "seg-labelmap", "seg", "report", "nifti", "png", "overlays")},
-        {"engine": Engine("openvino"), "nothing_found": "ledger", "concurrency": 2, "cpus_per_actor": 2},
+        {"engine": Engine("openvino"), "nothing_found": "ledger", "cpus_per_actor": 2},
     ],
     ids=["more profiles, in another order", "openvino for auto"],
 )

@@ -30,6 +30,7 @@ from rayseg.inference.watch import STEPS
 from rayseg.models.engine import Engine
 from rayseg.tracking import bundle
 from tests import bundles
+from tests.canaries import PLACES, Canaries, Search
 from tests.unit.test_feasible import ct, series
 from tests.unit.unread_archives import cataloged, for_network, planned, task
 
@@ -180,6 +181,27 @@ def test_a_file_says_what_is_in_it_and_of_nobody(tmp_path: Path, predictor: Pred
     whole = b"".join(str(rows).encode() for rows in duckdb.sql(f"SELECT * EXCLUDE mask FROM '{path}'").fetchall())
     for name in (b"A^B", b"P1", b"1.2.3.1", b".dcm"):
         assert name not in whole + path.read_bytes(), name
+
+
+def test_kept_masks_hold_no_identity(tmp_path: Path, predictor: Predictor) -> None:
+    canaries, files = Canaries(), {}
+    for number in range(3):
+        dataset = pydicom.dcmread(io.BytesIO(ct(number)))
+        for place, level in enumerate(("Study", "Series", "FrameOfReference")):
+            setattr(dataset, f"{level}{'' if level[0] == 'F' else 'Instance'}UID", f"2.25.{10**30 + place}")
+        dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID = f"2.25.{10**31 + number}"
+        canaries.fill(dataset, "a")
+        buffer = io.BytesIO()
+        dataset.save_as(buffer, enforce_file_format=True)
+        files[f"{canaries.new(PLACES)}.dcm"] = buffer.getvalue()
+    of = keeping(tmp_path, ("seg",))
+    (cell,) = planned(cataloged(tmp_path, files), of).todo
+    cut_short(tmp_path / "archive" / next(iter(files)))
+    assert segment_series(predictor, of, **for_network(cell))["slices"] == 2
+    search = Search(canaries)
+    assert not search.folder(tmp_path / "output")
+    assert search.files == 1
+    assert search.folder(tmp_path / "out"), "a segmentation must carry some"
 
 
 def test_what_another_try_may_see_is_not_kept(tmp_path: Path, predictor: Predictor) -> None:
