@@ -23,7 +23,7 @@ import ray
 import trimesh
 from PIL import Image
 
-from rayseg import storage
+from rayseg import storage, work
 from rayseg.data import synthetic
 from rayseg.data.catalog import CatalogConfig, catalog
 from rayseg.data.labels import Labels
@@ -352,6 +352,19 @@ archive.segment(archive.{replace(archive, unrecorded=2)!r})
     verified = segment(replace(archive, verify=True))
     assert (verified.segmented, verified.skipped) == (2, PATIENTS - 2)
     assert contents(archive) == contents(done.config)
+
+
+def test_few_slices_are_segmented_without_ray_and_have_the_same_bytes(
+    archive: SegmentConfig, done: Done, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(work, "in_cluster", lambda *_: False)
+    monkeypatch.setattr(ray.data.Dataset, "map_batches", None)
+    result = segment(archive)
+    assert (result.segmented, result.rejected) == (PATIENTS, 0)
+    assert contents(archive) == contents(done.config)
+    assert same_rows(archive, done.config)
+    other = segment(replace(archive, profiles=("nifti", *archive.profiles)))
+    assert other.from_masks == PATIENTS
 
 
 def same_rows(one: SegmentConfig, other: SegmentConfig) -> bool:

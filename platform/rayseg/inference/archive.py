@@ -7,6 +7,8 @@ Masks are kept (`kept`). A run in which only the files are others than before ma
 """
 
 import logging
+import os
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -18,8 +20,8 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from rayseg import cluster, lease, storage
 from rayseg import config as configuration
+from rayseg import lease, storage, work
 from rayseg.data.catalog import CatalogConfig, catalog
 from rayseg.data.layouts import Layout
 from rayseg.data.range import Known
@@ -129,10 +131,6 @@ def segment(config: SegmentConfig) -> SegmentResult:
             rejects than `max_reject_fraction`.
     """
     began = time.monotonic()
-    cluster.connect()
-    if not config.dry_run:
-        bundle = {"CPU": config.cpus_per_actor, "GPU": config.gpus_per_actor}
-        cluster.require("segment", bundle, config.concurrency, _KEYS)
     output = storage.absolute(config.output)
     if config.dry_run:
         result = _archive(config, output, lambda: None)
@@ -310,6 +308,11 @@ def _segmented(
     workers = stream.Workers(
         config.concurrency, config.cpus_per_actor, config.gpus_per_actor, config.engine, config.mirror, known
     )
+    # TensorFlow would take threads and GPUs of the driver.
+    amount = sys.maxsize if config.engine.name == "tensorflow" else planned.slices
+    asked = {"CPU": config.cpus_per_actor, "GPU": config.gpus_per_actor}
+    if not work.in_cluster("segment", amount, asked, config.concurrency, _KEYS):
+        workers = replace(workers, actors=1, cpus=max(config.cpus_per_actor, os.cpu_count() or 1), here=True)
     rows: list[dict[str, Any]] = []
     waiting: list[dict[str, Any]] = []
     todo = len(planned.todo) + len(planned.kept)

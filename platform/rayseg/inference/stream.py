@@ -12,16 +12,13 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import ray
-import ray.data
 
 from rayseg import logs
 from rayseg.data.range import Known
-from rayseg.grant import keep_to_grant
 from rayseg.inference.plan import unpacked_series
 from rayseg.inference.predictor import Mirror, Predictor
 from rayseg.inference.remake import Model, remake_series
@@ -29,6 +26,10 @@ from rayseg.inference.series import Task, segment_series
 from rayseg.models.engine import Engine, require_gpu
 from rayseg.records import LEDGER, REJECTS
 from rayseg.tracking.bundle import KERAS_FILE
+
+# Takes seconds, and archives of few slices need none.
+if TYPE_CHECKING:
+    import ray
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ class Workers:
     engine: Engine = field(default_factory=Engine)
     mirror: Mirror | None = None
     known: Known | None = None  # of several models or mirror images, what they are judged by
+    here: bool = False  # there are no actors: this process does it, without Ray
 
 
 # What an actor does with a series, a row of `plan.SCHEMA`: its ledger row, or None where kept masks are of no use.
@@ -93,6 +95,12 @@ def _segmented(
 ) -> Iterator[list[dict[str, Any]]]:
     if not workers.gpus and workers.engine.name == "auto":
         workers = replace(workers, engine=replace(workers.engine, name="openvino"))
+    if workers.here:
+        for _, some in _streamed(todo, partial(_loaded, bundle_dirs, task, workers), workers, 0.0):
+            yield some
+        return
+    import ray
+
     needless = {KERAS_FILE} if workers.engine.name == "openvino" else set()
     files = [{file.name: file for file in folder.iterdir() if file.name not in needless} for folder in bundle_dirs]
     bundles = ray.put([{name: np.fromfile(file, np.uint8) for name, file in some.items()} for some in files])
@@ -104,6 +112,14 @@ def _streamed(
     todo: Sequence[bytes], start: Callable[[], _Work], workers: Workers, gpus: float
 ) -> Iterator[tuple[list[int], list[dict[str, Any]]]]:
     """Yields numbers of series, and what `start`'s function gave of each, as they end."""
+    if workers.here:
+        numbered = pa.table({"number": range(len(todo)), "series": pa.array(todo, pa.binary())})
+        for batch in _Segmenter(start, workers.cpus, logs.told())(numbered):
+            ended = batch.to_pylist()
+            yield [row.pop("number") for row in ended], ended
+        return
+    import ray.data
+
     share = len(todo) // (_TASKS_PER_ACTOR * workers.actors)
     per_task = min(max(share, workers.cpus), _SERIES_PER_THREAD * workers.cpus)
     for first in range(0, len(todo), _SERIES_PER_DATASET):
@@ -169,6 +185,10 @@ class _Segmenter:
 
 def _segmenting(bundles: "ray.ObjectRef[list[_Files]]", task: Task, workers: Workers) -> _Work:
     """In the actor: loads the model."""
+    import ray
+
+    from rayseg.grant import keep_to_grant
+
     if keep_to_grant():
         require_gpu(workers.engine, "segment.gpus_per_actor")
     with tempfile.TemporaryDirectory() as folder:
@@ -178,13 +198,14 @@ def _segmenting(bundles: "ray.ObjectRef[list[_Files]]", task: Task, workers: Wor
             places[-1].mkdir()
             for name, content in files.items():
                 content.tofile(places[-1] / name)
-        predictor = Predictor.load(
-            *places,
-            engine=workers.engine,
-            threads=workers.cpus,
-            mirror=workers.mirror,
-            known=workers.known,
-        )
+        return _loaded(places, task, workers)
+
+
+def _loaded(bundle_dirs: Sequence[Path], task: Task, workers: Workers) -> _Work:
+    """Loads the model."""
+    predictor = Predictor.load(
+        *bundle_dirs, engine=workers.engine, threads=workers.cpus, mirror=workers.mirror, known=workers.known
+    )
 
     def work(series: dict[str, Any]) -> dict[str, Any]:
         series.pop("masks")
