@@ -87,6 +87,9 @@ def test_a_killed_cross_validation_goes_on_and_scores_everybody_once(tmp_path: P
     assert mlflow.get_run(of_first.run_id).info.end_time == ended_ms, "a fold that had ended is left alone"
     children = runs.tagged(uri, "rayseg", {"mlflow.parentRunId": result.run_id})
     assert sorted(children) == sorted(fold.run_id for fold in result.folds)
+    # By default the precision is measured: once, for all folds, whatever becomes of the driver.
+    (decided,) = {mlflow.get_run(child).data.params["mixed_precision"] for child in children}
+    assert decided == mlflow.get_run(result.run_id).data.params["train.mixed_precision"] != "auto"
     assert runs.tagged(uri, "rayseg", {"rayseg.kind": "crossvalidation"}) == [result.run_id]
     assert {mlflow.get_run(run_id).info.status for run_id in (*children, result.run_id)} == {"FINISHED"}
     versions = Counter(version.name for version in mlflow.search_model_versions())
