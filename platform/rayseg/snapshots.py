@@ -14,7 +14,7 @@ import logging
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -36,9 +36,10 @@ class Writer:
     """Of one job's next version of the table at `uri`. Other jobs are to be kept off, see `lease`."""
 
     def __init__(self, uri: str) -> None:
-        """Remembers the version that is to be replaced."""
+        """Remembers the version that is to be replaced, and the files that are there."""
         self.uri = uri
         self._table = tables.opened(uri)
+        self._old = set(_files(uri))
 
     def write(self, path: Path, counts: Mapping[str, Any] | None = None) -> None:
         """Makes the rows of the local Parquet file `path` those of the table. The same file again is no new version.
@@ -59,7 +60,9 @@ class Writer:
         if self._table is None or _names(self._table) != [name]:
             storage.write_file(storage.join(self.uri, name), path)
             self._commit(name, path, counts or {})
-        _clear(self.uri, name)
+        elif self._now().version() != self._table.version():
+            raise self._lost()
+        self._clear()
 
     def _commit(self, name: str, path: Path, counts: Mapping[str, Any]) -> None:
         from deltalake import CommitProperties, Schema
@@ -98,12 +101,33 @@ class Writer:
                     raise
                 if _names(there) != [name]:  # else it is ours, and the answer was lost
                     storage.delete(storage.join(self.uri, name))
-                    raise lease.LostError(
-                        f"another job has replaced the rows of {self.uri} while this process was paused or cut off "
-                        "from the store; its rows stay. Start the job again"
-                    ) from None
+                    raise self._lost() from None
 
         tried(call)
+
+    def _now(self) -> Any:
+        """The version that is there now."""
+        table = tables.opened(self.uri)
+        if table is None:
+            raise self._lost()
+        return table
+
+    def _lost(self) -> lease.LostError:
+        return lease.LostError(
+            f"another job has replaced the rows of {self.uri} while this process was paused or cut off from the store; "
+            "its rows stay. Start the job again"
+        )
+
+    def _clear(self) -> None:
+        """Removes the files of earlier versions, and of commits that never came.
+
+        Those that were there at first alone: if another job has taken over meanwhile, its file may wait for its commit.
+        """
+        if readers := lease.living(storage.join(self.uri, READERS)):
+            logger.info("rows that were replaced stay until they are again: %s reads them", readers[0])
+            return
+        for name in self._old.difference(_names(self._now())):
+            storage.delete(storage.join(self.uri, name))
 
 
 def write_table(uri: str, rows: pa.Table) -> None:
@@ -174,12 +198,11 @@ def _names(table: Any) -> list[str]:
     return sorted(pa.table(table.get_add_actions())["path"].to_pylist())
 
 
-def _clear(uri: str, keep: str) -> None:
-    """Removes the files of earlier versions, and of commits that never came."""
-    if readers := lease.living(storage.join(uri, READERS)):
-        logger.info("rows that were replaced stay until they are again: %s reads them", readers[0])
-        return
-    for info in list(storage.list_files(uri, (".parquet",))):
-        name = info.uri[len(uri.rstrip("/")) + 1 :]
-        if _FILE.fullmatch(name) and name != keep:
-            storage.delete(info.uri)
+def _files(uri: str) -> Iterator[str]:
+    """The names of files of rows, of any version, in the table's folder."""
+    if not is_file(uri):
+        with suppress(FileNotFoundError):
+            for info in storage.list_files(uri, (".parquet",)):
+                name = info.uri[len(uri.rstrip("/")) + 1 :]
+                if _FILE.fullmatch(name):
+                    yield name

@@ -165,6 +165,34 @@ def test_a_job_that_was_overtaken_changes_nothing(uri: str, tmp_path: Path) -> N
         with pytest.raises(lease.LostError, match="another job has replaced the rows"):
             first.write(file_of(tmp_path, f"first {before}"))
         assert plain(uri).equals(manifest_of(f"second {before}"))
+    first, second = snapshots.Writer(uri), snapshots.Writer(uri)
+    second.write(file_of(tmp_path, "third"))
+    with pytest.raises(lease.LostError, match="another job has replaced the rows"):
+        first.write(file_of(tmp_path, "second a"))  # as they were when it began
+    assert plain(uri).equals(manifest_of("third"))
+
+
+def test_who_clears_up_late_leaves_what_others_are_about_to_commit(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace(uri, tmp_path, "a")
+    late = snapshots.Writer(uri)
+    clear, others = late._clear, []
+
+    def clear_late() -> None:
+        others.append(snapshots.Writer(uri))
+        commit = others[0]._commit
+
+        def commit_after(*arguments: Any) -> None:
+            clear()
+            commit(*arguments)
+
+        monkeypatch.setattr(others[0], "_commit", commit_after)
+        others[0].write(file_of(tmp_path, "c"))
+
+    monkeypatch.setattr(late, "_clear", clear_late)
+    late.write(file_of(tmp_path, "b"))
+    assert plain(uri).equals(manifest_of("c"))
 
 
 def test_a_file_of_before_becomes_a_table(uri: str, tmp_path: Path) -> None:
@@ -187,7 +215,7 @@ def test_a_death_at_any_step_is_mended_by_the_next(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as dying:
-        dying.setattr(snapshots.Writer if step == "_commit" else snapshots, step, die)
+        dying.setattr(snapshots.Writer, step, die)
         with pytest.raises(KeyboardInterrupt):
             replace(uri, tmp_path, "b")
     assert snapshots.read_table(uri).equals(manifest_of("a" if step == "_commit" else "b"))
