@@ -54,7 +54,7 @@ class TrainConfig:
     """A training run.
 
     Two runs of equal configuration and data end with equal weights; `num_workers` and `accumulation` change them by
-    rounding only. `mixed_precision: auto` is not a whole configuration: see `precision`.
+    rounding only. What `mixed_precision: auto` chooses depends on the machine; from then on it is part of the run.
     """
 
     prepared: str = ""  # URI of a prepared set
