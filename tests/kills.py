@@ -144,6 +144,9 @@ class Kills:
                 last.go()
                 assert last.end()
         found = state(stage, output)
+        if not all(ended) and len(ended) == 2:
+            # Who is killed after the other one's end leaves a lease, for the next job to take.
+            found = {path: left for path, left in found.items() if not path.endswith(lease.SUFFIX)}
         assert found == self._expected[stage], difference(found, self._expected[stage])
         self.done[f"{stage}, {drivers} driver(s)"] += 1
         self.killed[stage] += killed
