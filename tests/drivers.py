@@ -32,3 +32,30 @@ def kill_when(job: str, recipe: Path, folder: Path, pattern: str) -> None:
     ended.set()
     watcher.join()
     assert driver.returncode == -signal.SIGKILL, printed.decode()
+
+
+def dying_at_the_first_rows(config: object) -> str:
+    """A program that begins `archive.segment(config)` and dies by SIGKILL when a series stands in the ledger.
+
+    All series are one task, of the cluster of RAY_ADDRESS.
+    """
+    return f"""
+import os
+from rayseg import cluster
+from rayseg.inference import archive, ledger, stream
+from rayseg.inference.plan import Estimate
+from rayseg.inference.postprocess import Postprocess
+from rayseg.models.engine import Engine
+
+append = ledger.append
+
+def append_and_die(output, rows, rejects):
+    append(output, rows, rejects)
+    if rows:
+        os.kill(os.getpid(), {signal.SIGKILL.value})
+
+ledger.append = append_and_die
+stream._TASKS_PER_ACTOR = 1
+cluster.connect()
+archive.segment(archive.{config!r})
+"""

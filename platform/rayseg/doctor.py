@@ -96,11 +96,11 @@ def _processor() -> Iterator[Finding]:
 
 def _packages() -> Iterator[Finding]:
     missing = [name for name in _PACKAGES if _version(name) is None]
-    told = ", ".join(f"{name} {_version(name)}" for name in _PACKAGES if name not in missing)
+    versions = ", ".join(f"{name} {_version(name)}" for name in _PACKAGES if name not in missing)
     if missing:
         yield Finding("packages", "bad", f"{', '.join(missing)} missing: run make setup, or install the lock")
     else:
-        yield Finding("packages", "good", told)
+        yield Finding("packages", "good", versions)
 
 
 def _version(name: str) -> str | None:
@@ -182,12 +182,12 @@ def _of_recipe(path: str) -> Iterator[Finding]:
     sections = {name: values for name, values in recipe.items() if isinstance(values, dict)}
     if unknown := sorted(sections.keys() - config.SECTIONS):
         yield Finding("recipe", "bad", f"unknown sections: {', '.join(unknown)}")
-    made = {values[key] for values in sections.values() for key in _WRITTEN if isinstance(values.get(key), str)}
+    outputs = {values[key] for values in sections.values() for key in _WRITTEN if isinstance(values.get(key), str)}
     looks: dict[tuple[str, str], Callable[[str, str], Finding]] = {}
     for name, values in sections.items():
         for key in (*_READ, *_WRITTEN):
             uri = values.get(key)
-            if isinstance(uri, str) and uri and (key in _WRITTEN or uri not in made):
+            if isinstance(uri, str) and uri and (key in _WRITTEN or uri not in outputs):
                 looks.setdefault((f"{name}.{key}", uri), _to_write if key in _WRITTEN else _to_read)
     for (about, uri), look in looks.items():
         yield look(about, uri)

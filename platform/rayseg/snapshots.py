@@ -71,8 +71,8 @@ class Writer:
 
         footer = pq.read_metadata(path)
         # Nothing of the rows but their number: a URI may name a patient.
-        told = json.dumps({"numRecords": footer.num_rows})
-        added = [AddAction(name, path.stat().st_size, {}, int(time.time() * 1000), True, told)]
+        statistics = json.dumps({"numRecords": footer.num_rows})
+        added = [AddAction(name, path.stat().st_size, {}, int(time.time() * 1000), True, statistics)]
         schema = Schema.from_arrow(footer.schema.to_arrow_schema().remove_metadata())
         # Bound to the version after the one that was there at first.
         properties = CommitProperties(

@@ -14,10 +14,11 @@ from tests import bundles
 pytestmark = [pytest.mark.e2e, pytest.mark.ray]
 
 ROOT = Path(__file__).parents[2]
+WITH_RAY = "from rayseg import work; work.FEW = 0; from jobs.segment import main; main()"
 
 
 def test_the_result_is_the_last_line_of_both_streams_and_libraries_are_quiet(tmp_path: Path) -> None:
-    """Of the job with most stages: it catalogs, then segments in a pool of actors."""
+    """Of the job with most stages: it catalogs, then segments in a pool of actors; few slices as they are, with Ray."""
     synthetic.write_studies(str(tmp_path / "studies"), patients=2, slices=3, size=32, seed=5, masks=False)
     tracking_uri = f"sqlite:///{tmp_path}/mlflow.db"
     bundles.register(tracking_uri, "brain", bundles.write_bundle(tmp_path / "bundle", 100.0))
@@ -31,7 +32,7 @@ def test_the_result_is_the_last_line_of_both_streams_and_libraries_are_quiet(tmp
     apart = {"RAY_ADDRESS", "RAY_AUTH_MODE", "TF_CPP_MIN_LOG_LEVEL", "PYTHONPATH"}  # what the tests' own cluster needs
     environment = {name: value for name, value in os.environ.items() if name not in apart}
     run = subprocess.run(
-        [sys.executable, "-m", "jobs.segment", *(part for one in settings for part in ("--set", one))],
+        [sys.executable, "-c", WITH_RAY, *(part for one in settings for part in ("--set", one))],
         cwd=ROOT,
         env=environment | {"PYTHONPATH": f"{ROOT / 'platform'}:{ROOT}"},
         stdout=subprocess.PIPE,
@@ -41,6 +42,7 @@ def test_the_result_is_the_last_line_of_both_streams_and_libraries_are_quiet(tmp
         check=False,
     )
     assert run.returncode == 0, run.stdout
+    assert "started a Ray cluster" in run.stdout
     *lines, last = run.stdout.splitlines()
     assert json.loads(last)["segmented"] == 2
     assert [line for line in lines if " rayseg." not in line] == []

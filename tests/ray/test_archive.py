@@ -42,6 +42,7 @@ from rayseg.tracking import registry, runs
 from serving.jobs import JobAnswer, JobRequest, Jobs, JobsConfig, ServedModel
 from serving.refusals import RefusalError
 from serving.runner import RayRunners
+from tests.drivers import dying_at_the_first_rows
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
@@ -307,27 +308,7 @@ def test_a_series_that_has_got_a_slice_is_done_again(spoilable: SegmentConfig, m
 def test_a_killed_run_is_taken_up_by_one_that_waited_and_ends_as_an_undisturbed_one(
     archive: SegmentConfig, done: Done, caplog: pytest.LogCaptureFixture
 ) -> None:
-    # A driver of its own, that dies by SIGKILL as soon as a series stands in the ledger; all are one task.
-    script = f"""
-import os
-from rayseg import cluster
-from rayseg.inference import archive, ledger, stream
-from rayseg.inference.plan import Estimate
-from rayseg.inference.postprocess import Postprocess
-from rayseg.models.engine import Engine
-
-append = ledger.append
-
-def append_and_die(output, rows, rejects):
-    append(output, rows, rejects)
-    if rows:
-        os.kill(os.getpid(), {signal.SIGKILL.value})
-
-ledger.append = append_and_die
-stream._TASKS_PER_ACTOR = 1
-cluster.connect()
-archive.segment(archive.{replace(archive, unrecorded=2)!r})
-"""
+    script = dying_at_the_first_rows(replace(archive, unrecorded=2))
     with subprocess.Popen(
         [sys.executable, "-c", script],
         env=os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address},

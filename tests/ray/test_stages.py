@@ -30,6 +30,7 @@ from rayseg.inference.archive import SegmentConfig, segment
 from rayseg.models.engine import Engine
 from rayseg.tracking import registry
 from tests import bundles
+from tests.drivers import dying_at_the_first_rows
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
@@ -252,25 +253,7 @@ def test_a_run_that_is_killed_amid_its_files_goes_on_without_the_network(
     done: SegmentConfig, copy: SegmentConfig, no_network: None
 ) -> None:
     other = replace(copy, profiles=("seg", "glb"), unrecorded=1)
-    script = f"""
-import os
-from rayseg import cluster
-from rayseg.inference import archive, ledger, stream
-from rayseg.inference.postprocess import Postprocess
-from rayseg.models.engine import Engine
-
-append = ledger.append
-
-def append_and_die(output, rows, rejects):
-    append(output, rows, rejects)
-    if rows:
-        os.kill(os.getpid(), {signal.SIGKILL.value})
-
-ledger.append = append_and_die
-stream._TASKS_PER_ACTOR = 1
-cluster.connect()
-archive.segment(archive.{other!r})
-"""
+    script = dying_at_the_first_rows(other)
     environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     killed = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr

@@ -131,7 +131,7 @@ def catalog(config: CatalogConfig) -> CatalogResult:
         _write_without_image(output, [_below(source, path) for path in lonely])
         if snapshots.is_file(output):  # of an earlier version: between its end and the table's begin nothing is lost
             parts.keep(Path(folder, "manifest"))
-        table.write(Path(folder, "manifest"), counts.told(objects))
+        table.write(Path(folder, "manifest"), counts.history(objects))
         parts.remove()
     rows, rejected = counts.accepted + counts.reasons.total(), counts.reasons.total()
     reasons = dict(sorted(counts.reasons.items()))
@@ -176,7 +176,7 @@ class _Counts:
     patients: set[str] = field(default_factory=set)
     series: set[str] = field(default_factory=set)
 
-    def told(self, objects: int) -> dict[str, Any]:
+    def history(self, objects: int) -> dict[str, Any]:
         """What the manifest's history tells of it."""
         return {
             "objects": objects,

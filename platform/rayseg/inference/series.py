@@ -77,12 +77,12 @@ def segment_series(
     labels = predictor.bundle.labels.names
     masks: dict[str, Any] | None = None
     try:
-        made = _segmented(predictor, task, series_key, kind, profiles, wanted, refused, watch)
+        outcome = _segmented(predictor, task, series_key, kind, profiles, wanted, refused, watch)
         ended: dict[str, Any] | Reject
-        if isinstance(made, Reject):
-            ended = made
+        if isinstance(outcome, Reject):
+            ended = outcome
         else:
-            series, heads = made
+            series, heads = outcome
             with watch.step("write"):
                 written = kept.write(task.keep, series, labels, predictor.engine, heads, refused)
             if isinstance(written, Reject):

@@ -74,8 +74,8 @@ def choice(paces: Sequence[Mapping[str, float]]) -> Decision:
         return Decision(FLOAT32, "not every worker has instructions for bfloat16")
     slowest = {policy: max(pace[policy] for pace in paces) for policy in (FLOAT32, BFLOAT16)}
     faster = slowest[FLOAT32] >= _LEAST_GAIN * slowest[BFLOAT16]
-    told = ", ".join(f"{policy} {seconds:.3g} s a step" for policy, seconds in slowest.items())
-    return Decision(BFLOAT16 if faster else FLOAT32, told)
+    measured = ", ".join(f"{policy} {seconds:.3g} s a step" for policy, seconds in slowest.items())
+    return Decision(BFLOAT16 if faster else FLOAT32, measured)
 
 
 def _measured(config: "TrainConfig", prepared: "PreparedSet") -> Decision:
