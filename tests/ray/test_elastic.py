@@ -56,6 +56,7 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> Any:
         cluster.remove_node(node, allow_graceful=False)
 
 
+@pytest.mark.slow
 def test_a_node_that_is_taken_away_and_one_that_comes_change_rounding_only(
     discs: str, tmp_path: Path, nodes: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -64,6 +65,7 @@ def test_a_node_that_is_taken_away_and_one_that_comes_change_rounding_only(
     fixed = fit(alone)
 
     monkeypatch.setattr(trainer, "RESIZE_S", 5.0)
+    monkeypatch.setattr(trainer, "LOOK_S", 0.0)  # at each step: a fast machine is through an epoch in five seconds
     for name, value in {"ENABLE_PREEMPTION_WATCHER": "1", "PREEMPTION_POLL_INTERVAL_S": "0.3"}.items():
         monkeypatch.setenv(f"RAY_TRAIN_{name}", value)
     copied = tmp_path / "prepared"
@@ -73,6 +75,7 @@ def test_a_node_that_is_taken_away_and_one_that_comes_change_rounding_only(
     shutil.copy(shard, whole)
     os.mkfifo(pipe)
     spot = nodes.add_node(num_cpus=CPUS, object_store_memory=100_000_000)
+    look_at_nodes()
 
     def said(file: str, key: str) -> int:
         with suppress(ValueError):  # none yet

@@ -38,7 +38,6 @@ logger = logging.getLogger(__name__)
 ATTEMPTS_FILE = "attempts.json"
 Publish = Callable[[State], None]
 NO_GPU_FILE = "no-gpu.json"  # a rank without the GPU that it was to have says so, and all ranks stop
-LOOK_S = 5.0  # between two looks for an announced loss
 KEEP_S = 600.0  # of work that a loss without notice may cost
 LAST_KEEP_S = 30.0  # the same within the time that a notice gives
 
@@ -49,7 +48,8 @@ def train_worker(job: dict[str, Any]) -> dict[str, Any]:
     Args:
         job: `config`, a plain `TrainConfig` with absolute URIs; `prepared`, its set, as it was when the driver began,
             even if another one is prepared in its place; `run_id` in MLflow; `folder`, URI of the run's folder;
-            `quiet`, whether to leave out the lines on each epoch; `told`, of the driver, for the log.
+            `quiet`, whether to leave out the lines on each epoch; `told`, of the driver, for the log; `look_s`, between
+            two looks for an announced loss.
 
     Returns:
         `attempts`, how often workers began on this run; `diverged`, the epoch whose loss is not finite, or None;
@@ -80,16 +80,25 @@ def train_worker(job: dict[str, Any]) -> dict[str, Any]:
             state = State()
         else:
             logger.info("rank %d of %d goes on after epoch %d, step %d", rank, ranks, state.epoch, state.part.step)
-        diverged = _Run(config, learner, state, job["folder"], Path(outputs), publish).to_the_end(watchdog)
+        run = _Run(config, learner, state, job["folder"], Path(outputs), publish, look_s=job["look_s"])
+        diverged = run.to_the_end(watchdog)
     return {"attempts": attempts, "diverged": diverged, "no_gpu": False}
 
 
 class _Run:
     def __init__(
-        self, config: TrainConfig, learner: Learner, state: State, folder: str, outputs: Path, publish: Publish
+        self,
+        config: TrainConfig,
+        learner: Learner,
+        state: State,
+        folder: str,
+        outputs: Path,
+        publish: Publish,
+        *,
+        look_s: float,
     ) -> None:
         self._config, self._learner, self._state = config, learner, state
-        self._folder, self._outputs, self._publish = folder, outputs, publish
+        self._folder, self._outputs, self._publish, self._look_s = folder, outputs, publish, look_s
         self._callbacks = rules(config)
         self._looked = self._kept = state.part
         self._pace, self._noticed = 1, False  # steps between two looks; as all of these the same on all ranks
@@ -138,12 +147,12 @@ class _Run:
         return None
 
     def _look(self, step: int, summed: Callable[[], Part]) -> None:
-        """About every `LOOK_S`: keeps what is done of the epoch where it would be much, or the last chance."""
+        """About every `look_s`: keeps what is done of the epoch where it would be much, or the last chance."""
         if step - self._looked.step < self._pace:
             return
         done = summed()
         seconds_a_step = (done.seconds - self._looked.seconds) / (step - self._looked.step)
-        self._pace, self._looked = max(1, round(LOOK_S / seconds_a_step)), done
+        self._pace, self._looked = max(1, round(self._look_s / seconds_a_step)), done
         # Waits for all ranks, and tells them what rank 0 knows.
         notice = ray.train.get_preemption_info()
         first, self._noticed = notice is not None and not self._noticed, notice is not None

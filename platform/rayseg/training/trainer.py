@@ -42,6 +42,7 @@ __all__ = ["TrainConfig", "TrainResult", "fit"]
 
 logger = logging.getLogger(__name__)
 
+LOOK_S = 5.0  # between two looks for the announced loss of a node
 RESIZE_S = 60.0  # between two looks for nodes that an elastic run could take
 KEYS = {"CPU": "cpus_per_worker", "GPU": "gpus_per_worker", "count": "num_workers"}
 
@@ -194,6 +195,7 @@ def _train(
             "folder": folder,
             "quiet": trial is not None,
             "told": logs.told(),
+            "look_s": LOOK_S,
         },
         scaling_config=ScalingConfig(
             num_workers=(config.least_workers, config.most_workers) if config.elastic else config.most_workers,
