@@ -13,15 +13,31 @@ from rayseg.keys import Group
 
 
 def generate(what: str) -> str:
-    """The Markdown for a mark: `keys JOB`, `codes MODULE NAME`, `columns MODULE NAME`, `figures`, `http`, `client`."""
+    """The Markdown for a mark.
+
+    `keys JOB`, `group MODULE NAME`, `codes MODULE NAME`, `columns MODULE NAME`, `figures`, `http`, `client`.
+    """
     kind, *names = what.split()
-    kinds = {"keys": _keys, "codes": _codes, "columns": _columns, "figures": _figures, "http": _http, "client": _client}
+    kinds = {
+        "keys": _keys,
+        "group": _group,
+        "codes": _codes,
+        "columns": _columns,
+        "figures": _figures,
+        "http": _http,
+        "client": _client,
+    }
     return kinds[kind](*names)
 
 
 def _keys(job: str) -> str:
     """All keys of a job's section, a table for each group."""
     return "\n".join(["## Keys", "", *_tables(keys.of_job(job))])
+
+
+def _group(module: str, name: str) -> str:
+    """The keys of a dataclass."""
+    return "\n".join(_tables(keys.of_class(module, name)))
 
 
 def _tables(group: Group) -> list[str]:

@@ -31,10 +31,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from rayseg import doctor
 
         doctor.main(rest)
+    elif name == "run":
+        from rayseg import chain
+
+        chain.main(rest)
     elif name in manual.JOBS:
         _job(name, rest)
     else:
-        near = get_close_matches(name, (*manual.JOBS, "ask", "doctor"), 1)
+        near = get_close_matches(name, (*manual.JOBS, *manual.COMMANDS), 1)
         meant = f"; did you mean {near[0]}?" if near else "; see rayseg --help"
         print(f"rayseg: there is no {name}{meant}", file=sys.stderr)
         raise SystemExit(2)

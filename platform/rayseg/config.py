@@ -1,14 +1,17 @@
 """Typed configuration: frozen dataclasses read from one section of a YAML recipe.
 
-A recipe is a YAML file with one section a job (`catalog:`, `prepare:`, `train:`, ...). A job reads its own section into
-its dataclass; `--set a.b=c` changes single values, parsed as YAML. Every error is one line that names the key.
+A recipe is a YAML file with one section a job (`catalog:`, `prepare:`, `train:`, ...), and `common:` for what several
+sections share. A job reads its own section into its dataclass; `--set a.b=c` changes single values, parsed as YAML.
+Every error is one line that names the key.
 """
 
 import dataclasses
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,12 +38,30 @@ SECTIONS = frozenset(
         "benchmark",
     }
 )
+NAMES = SECTIONS | {"common"}  # of all sections of a recipe
+_TRACKING = "MLFLOW_TRACKING_URI"
+
+
+@dataclass(frozen=True)
+class Common:
+    """What sections of a recipe share: a section that does not name such a key has it from here."""
+
+    tracking_uri: str | None = None  # URI of MLflow
+    storage: str | None = None  # URI of a folder for checkpoints
+    prepared: str | None = None  # URI of a prepared set
+    experiment: str | None = None  # experiment in MLflow
+    registered_model: str | None = None  # name of the model that is registered
+    # path of the file with the secret behind the pseudonyms; RAYSEG_PSEUDONYM_KEY_FILE goes before it
+    key: str | None = None
 
 
 def load(
     config_class: type[ConfigT], section: str | None, path: str | Path | None = None, overrides: Sequence[str] = ()
 ) -> ConfigT:
     """Reads section `section` of the YAML recipe at `path` into `config_class`, a frozen dataclass.
+
+    What the section does not name is as the section `common` has it, see `Common`; a `tracking_uri` that neither names
+    is that of the environment, MLFLOW_TRACKING_URI.
 
     Args:
         config_class: the dataclass; nested dataclasses, tuples, literals and optional values are understood.
@@ -52,13 +73,53 @@ def load(
     Raises:
         ValueError: missing or unreadable file, unknown section or key, wrong type, missing value: one line, key named.
     """
-    values = _sections(config_class, path, section) if path is not None else {}
+    return of_recipe(config_class, section, read_recipe(path) if path is not None else {}, overrides)
+
+
+def of_recipe(
+    config_class: type[ConfigT], section: str | None, recipe: Mapping[str, Any], overrides: Sequence[str] = ()
+) -> ConfigT:
+    """As `load`, of a recipe's plain values."""
+    values = _sections(config_class, recipe, section)
     own = {field.name for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
     for override in overrides:
         # `train.epochs=3` says the same to the job train as `epochs=3`.
         named = section is not None and section not in own and override.startswith(f"{section}.")
         _override(values, override.removeprefix(f"{section}.") if named else override)
-    return build(config_class, values)
+    return build(config_class, _with_shared(config_class, values, plain(common(recipe)), nested=section is None))
+
+
+def common(recipe: Mapping[str, Any]) -> Common:
+    """The section `common` of a recipe."""
+    values = recipe.get("common") or {}
+    if not isinstance(values, dict):
+        raise ValueError(f"config key common: expected a mapping, got {values!r:.60}")
+    try:
+        return build(Common, values)
+    except ValueError as error:
+        raise ValueError(str(error).replace("config key ", "config key common.", 1)) from None
+
+
+def shared(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that all sections of the recipe have in common, the tracking store of the environment among them."""
+    values = {name: value for name, value in plain(common(recipe)).items() if value is not None}
+    return ({"tracking_uri": os.environ[_TRACKING]} if os.environ.get(_TRACKING) else {}) | values
+
+
+def _with_shared(config_class: Any, values: dict[str, Any], shared: dict[str, Any], *, nested: bool) -> dict[str, Any]:
+    """The values with those that the class has keys for and the section does not name."""
+    fields = {field.name: field.type for field in dataclasses.fields(config_class)}
+    filled = {name: value for name, value in shared.items() if name in fields and value is not None} | values
+    if fields.get("tracking_uri") is str and not filled.get("tracking_uri") and os.environ.get(_TRACKING):
+        filled["tracking_uri"] = os.environ[_TRACKING]
+    if nested:
+        for name, hint in fields.items():
+            inner = filled.get(name) or {}
+            if dataclasses.is_dataclass(hint) and isinstance(inner, dict):
+                with_shared = _with_shared(hint, inner, shared, nested=False)
+                if with_shared:
+                    filled[name] = with_shared
+    return filled
 
 
 def build(config_class: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
@@ -123,7 +184,8 @@ def read_yaml(text: str) -> Any:
     return yaml.load(text, _Yaml)  # noqa: S506 (it is a SafeLoader)
 
 
-def _sections(config_class: type[Any], path: str | Path, section: str | None) -> dict[str, Any]:
+def read_recipe(path: str | Path) -> dict[str, Any]:
+    """The sections of the recipe at `path` as plain values; raises ValueError where it is none."""
     try:
         recipe = read_yaml(Path(path).read_text(encoding="utf-8")) or {}
     except FileNotFoundError:
@@ -135,8 +197,12 @@ def _sections(config_class: type[Any], path: str | Path, section: str | None) ->
     if not isinstance(recipe, dict):
         raise ValueError(f"config file {path}: expected sections ({', '.join(sorted(SECTIONS))}), got {recipe!r:.60}")
     for key in recipe:
-        if key not in SECTIONS:
-            raise ValueError(f"config key {key}: unknown section in {path}{_meant(str(key), SECTIONS)}")
+        if key not in NAMES:
+            raise ValueError(f"config key {key}: unknown section in {path}{_meant(str(key), NAMES)}")
+    return recipe
+
+
+def _sections(config_class: type[Any], recipe: Mapping[str, Any], section: str | None) -> dict[str, Any]:
     if section is None:
         return {
             name: recipe[name] for name in recipe.keys() & {field.name for field in dataclasses.fields(config_class)}
@@ -144,7 +210,7 @@ def _sections(config_class: type[Any], path: str | Path, section: str | None) ->
     values = recipe.get(section) or {}
     if not isinstance(values, dict):
         raise ValueError(f"config key {section}: expected a mapping, got {values!r:.60}")
-    return values
+    return dict(values)
 
 
 def _override(values: dict[str, Any], override: str) -> None:

@@ -180,7 +180,7 @@ def _of_recipe(path: str) -> Iterator[Finding]:
         yield Finding("recipe", "bad", f"{path} has no sections")
         return
     sections = {name: values for name, values in recipe.items() if isinstance(values, dict)}
-    if unknown := sorted(sections.keys() - config.SECTIONS):
+    if unknown := sorted(sections.keys() - config.NAMES):
         yield Finding("recipe", "bad", f"unknown sections: {', '.join(unknown)}")
     outputs = {values[key] for values in sections.values() for key in _WRITTEN if isinstance(values.get(key), str)}
     looks: dict[tuple[str, str], Callable[[str, str], Finding]] = {}

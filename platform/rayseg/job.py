@@ -4,11 +4,14 @@ import argparse
 import dataclasses
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from rayseg import build, config, logs, manual, meters, retry, work
+from rayseg.dicom import pseudonyms
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +47,7 @@ def run(
     logs.set_up()
     logger.info("rayseg %s from %s", build.current(), build.where())
     try:
+        _give_key(options.config)
         result = function(
             config.load(config_class, None if whole_recipe else section, options.config, options.overrides)
         )
@@ -59,6 +63,13 @@ def run(
     meters.add("rayseg_jobs_total", stage=section, outcome="succeeded")
     print(json.dumps(dataclasses.asdict(result)), flush=True)
     return result
+
+
+def _give_key(recipe: str | None) -> None:
+    """Names the file of the pseudonyms' key by the environment, as all that a job starts has it from there."""
+    key = config.common(config.read_recipe(recipe)).key if recipe else None
+    if key and not any(os.environ.get(name) for name in pseudonyms.VARIABLES):
+        os.environ[pseudonyms.VARIABLES[0]] = str(Path(key).absolute())
 
 
 def _refusal(section: str, text: str) -> str:

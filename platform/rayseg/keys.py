@@ -129,6 +129,13 @@ def of_job(job: str) -> Group:
     return _group_of(*_configuration(job), "")
 
 
+def of_class(module: str, name: str) -> Group:
+    """The keys of a dataclass."""
+    home = find(module)
+    assert home is not None, module
+    return _group_of(home, name, "")
+
+
 def summary(job: str) -> str:
     """What the job does: the docstring of its module."""
     module = find(f"jobs.{job}")

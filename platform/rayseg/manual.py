@@ -10,7 +10,8 @@ JOBS = (
     "serve", "benchmark",
 )  # fmt: skip
 _WIDTH = 100
-_COMMANDS = {
+COMMANDS = {
+    "run": "Runs the stages of a recipe that are not done, from catalog to segment.",
     "ask": "Has a service segment an image, a volume or a series.",
     "doctor": "Looks at this machine, and says what is missing and what to do.",
 }
@@ -18,7 +19,7 @@ _COMMANDS = {
 
 def overview() -> str:
     """Help of the command `rayseg`."""
-    rows = [(job, _summary(job)) for job in JOBS] + list(_COMMANDS.items())
+    rows = [(job, _summary(job)) for job in JOBS] + list(COMMANDS.items())
     width = max(len(name) for name, _ in rows) + 2
     lines = ["usage: rayseg JOB [--config RECIPE.yaml] [--set KEY=VALUE ...]", ""]
     lines += ["Segmentation of medical images on Ray. Research software, not a medical device.", ""]

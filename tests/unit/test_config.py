@@ -1,6 +1,7 @@
 """Configuration: what a user types is either taken exactly or refused in one line that names the key."""
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -126,3 +127,58 @@ def test_flat_keys_are_what_set_takes():
     stage = Stage(output="o", window=Window(1.5, 2.5))
     overrides = [f"{key}={value}" for key, value in config.flat(stage).items()]
     assert config.load(Stage, "train", None, overrides) == stage
+
+
+@dataclass(frozen=True)
+class Scored:
+    prepared: str
+    tracking_uri: str
+    name: str = "scored"
+
+
+@dataclass(frozen=True)
+class Kept:
+    tracking_uri: str | None = None
+
+
+@dataclass(frozen=True)
+class Whole:
+    train: Scored
+    diff: Kept = field(default_factory=Kept)
+
+
+SHARED = "common: {tracking_uri: 'sqlite:///a.db', prepared: set}\n"
+
+
+def test_a_section_has_what_it_does_not_name_from_the_common_one(tmp_path):
+    path = recipe(tmp_path, SHARED + "train: {prepared: own}\n")
+    assert config.load(Scored, "train", path) == Scored("own", "sqlite:///a.db")
+    assert config.load(Scored, "evaluate", path, ["tracking_uri=http://b"]) == Scored("set", "http://b")
+    assert config.load(Stage, "prepare", path, ["output=out"]) == Stage("out"), "a class without such keys"
+
+
+def test_sections_that_a_job_reads_together_have_it_each(tmp_path):
+    path = recipe(tmp_path, SHARED + "train: {name: one}\n")
+    assert config.load(Whole, None, path) == Whole(Scored("set", "sqlite:///a.db", "one"), Kept("sqlite:///a.db"))
+
+
+def test_the_environment_names_the_tracking_store_where_nobody_does(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracking")
+    path = recipe(tmp_path, "train: {prepared: own}\n")
+    assert config.load(Scored, "train", path).tracking_uri == "http://tracking"
+    assert config.load(Whole, None, path) == Whole(Scored("own", "http://tracking")), "diff writes to none by itself"
+    assert config.load(Scored, "evaluate", recipe(tmp_path, SHARED)).tracking_uri == "sqlite:///a.db"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("common: {tracking_url: a}", "config key common.tracking_url: unknown; did you mean tracking_uri?"),
+        ("common: 3", "config key common: expected a mapping, got 3"),
+        ("common: {storage: 3}", "config key common.storage: "),
+        ("comon: {}", "did you mean common?"),
+    ],
+)
+def test_a_common_section_is_refused_as_others_are(tmp_path, text, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        config.load(Scored, "train", recipe(tmp_path, text))

@@ -173,9 +173,11 @@ def test_a_command_is_one_that_works(command: Command) -> None:
 
 def check_command(command: Command) -> None:
     name = command.words[1]
-    assert name in {"ask", "doctor", "--help", *manual.JOBS}
+    assert name in {"--help", *manual.COMMANDS, *manual.JOBS}
     if name == "ask":
         assert command.option("--format") in FORMATS
+    if name == "run":
+        assert command.words[2] in {recipe for page in GUIDES for recipe in recipes(page)}
 
 
 def check_job(command: Command) -> None:
@@ -185,26 +187,18 @@ def check_job(command: Command) -> None:
     config_class, whole = job(section)
     recipe = command.option("--config")
     saved = {name: values for page in GUIDES for name, values in recipes(page).items()}
-    settings = command.settings
     if recipe in saved:
         values = saved[recipe]
-    elif recipe is not None and recipe.startswith("configs/"):
+    elif recipe == "work/brain-tumor-sweep/best.yaml":
+        values = yaml.safe_load(read(ROOT / "configs/brain-tumor-mri-sweep.yaml"))
+    elif recipe is not None:
+        assert recipe.startswith("configs/"), recipe
         values = yaml.safe_load(read(ROOT / recipe))
     else:
-        assert recipe in (None, "work/brain-tumor-sweep/best.yaml"), recipe
         values = {}
-    values = values if whole else values.get(section) or {}
-    needed = {field.name for field in dataclasses.fields(config_class)}
-    values = {key: value for key, value in values.items() if not whole or key in needed}
-    if recipe == "work/brain-tumor-sweep/best.yaml":
-        values = yaml.safe_load(read(ROOT / "configs/brain-tumor-mri-sweep.yaml"))["train"]
-    for setting in settings:
-        key, equals, text = setting.partition("=")
-        assert equals, setting
-        config.put(values, key, yaml.safe_load(text))
     if "MLFLOW_TRACKING_URI" in command.line:
-        values["tracking_uri"] = "sqlite:///work/mlflow.db"
-    config.build(config_class, values)
+        values = {"common": {"tracking_uri": "sqlite:///work/mlflow.db"}, **values}
+    config.of_recipe(config_class, None if whole else section, values, command.settings)
 
 
 def check_make(command: Command) -> None:
@@ -239,7 +233,9 @@ def test_recipes_are_ones_that_jobs_take(page: Path) -> None:
     demo = yaml.safe_load(read(ROOT / "configs/demo.yaml"))
     demo["diff"] = {"baseline": "a", "challenger": "b", "manifest": "c", "output": "d"}
     for block in blocks(page, "yaml"):
-        for section, values in yaml.safe_load(block).items():
+        recipe = yaml.safe_load(block)
+        common = recipe.pop("common", {})
+        for section, values in recipe.items():
             config_class, whole = job(section)
             if whole:
                 config_class = {field.name: field.type for field in dataclasses.fields(config_class)}[section]
@@ -249,7 +245,7 @@ def test_recipes_are_ones_that_jobs_take(page: Path) -> None:
                 for key, value in base.items()
                 if not (section == "segment" and "source" in values and key == "manifest")
             }
-            config.build(config_class, {**base, **values})
+            config.of_recipe(config_class, section, {"common": common, section: {**base, **values}})
 
 
 @pytest.mark.parametrize("section", sorted(config.SECTIONS))

@@ -1,7 +1,9 @@
 """The frame of every job: arguments in, one JSON line out, one line on a user's error."""
 
 import json
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -73,3 +75,19 @@ def test_a_wrong_section_is_named_once_and_not_quoted(capsys: pytest.CaptureFixt
     with pytest.raises(SystemExit):
         job.run("train", Refusing, double, ["--set", "output=ab"])
     assert capsys.readouterr().err.splitlines()[-1] == "train.output: no place for results"
+
+
+def test_the_key_of_a_recipe_is_named_to_all_that_the_job_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("common: {key: secret.key}\ntrain: {output: a}\n")
+    monkeypatch.chdir(tmp_path)
+    for name in ("RAYSEG_PSEUDONYM_KEY_FILE", "RAYSEG_PSEUDONYM_KEY"):
+        monkeypatch.setenv(name, "")
+    job.run("train", Config, double, ["--config", str(recipe)])
+    assert os.environ["RAYSEG_PSEUDONYM_KEY_FILE"] == str(tmp_path / "secret.key")
+    monkeypatch.setenv("RAYSEG_PSEUDONYM_KEY_FILE", "")
+    monkeypatch.setenv("RAYSEG_PSEUDONYM_KEY", "given")
+    job.run("train", Config, double, ["--config", str(recipe)])
+    assert os.environ["RAYSEG_PSEUDONYM_KEY_FILE"] == "", "what the environment says goes before it"

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 _HEX_DIGITS = 20  # 80 bits: two of a million patients coincide with a probability of 4e-13
-_FILE, _VALUE = "RAYSEG_PSEUDONYM_KEY_FILE", "RAYSEG_PSEUDONYM_KEY"
+VARIABLES = _FILE, _VALUE = "RAYSEG_PSEUDONYM_KEY_FILE", "RAYSEG_PSEUDONYM_KEY"
 
 
 class Pseudonyms:
