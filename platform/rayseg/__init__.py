@@ -7,6 +7,8 @@ import os
 import secrets
 import sys
 
+from rayseg import quiet
+
 __version__ = "0.1.0"
 
 # No component reports home. Set here because each library reads its switch when it is first imported or started, and
@@ -19,8 +21,13 @@ for _switch, _value in {
     os.environ.setdefault(_switch, _value)
 
 # Terminals and logs show our own lines; of these libraries' those that warn. TensorFlow's own "warning" is a greeting.
-for _switch, _value in {"MLFLOW_LOGGING_LEVEL": "WARNING", "TF_CPP_MIN_LOG_LEVEL": "2"}.items():
+for _switch, _value in {
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "TF_CPP_MIN_LOG_LEVEL": "2",
+}.items():
     os.environ.setdefault(_switch, _value)
+quiet.begin()
 
 # TensorFlow has gradients of grouped convolutions (ResNeXt) on CPUs by oneDNN alone, which it leaves off where it finds
 # no AVX-512.

@@ -31,7 +31,7 @@ Run = Callable[[str, Sequence[str]], dict[str, Any]]
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Runs the command line; the last line is JSON, the result of each stage by its name."""
+    """Runs the command line; the last line, but on a terminal, is JSON: the result of each stage by its name."""
     parser = argparse.ArgumentParser(prog="rayseg run", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("recipe", metavar="RECIPE.yaml")
     parser.add_argument(
@@ -45,7 +45,8 @@ def main(arguments: Sequence[str]) -> None:
         raise SystemExit(2) from None
     except subprocess.CalledProcessError as error:  # it has said why
         raise SystemExit(error.returncode) from None
-    print(json.dumps(results), flush=True)
+    if not sys.stdout.isatty():
+        print(json.dumps(results), flush=True)
 
 
 def run(recipe: Path, overrides: Sequence[str], process: Run) -> dict[str, dict[str, Any]]:

@@ -15,6 +15,7 @@ import yaml
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rayseg import build, logs
+from rayseg.quiet import unheard
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +125,7 @@ def _warn_of_restarts() -> None:
     placed = NodeAffinitySchedulingStrategy(_NO_NODE, soft=False)
     actor = ray.remote(_NeverStarted).options(num_cpus=0, max_restarts=1, scheduling_strategy=placed)
     argument = ray.put(0)
-    with logs.unheard(_OF_RESTARTS):
+    with unheard(_OF_RESTARTS):
         actor.remote(argument)
 
 

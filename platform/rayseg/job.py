@@ -26,6 +26,7 @@ def run(
 ) -> Any:
     """Loads the section of the recipe, calls `function` with it, prints its dataclass result as the last line, JSON.
 
+    It goes to a file where `--json` names one, and a terminal shows a table instead, see `tell`.
     That line is the last one of both streams: a cluster that the job has started for itself has ended before it.
 
     With `whole_recipe` the job reads all sections, not only its own.
@@ -39,6 +40,7 @@ def run(
     parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("--config", metavar="RECIPE.yaml")
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], dest="overrides")
+    parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args(arguments)
     if options.help:
         print(manual.of_job(section))
@@ -61,8 +63,25 @@ def run(
         print(_refusal(section, credentials or str(error)) if refused else logs.without_texts(error), file=sys.stderr)
         raise SystemExit(2 if refused else 1) from None
     meters.add("rayseg_jobs_total", stage=section, outcome="succeeded")
-    print(json.dumps(dataclasses.asdict(result)), flush=True)
+    tell(dataclasses.asdict(result), options.json)
     return result
+
+
+def tell(result: dict[str, Any], file: str | None) -> None:
+    """The result as one line of JSON: in a file where one is named, else on standard output.
+
+    A person at a terminal gets a table of what is short in it instead.
+    """
+    line = json.dumps(result)
+    if file is not None:
+        Path(file).write_text(f"{line}\n", encoding="utf-8")
+    if sys.stdout.isatty():
+        short = {key: value for key, value in result.items() if isinstance(value, str | int | float) and value != ""}
+        width = max(map(len, short), default=0)
+        for key, value in short.items():
+            print(f"  {key:{width}}  {value:.4g}" if isinstance(value, float) else f"  {key:{width}}  {value}")
+    elif file is None:
+        print(line, flush=True)
 
 
 def _give_key(recipe: str | None) -> None:

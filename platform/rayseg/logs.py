@@ -13,7 +13,6 @@ import os
 import re
 import secrets
 import sys
-import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
@@ -80,36 +79,6 @@ def set_up() -> None:
     fallback = logging.StreamHandler()
     fallback.setFormatter(_Json())
     logging.lastResort = fallback
-
-
-@contextlib.contextmanager
-def unheard(text: str) -> Iterator[None]:
-    """Drops the lines with this text that this process, its native code too, writes to file descriptor 2 within.
-
-    Other lines come when it ends, as they were written. For moments only: what ends the process within takes its last
-    lines with it, and a child that is started within writes to where nobody reads. A process with the descriptor
-    closed, as some daemons have it, has no lines to drop.
-    """
-    try:
-        kept = os.dup(2)
-    except OSError:
-        yield
-        return
-    with os.fdopen(kept, "wb") as terminal, tempfile.TemporaryFile() as written:
-        _flush()
-        os.dup2(written.fileno(), 2)
-        try:
-            yield
-        finally:
-            _flush()
-            os.dup2(kept, 2)
-            written.seek(0)
-            terminal.writelines(line for line in written if text.encode() not in line)
-
-
-def _flush() -> None:
-    if sys.stderr is not None:
-        sys.stderr.flush()
 
 
 def without_texts(error: BaseException) -> str:

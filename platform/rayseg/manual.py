@@ -30,10 +30,14 @@ def overview() -> str:
 
 def of_job(job: str) -> str:
     """Help of a job."""
-    lines = [f"usage: rayseg {job} [--config RECIPE.yaml] [--set KEY=VALUE ...]", ""]
+    lines = [f"usage: rayseg {job} [--config RECIPE.yaml] [--set KEY=VALUE ...] [--json FILE]", ""]
     lines += [*textwrap.wrap(_summary(job), _WIDTH), ""]
     lines += ["--config RECIPE.yaml  a recipe; the job reads its own section"]
-    lines += ["--set KEY=VALUE       sets one key; the value is YAML; may be given several times", ""]
+    lines += ["--set KEY=VALUE       sets one key; the value is YAML; may be given several times"]
+    lines += [
+        "--json FILE           writes the result to a file; without it, it is the last line, or a table on a terminal",
+        "",
+    ]
     lines += ["Keys:"]
     return "\n".join([*lines, *_lines(keys.of_job(job))])
 

@@ -2,12 +2,17 @@
 
 import json
 import os
+import pty
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from rayseg import job
+
+ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
@@ -91,3 +96,37 @@ def test_the_key_of_a_recipe_is_named_to_all_that_the_job_starts(
     monkeypatch.setenv("RAYSEG_PSEUDONYM_KEY", "given")
     job.run("train", Config, double, ["--config", str(recipe)])
     assert os.environ["RAYSEG_PSEUDONYM_KEY_FILE"] == "", "what the environment says goes before it"
+
+
+@dataclass(frozen=True)
+class Told:
+    uri: str
+    dice: float
+    history: list[int]
+    nothing: str = ""
+
+
+def test_a_file_that_is_named_gets_the_json_and_no_other_place(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "result.json"
+    job.run("train", Config, double, ["--set", "output=ab", "--json", str(file)])
+    assert json.loads(file.read_text()) == {"written": "abab"}
+    assert capsys.readouterr().out == "working\n"
+
+
+def test_a_terminal_shows_what_is_short() -> None:
+    """A real one: JSON of thirty thousand characters is no line for a person."""
+    program = "from tests.unit.test_job import *; job.run('train', Config, lambda c: Told('s3://a', 0.123456, [1]), [])"
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-c", program.replace("[])", "['--set', 'output=a'])")],
+        env=os.environ | {"PYTHONPATH": f"{ROOT / 'platform'}:{ROOT}"},
+        stdout=theirs,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        os.close(theirs)
+        lines = os.read(ours, 10_000).decode().splitlines()
+        assert process.wait(60) == 0
+    os.close(ours)
+    assert lines == ["  uri   s3://a", "  dice  0.1235"]

@@ -59,10 +59,11 @@ def test_lines_with_a_text_are_dropped_from_the_descriptor_and_no_others() -> No
     """Written by Python, by C and by another thread; the last has no end of line."""
     program = """
 import ctypes, os, sys, threading
-from rayseg import logs
+from rayseg import quiet
 write = ctypes.CDLL(None).dprintf
 sys.stderr.write("python before, ")
-with logs.unheard("sheep"):
+with quiet.unheard("sheep", "cow"):
+    write(2, b"[I] a cow\\n")
     print("python within", file=sys.stderr)
     write(2, b"[E] a sheep from C\\n")
     write(2, b"[E] a goat from C\\n")
@@ -72,13 +73,13 @@ with logs.unheard("sheep"):
     os.write(2, b"two sheep\\nno end")
 write(2, b", after: sheep\\n")
 try:
-    with logs.unheard("sheep"):
+    with quiet.unheard("sheep"):
         write(2, b"kept\\n")
         raise KeyError
 except KeyError:
     write(2, b"raised\\n")
 os.close(2)
-with logs.unheard("sheep"):
+with quiet.unheard("sheep"):
     print(len(os.listdir("/proc/self/fd")))
 print(len(os.listdir("/proc/self/fd")))
 """
@@ -93,6 +94,17 @@ print(len(os.listdir("/proc/self/fd")))
         b"raised",
     ]
     assert len(set(done.stdout.split())) == 1, "no descriptor is left open"
+
+
+def test_tensorflow_greets_nobody_and_warns_all_the_same() -> None:
+    program = """
+import rayseg
+import tensorflow as tf
+tf.get_logger().warning("one warning")
+import tensorflow.nn
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT / "platform", capture_output=True, check=True)
+    assert [line for line in done.stderr.splitlines() if line] == [b"WARNING:tensorflow:one warning"]
 
 
 def fail(config: Config) -> Result:

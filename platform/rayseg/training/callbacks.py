@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 BEST_FILE, HISTORY_FILE = "best.weights.h5", "history.csv"
 _EVERY_S = 30.0
+# Of an epoch on the terminal; MLflow and the history have all there is.
+_SHOWN = ("train/loss", "val/loss", "val/dice_pooled", "learning_rate", "rows_per_s", "stall_percent")
 
 
 def rules(config: TrainConfig) -> list[keras.callbacks.Callback]:
@@ -115,7 +117,8 @@ class Progress(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
         """Says what the epoch gave."""
-        shown = ", ".join(f"{name} {value:.4g}" for name, value in (logs or {}).items() if value is not None)
+        known = {name: value for name, value in (logs or {}).items() if value is not None}
+        shown = ", ".join(f"{name} {known[name]:.4g}" for name in _SHOWN if name in known)
         logger.info("epoch %d/%d: %s%s", epoch + 1, self._epochs, shown, self._left(epoch + 1))
 
     def _left(self, epochs_done: float) -> str:
