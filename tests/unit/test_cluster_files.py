@@ -6,9 +6,7 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 import tomllib
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -175,39 +173,6 @@ def test_nodes_have_the_ray_and_the_python_of_the_lock():
     lock = (ROOT / "requirements-gpu.lock").read_text(encoding="utf-8")
     assert f"\nray=={ray_version} " in lock
     assert read("cluster.yaml")["file_mounts"]["/home/ray/requirements-gpu.lock"] == "requirements-gpu.lock"
-
-
-def test_a_jobs_upload_imports_on_a_machine_that_has_only_the_packages(tmp_path: Path):
-    """Packs what `ray job submit` would, with Ray's own code, and runs from the unpacked copy alone."""
-    from ray._private.runtime_env.packaging import create_package
-    from ray.runtime_env import RuntimeEnv
-
-    environment = RuntimeEnv(**read("configs/runtime_env.yaml"))
-    assert environment["working_dir"] == "."
-    (module,) = environment["py_modules"]
-    arguments = {"include_gitignore": True, "excludes": environment["excludes"]}
-    create_package(str(ROOT), tmp_path / "work.zip", **arguments)
-    create_package(str(ROOT / module), tmp_path / "module.zip", include_parent_dir=True, **arguments)
-    for name in ("work", "module"):
-        with zipfile.ZipFile(tmp_path / f"{name}.zip") as package:
-            package.extractall(tmp_path / name)
-    for source in (ROOT / module).rglob("*.py"):
-        assert (tmp_path / "module" / source.relative_to((ROOT / module).parent)).is_file()
-    top = {path.name for path in (tmp_path / "work").iterdir()}
-    assert {"jobs", "serving", "configs"} <= top
-    assert not top & {".venv", ".git", "tests", "demo", "platform"}
-    assert (tmp_path / "work" / "serving" / "web" / "index.html").is_file()
-    program = "import rayseg, jobs.prepare; print(rayseg.__file__, jobs.__file__)"
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=tmp_path / "work",
-        env={"PYTHONPATH": f"{tmp_path / 'module'}:{tmp_path / 'work'}"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    for origin in done.stdout.split():
-        assert origin.startswith(str(tmp_path)), "imported from elsewhere"
 
 
 def test_serve_config_is_what_serve_takes_and_names_our_deployments():
