@@ -38,6 +38,7 @@ _DIRECT: dict[str, Any] = {
     "response_serialization": "pickle",
 }
 _DIRECT_BYTES = 3 * 2**20
+_HEALTH_KEPT_S = 1.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 1.0
 
 
@@ -60,6 +61,8 @@ class IngressReplica:
         logs.adopt({"stage": "serve"})
         self._model, self._settings, self._protection = model, settings, protection
         self._metrics = Metrics()
+        self._health: Health | None = None
+        self._asked, self._asking = 0.0, asyncio.Lock()
         self._jobs = Jobs(jobs, served, RayRunners(), pacs) if jobs else None
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
@@ -82,9 +85,13 @@ class IngressReplica:
         """What one of the replicas holds."""
         return await self._ask(time.time() + HEALTH_S, "state")
 
-    async def check(self) -> Health:
-        """Outcome of the bundle's example."""
-        return await self._ask(time.time() + HEALTH_S, "check")
+    async def health(self) -> Health:
+        """Outcome of the last check of a replica, as of a second ago: anybody may ask, however often."""
+        async with self._asking:
+            if self._health is None or time.monotonic() - self._asked > _HEALTH_KEPT_S:
+                self._health = await self._ask(time.time() + HEALTH_S, "health")
+                self._asked = time.monotonic()
+            return self._health
 
     async def _ask(self, until: float, method: str, *arguments: Any, direct: bool = True) -> Any:
         """A model replica's answer; another one's, until there is no time left, where the first one dies over it."""

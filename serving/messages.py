@@ -92,11 +92,12 @@ class Stacked:
 
 @dataclass(frozen=True)
 class Health:
-    """Outcome of running the bundle's example: `matches` says whether its mask is the recorded one."""
+    """Outcome of the last run of the bundle's example: `matches` says whether its mask is the recorded one."""
 
     model: ModelInfo
     matches: bool
-    seconds: float
+    seconds: float  # that it took, queue included
+    at: float  # seconds since the epoch
 
 
 @dataclass(frozen=True)
@@ -158,5 +159,5 @@ class Segmenter(Protocol):
     async def state(self) -> State:
         """What one of the replicas holds."""
 
-    async def check(self) -> Health:
-        """Outcome of the bundle's example."""
+    async def health(self) -> Health:
+        """Outcome of the last check of a replica; nothing is run for it."""

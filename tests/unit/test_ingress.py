@@ -66,3 +66,18 @@ def test_a_model_that_stays_away_is_told_when_the_time_is_over():
         asked(handle, b"x", seconds=0.3)
     assert (refused.value.status, refused.value.reason) == (503, "unavailable")
     assert handle.calls[:2] == [False, True]
+
+
+def test_however_often_health_is_asked_a_replica_is_asked_once_a_second():
+    handle = Handle(direct=None)
+    model: Any = handle
+    served = ServedModel(name="m", uri="", tracking_uri="")
+    ingress = IngressReplica(
+        model=model, settings=Settings(1), protection=Protection(max_body_bytes=1), jobs=None, served=served, pacs=None
+    )
+
+    async def ask() -> None:
+        await asyncio.gather(*(ingress.health() for _ in range(100)))
+
+    asyncio.run(ask())
+    assert len(handle.calls) == 1
