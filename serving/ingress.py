@@ -24,8 +24,8 @@ from serving.messages import Ask, Health, ModelInfo, Refusal, Segmented, Stacked
 from serving.metrics import Metrics
 from serving.refusals import RefusalError
 from serving.replica import HEALTH_S, LOGGING
-from serving.runner import RayRunners
 from serving.segment import Settings
+from serving.submissions import RayJobs
 
 # It holds the bodies of its requests in memory: the most at once, and the most that may wait before others get a 503.
 REQUESTS = 64
@@ -63,7 +63,7 @@ class IngressReplica:
         self._metrics = Metrics()
         self._health: Health | None = None
         self._asked, self._asking = 0.0, asyncio.Lock()
-        self._jobs = Jobs(jobs, served, RayRunners(), pacs) if jobs else None
+        self._jobs = Jobs(jobs, served, RayJobs(), pacs) if jobs else None
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         app = routes.create(self, self._settings)
