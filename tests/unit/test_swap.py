@@ -332,12 +332,15 @@ def test_who_goes_or_waits_too_long_or_comes_too_late_costs_nothing(uri: str) ->
 
     async def gone() -> None:
         asked = asyncio.create_task(model.segment(body, Ask()))
-        while model._workers.waiting < 2:
+        while not model._workers.waiting:
             await asyncio.sleep(0)
         asked.cancel()
         await asyncio.gather(asked, return_exceptions=True)
 
     asyncio.run(gone())
+    assert model._workers.waiting == 0, "neither of them holds a place"
+    for _ in range(2):
+        model._workers.submit(lambda: None, "bulk", 60)
     refused = client.post("/v1/segment", content=body, headers=kind, params={"priority": "bulk"})
     assert (refused.status_code, refused.json()["reason"]) == (503, "busy")
     assert int(refused.headers["retry-after"]) > 0
