@@ -195,7 +195,7 @@ def run(config: ServeConfig) -> ServeResult:
     listener = front.bound(config.host, config.port)
     host = f"[{config.host}]" if ":" in config.host else config.host
     url = f"{'https' if config.ssl_certfile else 'http'}://{host}:{listener.getsockname()[1]}"
-    cluster.connect()
+    cluster.connect(dashboard=config.jobs is not None)
     _require(config)
     serve.start(proxy_location="Disabled", logging_config=LOGGING)
     first = version.version

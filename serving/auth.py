@@ -16,7 +16,7 @@ FILE, VALUE = "RAYSEG_TOKENS_FILE", "RAYSEG_TOKENS"
 
 # Open without a token: what a browser and a load balancer ask for before anybody can present one, and nothing that a
 # patient or a model is seen in. All else, whatever route comes to be, wants one.
-PUBLIC = ("/", "/docs", "/openapi.json", "/healthz")
+PUBLIC = ("/", "/docs", "/openapi.json", "/healthz", "/readyz")
 PUBLIC_FOLDERS = ("/web/", "/static-offline-docs/")
 # Work that writes somewhere. Of jobs the URIs too are no reader's business.
 _SUBMIT = ("/v1/jobs", "/v1/dicomweb")

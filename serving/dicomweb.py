@@ -67,7 +67,7 @@ def router(model: Segmenter, settings: Settings, room: asyncio.Semaphore) -> API
             series = accepted(await asyncio.to_thread(upload.arrange, objects, settings.limits))
             audit.about(request.scope, [wanted.series])
             preprocess = info.preprocess
-            ask = Ask(info.version, wanted.threshold, "normal", time.time() + settings.series_deadline_s)
+            ask = Ask(info.version, wanted.threshold, "normal", time.monotonic() + settings.series_deadline_s)
             masks = await segment(model, series, ask, preprocess.neighbours, preprocess.color)
             found = accepted(findings.found(series, info, wanted.threshold, masks))
             answer = await asyncio.to_thread(_stored, settings.pacs, found)

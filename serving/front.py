@@ -106,7 +106,7 @@ def run(
     """
 
     async def serve() -> None:
-        health = await ingress.check()
+        health = await ingress.health()
         if not health.matches:
             raise RuntimeError("the bundle's example does not give the recorded mask")
         server = uvicorn.Server(

@@ -2,34 +2,34 @@
 
 import asyncio
 import contextlib
-import os
-import re
+import json
 import secrets
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from http import HTTPStatus
-from typing import Annotated, Any, Protocol, get_args
-from urllib.parse import unquote
+from typing import Annotated, Any, TypeVar, get_args
 
-from fastapi import APIRouter, Path, Request
+from fastapi import APIRouter, Path, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from rayseg import storage
 from rayseg.inference import ledger
 from rayseg.inference.outputs import Profile
 from serving.auth import Token
+from serving.places import allowed
 from serving.refusals import Problem, RefusalError
+from serving.submissions import RayJobs, UnavailableError
 
-_ENDED = ("succeeded", "failed", "cancelled")
+T = TypeVar("T")
+
 _URI = Annotated[str, Field(min_length=1, max_length=1024)]
-_LISTED = 500  # the latest jobs: the only ones that are looked at
+_ID = "^[0-9a-f]{16}$"
 
 
 @dataclass(frozen=True, kw_only=True)
 class JobsConfig:
     """The section `serve.jobs` of a recipe: a service must not read or write anywhere."""
 
-    records: str  # URI of a folder that all nodes reach, for a small file of each job
     sources: tuple[str, ...]  # URIs of folders, or of DICOMweb services, below which archives may lie
     destinations: tuple[str, ...]  # URIs of folders below which jobs may write
     # Likewise of manifests. Whoever writes one there has the service read any place that it names, with the
@@ -88,35 +88,27 @@ class Progress(BaseModel):
     run_id: str = Field(description="the MLflow run that shows the same")
 
 
-class JobAnswer(BaseModel):
+class About(BaseModel):
+    """What is known of a job before it begins."""
+
+    owner: str | None = Field(description="name of the token that asked for it")
+    request: JobRequest
+    ledger: str = Field(description="URI of the folder with a row for each series that has ended")
+
+
+class JobAnswer(About):
     """A bulk job."""
 
     id: str
-    owner: str | None = Field(description="name of the token that asked for it")
     state: str = Field(
-        description="running, cancelling, succeeded, failed, cancelled; interrupted where the cluster lost it: asked "
+        description="running, cancelling, succeeded, failed, cancelled; interrupted where its node was lost: asked "
         "for again, a job goes on where it stopped"
     )
     created: float = Field(description="seconds since 1970")
     ended: float | None = None
-    request: JobRequest
-    ledger: str = Field(description="URI of the folder with a row for each series that has ended")
     progress: Progress | None = Field(default=None, description="null until the archive is cataloged")
     error: str | None = Field(default=None, description="why it failed")
-    result: dict[str, Any] | None = Field(default=None, description="what the job printed at its end")
-
-
-class Runners(Protocol):
-    """What runs jobs: see `runner.RayRunners`."""
-
-    async def start(self, job_id: str, record_uri: str, record: dict[str, Any], settings: dict[str, Any]) -> None:
-        """Starts a job and writes its record."""
-
-    async def alive(self, job_id: str) -> bool:
-        """Whether it is still looked after."""
-
-    async def cancel(self, job_id: str) -> bool:
-        """Ends it; False where it has ended."""
+    result: dict[str, Any] | None = Field(default=None, description="what the job printed at its end; not in lists")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,14 +121,63 @@ class ServedModel:
 
 
 class Jobs:
-    """The jobs of the records' folder; nothing about them is held in memory, so a new service knows them all."""
+    """The jobs that Ray knows: nothing about them is held here, so whoever starts the service again sees them all."""
 
-    def __init__(self, config: JobsConfig, model: ServedModel, runners: Runners, pacs: str | None = None) -> None:
-        self._config, self._model, self._runners, self._pacs = config, model, runners, pacs
+    def __init__(self, config: JobsConfig, model: ServedModel, runs: RayJobs, pacs: str | None = None) -> None:
+        self._config, self._model, self._runs, self._pacs = config, model, runs, pacs
         self._starting = asyncio.Lock()
 
     async def submit(self, request: JobRequest, token: Token | None) -> JobAnswer:
         """Starts a job; raises RefusalError."""
+        settings = self._settings(request)
+        about = About(
+            owner=token.name if token else None,
+            request=request,
+            ledger=storage.join(settings["output"], ledger.FOLDER),
+        )
+        async with self._starting:
+            running = [job for job in await self._all() if job.state == "running"]
+            if any(job.ledger == about.ledger for job in running):
+                raise RefusalError(409, "destination_in_use", "a job that runs writes there")
+            if len(running) >= self._config.at_once:
+                raise RefusalError(429, "too_many_jobs", f"at most {self._config.at_once} at once")
+            try:  # figures of an earlier job to the same place are not this one's
+                await asyncio.to_thread(storage.delete, _progress(about))
+            except OSError as error:
+                raise RefusalError(503, "unavailable", f"destination: {type(error).__name__}") from None
+            job_id = f"{int(time.time()):08x}{secrets.token_hex(4)}"  # sorts by time
+            await self._ask(self._runs.submit, job_id, settings, about.model_dump(mode="json"))
+        return JobAnswer(id=job_id, state="running", created=time.time(), **dict(about))
+
+    async def visible(self, token: Token | None, limit: int, before: str | None) -> list[JobAnswer]:
+        """The latest `limit` jobs that the bearer may see, of those that began before the job `before`."""
+        jobs = [job for job in await self._all() if _sees(token, job) and (before is None or job.id < before)]
+        for job in jobs[:limit]:
+            if job.state == "running":
+                job.progress = await _read_progress(job)
+        return jobs[:limit]
+
+    async def get(self, job_id: str, token: Token | None) -> JobAnswer:
+        """A job with its progress; raises RefusalError."""
+        jobs = await self._all()
+        job = next((job for job in jobs if job.id == job_id and _sees(token, job)), None)
+        if job is None:
+            raise RefusalError(404, "no_such_job", "no job of this id that this token may see")
+        if job_id == next(other.id for other in jobs if other.ledger == job.ledger):  # or they are a later one's
+            job.progress = await _read_progress(job)
+        if job.state == "succeeded":
+            job.result = _result(await self._ask(self._runs.log, job_id))
+        return job
+
+    async def cancel(self, job_id: str, token: Token | None) -> JobAnswer:
+        """Ends a job; series that are done stay so. Raises RefusalError where it has ended."""
+        job = await self.get(job_id, token)
+        if job.state != "running" or not await self._ask(self._runs.stop, job_id):
+            raise RefusalError(409, "job_ended", "the job has ended already")
+        job.state = "cancelling"
+        return job
+
+    def _settings(self, request: JobRequest) -> dict[str, Any]:
         if (request.source is None) == (request.manifest is None):
             raise RefusalError(422, "invalid_parameter", "give either source or manifest")
         if len(set(request.profiles)) < len(request.profiles):
@@ -151,53 +192,15 @@ class Jobs:
         }
         if request.pacs and self._pacs is None:
             raise RefusalError(422, "no_pacs", "this service has no PACS: serve.pacs is not configured")
-        output = allowed(request.destination, self._config.destinations, "destination")
-        settings = {
+        return {
             **self._config.settings,
             **places,
-            "output": output,
+            "output": allowed(request.destination, self._config.destinations, "destination"),
             "profiles": list(request.profiles),
             "model_uri": self._model_uri(request.model),
             "tracking_uri": self._model.tracking_uri,
             "pacs": self._pacs if request.pacs else None,
         }
-        async with self._starting:
-            running = [job for job in await self._all() if job.state not in (*_ENDED, "interrupted")]
-            if any(job.ledger == _ledger(output) for job in running):
-                raise RefusalError(409, "destination_in_use", "a job that runs writes there")
-            if len(running) >= self._config.at_once:
-                raise RefusalError(429, "too_many_jobs", f"at most {self._config.at_once} at once")
-            job = JobAnswer(
-                id=f"{int(time.time()):08x}{secrets.token_hex(4)}",  # the names of records sort by time
-                owner=token.name if token else None,
-                state="running",
-                created=time.time(),
-                request=request,
-                ledger=_ledger(output),
-            )
-            await self._runners.start(job.id, self._uri(job.id), job.model_dump(mode="json"), settings)
-        return job
-
-    async def visible(self, token: Token | None) -> list[JobAnswer]:
-        """The jobs that the bearer may see, the latest first."""
-        return [job for job in await self._all() if _sees(token, job)]
-
-    async def get(self, job_id: str, token: Token | None) -> JobAnswer:
-        """A job with its progress; raises RefusalError."""
-        job = await self._read(self._uri(job_id))
-        if job is None or not _sees(token, job):
-            raise RefusalError(404, "no_such_job", "no job of this id that this token may see")
-        return job
-
-    async def cancel(self, job_id: str, token: Token | None) -> JobAnswer:
-        """Ends a job; series that are done stay so. Raises RefusalError where it has ended."""
-        await self.get(job_id, token)
-        if not await self._runners.cancel(job_id):
-            raise RefusalError(409, "job_ended", "the job has ended already")
-        return await self.get(job_id, token)
-
-    def _uri(self, job_id: str) -> str:
-        return storage.join(self._config.records, f"{job_id}.json")
 
     def _model_uri(self, wanted: str | None) -> str:
         if wanted is None:
@@ -205,38 +208,47 @@ class Jobs:
         return f"models:/{self._model.name}{'/' if wanted.isdigit() else '@'}{wanted}"
 
     async def _all(self) -> list[JobAnswer]:
-        records = await asyncio.to_thread(self._records)
-        jobs = await asyncio.gather(*map(self._read, records))
-        return sorted((job for job in jobs if job), key=lambda job: job.created, reverse=True)
+        """The latest first, without what is to be read elsewhere."""
+        known = await self._ask(self._runs.known)
+        jobs = [
+            JobAnswer(id=job_id, state=job.state, created=job.created, ended=job.ended, error=job.error, **job.about)
+            for job_id, job in known.items()
+        ]
+        return sorted(jobs, key=lambda job: job.id, reverse=True)
 
-    def _records(self) -> list[str]:
+    async def _ask(self, ask: Callable[..., T], *arguments: Any) -> T:
         try:
-            files = sorted(file.uri for file in storage.list_files(self._config.records, (".json",)))
-        except FileNotFoundError:
-            return []
-        return files[-_LISTED:]
+            return await asyncio.to_thread(ask, *arguments)
+        except UnavailableError as error:
+            raise RefusalError(503, "unavailable", f"the cluster's job API does not answer ({error})") from None
 
-    async def _read(self, uri: str) -> JobAnswer | None:
-        try:
-            job = JobAnswer.model_validate(await asyncio.to_thread(storage.read_json, uri))
-        except FileNotFoundError:
-            return None
-        if job.state in _ENDED:
-            return job
-        if not await self._runners.alive(job.id):
-            job.state = "interrupted"
-            return job
-        progress = storage.join(job.ledger.removesuffix(f"/{ledger.FOLDER}"), ledger.PROGRESS)
-        with contextlib.suppress(FileNotFoundError):
-            job.progress = Progress.model_validate(await asyncio.to_thread(storage.read_json, progress))
-        return job
+
+async def _read_progress(job: JobAnswer) -> Progress | None:
+    with contextlib.suppress(OSError, ValueError):
+        return Progress.model_validate(await asyncio.to_thread(storage.read_json, _progress(job)))
+    return None
+
+
+def _progress(job: About) -> str:
+    return storage.join(job.ledger.removesuffix(f"/{ledger.FOLDER}"), ledger.PROGRESS)
+
+
+def _result(log: str) -> dict[str, Any] | None:
+    """What a job printed at its end, among what it logged."""
+    for line in reversed(log.splitlines()):
+        with contextlib.suppress(ValueError):
+            printed = json.loads(line)
+            if isinstance(printed, dict) and "seg_paths" in printed:
+                del printed["seg_paths"]  # as many as there are series: the ledger has them
+                return printed
+    return None
 
 
 def router(jobs: Jobs | None) -> APIRouter:
     """The routes of jobs; without jobs each answers 404."""
     routes = APIRouter(prefix="/v1/jobs", tags=["jobs"])
     problem = {"model": Problem}
-    job_id = Annotated[str, Path(pattern="^[0-9a-f]{16}$")]
+    job_id = Annotated[str, Path(pattern=_ID)]
 
     def configured() -> Jobs:
         if jobs is None:
@@ -247,57 +259,36 @@ def router(jobs: Jobs | None) -> APIRouter:
         token: Token | None = getattr(request.state, "token", None)
         return token
 
-    @routes.post(
-        "", status_code=202, summary="Segment an archive", responses=dict.fromkeys((403, 404, 409, 422, 429), problem)
-    )
+    refusals: dict[int | str, dict[str, Any]] = dict.fromkeys((403, 404, 409, 422, 429, 503), problem)
+
+    @routes.post("", status_code=202, summary="Segment an archive", responses=refusals)
     async def submit(request: Request, job: JobRequest) -> JobAnswer:
         return await configured().submit(job, bearer(request))
 
-    @routes.get("", summary="The jobs", responses={404: problem})
-    async def every(request: Request) -> list[JobAnswer]:
-        return await configured().visible(bearer(request))
+    @routes.get("", summary="The jobs, the latest first", responses=dict.fromkeys((404, 422, 503), problem))
+    async def every(
+        request: Request,
+        response: Response,
+        limit: Annotated[int, Query(ge=1, le=100, description="jobs of a page")] = 20,
+        before: Annotated[
+            str | None, Query(pattern=_ID, description="id of the last job of the page before: see the header Link")
+        ] = None,
+    ) -> list[JobAnswer]:
+        jobs = await configured().visible(bearer(request), limit, before)
+        if len(jobs) == limit:
+            response.headers["Link"] = f'</v1/jobs?limit={limit}&before={jobs[-1].id}>; rel="next"'
+        return jobs
 
-    @routes.get("/{id}", summary="How far a job is", responses=dict.fromkeys((404, 422), problem))
+    @routes.get("/{id}", summary="How far a job is", responses=dict.fromkeys((404, 422, 503), problem))
     async def one(request: Request, id: job_id) -> JobAnswer:
         return await configured().get(id, bearer(request))
 
-    @routes.delete("/{id}", summary="Cancel a job", responses=dict.fromkeys((404, 409, 422), problem))
+    @routes.delete("/{id}", summary="Cancel a job", responses=dict.fromkeys((404, 409, 422, 503), problem))
     async def cancel(request: Request, id: job_id) -> JobAnswer:
         return await configured().cancel(id, bearer(request))
 
     return routes
 
 
-def allowed(uri: str, prefixes: tuple[str, ...], key: str) -> str:
-    """The URI where it lies below one of the prefixes, a local path with its links followed; raises RefusalError."""
-    refusal = RefusalError(HTTPStatus.FORBIDDEN, "place_not_allowed", f"{key}: not below a place that is configured")
-    # Whoever reads it may decode it once more: what leads upwards then does not pass either.
-    if re.search(r"[\x00-\x1f\x7f\\]", uri) or {".", ".."} & set(re.split("[/\\\\]", unquote(uri))):
-        raise refusal
-    canonical = _canonical(uri)
-    if canonical is None or not any(_below(canonical, _canonical(prefix)) for prefix in prefixes):
-        raise refusal
-    return canonical
-
-
-def _canonical(uri: str) -> str | None:
-    scheme, separator, rest = uri.partition("://")
-    if separator and scheme != "file":
-        return uri.rstrip("/")
-    path = rest if separator else uri
-    return os.path.realpath(path) if path.startswith("/") else None
-
-
-def _below(uri: str, prefix: str | None) -> bool:
-    if prefix is None:
-        return False
-    ends = ("/", "?") if prefix.startswith("dicomweb+") else ("/",)
-    return uri == prefix or uri.startswith(tuple(prefix.rstrip("/") + end for end in ends))
-
-
 def _sees(token: Token | None, job: JobAnswer) -> bool:
     return token is None or token.may("admin") or token.name == job.owner
-
-
-def _ledger(output: str) -> str:
-    return storage.join(output, ledger.FOLDER)

@@ -1,8 +1,9 @@
 """What the ingress and the model deployment say to each other; neither needs what the other one imports."""
 
 import time
+import zlib
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 
@@ -16,6 +17,8 @@ from rayseg.models.engine import Engine
 from rayseg.records import Reject
 
 Priority = Literal["urgent", "normal", "bulk"]
+_LARGE_BYTES = 2**20
+
 PRIORITIES: tuple[Priority, ...] = get_args(Priority)
 
 
@@ -44,12 +47,21 @@ class Ask:
     model: str | None = None  # version or alias; None: the version in use
     threshold: float | None = None  # in the place of the model's own, where it has one class
     priority: Priority = "urgent"
-    until: float = field(default_factory=lambda: time.time() + 60)  # who asked has given up then
+    # Who asked has given up then, by the monotonic clock of this process. What travels is what is left: clocks of two
+    # machines may differ by more than a deadline.
+    until: float = field(default_factory=lambda: time.monotonic() + 60)
 
     @property
     def seconds(self) -> float:
         """What is left."""
-        return self.until - time.time()
+        return self.until - time.monotonic()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Ask._arrived, (self.model, self.threshold, self.priority, self.seconds)
+
+    @staticmethod
+    def _arrived(model: str | None, threshold: float | None, priority: Priority, seconds: float) -> "Ask":
+        return Ask(model, threshold, priority, time.monotonic() + seconds)
 
 
 @dataclass(frozen=True)
@@ -72,6 +84,20 @@ class Segmented:
     forward_ms: float  # decoding included
     series: tuple[str, ...] = field(default=(), repr=False)  # SeriesInstanceUID, where it has one: never to be logged
 
+    def __getstate__(self) -> dict[str, Any]:
+        """With a large mask compressed: what the straight way to the ingress refuses would be computed once more."""
+        state = dict(self.__dict__)
+        if self.mask.nbytes > _LARGE_BYTES:
+            state["mask"] = self.mask.shape, zlib.compress(self.mask.tobytes(), level=1)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        mask = state["mask"]
+        if not isinstance(mask, np.ndarray):
+            shape, packed = mask
+            state = state | {"mask": np.frombuffer(zlib.decompress(packed), np.uint8).reshape(shape)}
+        self.__dict__.update(state)
+
 
 @dataclass(frozen=True)
 class Masked:
@@ -92,11 +118,12 @@ class Stacked:
 
 @dataclass(frozen=True)
 class Health:
-    """Outcome of running the bundle's example: `matches` says whether its mask is the recorded one."""
+    """Outcome of the last run of the bundle's example: `matches` says whether its mask is the recorded one."""
 
     model: ModelInfo
     matches: bool
-    seconds: float
+    seconds: float  # that it took, queue included
+    at: float  # seconds since the epoch
 
 
 @dataclass(frozen=True)
@@ -158,5 +185,5 @@ class Segmenter(Protocol):
     async def state(self) -> State:
         """What one of the replicas holds."""
 
-    async def check(self) -> Health:
-        """Outcome of the bundle's example."""
+    async def health(self) -> Health:
+        """Outcome of the last check of a replica; nothing is run for it."""

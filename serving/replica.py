@@ -23,6 +23,7 @@ from rayseg.inference.predictor import Judgement
 from rayseg.inference.quality import look
 from rayseg.models.engine import Engine, require_gpu
 from rayseg.records import Reason, Reject
+from serving.health import EXAMPLE_S, Checks
 from serving.messages import (
     Agreement,
     Ask,
@@ -47,8 +48,7 @@ logger = logging.getLogger(__name__)
 
 # Ray's access log writes the request id, which a client may choose: it could be a name.
 LOGGING = LoggingConfig(encoding=os.environ.get(logs.ENCODING, "TEXT"), enable_access_log=False)
-HEALTH_S = 20.0
-IDLE_S = 10.0  # where no slice passes the example is run so often
+HEALTH_S = 20.0  # for a replica to say how it is
 SHADOW_S = 30.0  # a challenger's slice that has not begun by then is left out
 _SHADOWS_PER_LINE = 100  # of the log
 
@@ -88,7 +88,7 @@ class ModelReplica:
         self._workers = Workers(threads, max_queue)
         self._shadowing, self._shadow_share = Shadowing(), shadow_share
         self._counting = threading.Lock()
-        self._done_before, self._checked = 0, -IDLE_S
+        self._checks = Checks(lambda: self._versions.current, self._workers)
         self._stop_watching = self._versions.watch(poll_s)
 
     async def segment(self, body: bytes, ask: Ask) -> Segmented | Reject | Refusal:
@@ -150,25 +150,19 @@ class ModelReplica:
             agreement=agreement,
         )
 
-    async def check(self) -> Health:
-        """Runs the bundle's example the way that requests go, queue included."""
-        started = time.perf_counter()
-        loaded = self._versions.current
-        answer = await self._work(loaded.example, "urgent", HEALTH_S)
-        return Health(loaded.info, answer == loaded.example_sha256, time.perf_counter() - started)
+    async def health(self) -> Health:
+        """The last check; nothing is run for it."""
+        return self._checks.last
 
     async def check_health(self) -> None:
-        """What Serve asks every few seconds; a replica that raises is replaced. Costs a slice only where none passed.
+        """What Serve asks every few seconds; a replica that raises is replaced.
 
         Raises:
             RuntimeError: the model does not give the example's mask.
+            Exception: what it raises in place of a mask.
         """
-        idle = self._workers.done == self._done_before
-        if idle and time.monotonic() - self._checked > IDLE_S:
-            if not (await self.check()).matches:
-                raise RuntimeError("the bundle's example does not give the recorded mask")
-            self._checked = time.monotonic()
-        self._done_before = self._workers.done
+        if not (await self._checks.look()).matches:
+            raise RuntimeError("the bundle's example does not give the recorded mask")
 
     async def _version(self, ask: Ask) -> "Loaded | Refusal":
         loaded = self._versions.get(ask.model, load=False)
@@ -186,7 +180,9 @@ class ModelReplica:
     async def _work(self, work: Callable[[], T], priority: Priority, seconds: float) -> T | Refusal:
         """The work's outcome; it is dropped from the queue where the caller is cancelled."""
         try:
-            return await asyncio.wrap_future(self._workers.submit(work, priority, seconds))
+            answer = await asyncio.wrap_future(self._workers.submit(work, priority, seconds))
+            self._checks.count(answer)
+            return answer
         except BusyError:
             return Refusal("busy", "too many slices wait")
         except TimeoutError:
@@ -269,5 +265,5 @@ Model = serve.deployment(
     max_ongoing_requests=1024,
     max_queued_requests=1024,
     health_check_period_s=2,
-    health_check_timeout_s=HEALTH_S + 10,
+    health_check_timeout_s=EXAMPLE_S + 10,
 )(ModelReplica)

@@ -3,8 +3,9 @@
 import asyncio
 import time
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from http import HTTPStatus
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -26,6 +27,7 @@ from serving.segment import Settings, Wanted, series_content, slice_content
 from serving.upload import FORM, ZIP
 
 HEALTH_DEADLINE_S = 20.0
+READY_DEADLINE_S = 2.0
 IMAGE_TYPES = ("image/png", "image/jpeg", "image/tiff")
 BODY_TYPES = (
     *("application/dicom", "application/octet-stream", *IMAGE_TYPES),
@@ -58,7 +60,16 @@ class HealthAnswer(BaseModel):
     status: str
     model: str
     version: str
-    seconds: float = Field(description="that the bundle's example took, queue included")
+    seconds: float = Field(description="that the bundle's example took, queue included, when it was run last")
+    checked: datetime = Field(description="when that was")
+
+
+class ReadyAnswer(BaseModel):
+    """The JSON answer of `GET /readyz`."""
+
+    status: str
+    version: str = Field(description="that requests without a model get from the replica that answered")
+    waiting: int = Field(description="slices in its queue")
 
 
 def create(model: Segmenter, settings: Settings) -> FastAPI:
@@ -71,6 +82,7 @@ def create(model: Segmenter, settings: Settings) -> FastAPI:
     )
     _answer_errors(app)
     problem = {"model": Problem}
+    unavailable: dict[int | str, dict[str, Any]] = {503: problem}
     bodies = Bodies(settings.bodies_at_once * settings.max_body_bytes)
     room = asyncio.Semaphore(settings.series_at_once)
 
@@ -171,15 +183,22 @@ def create(model: Segmenter, settings: Settings) -> FastAPI:
             raise RefusalError(404, "unknown_model", "not one of those that are held: see /v1/models")
         return answer
 
-    @app.get("/healthz", summary="Whether the model gives the right mask, now", responses={503: problem})
+    @app.get("/healthz", summary="Whether the last check of the model passed", responses=unavailable)
     async def healthz(response: Response) -> HealthAnswer:
         async with deadline(HEALTH_DEADLINE_S):
-            health = await model.check()
+            health = await model.health()
         if not health.matches:
             raise RefusalError(503, "wrong_mask", "the bundle's example does not give the recorded mask")
         info = health.model
         response.headers.update(answers.model_headers(info))
-        return HealthAnswer(status="ok", model=info.name, version=info.version, seconds=health.seconds)
+        checked = datetime.fromtimestamp(health.at, UTC)
+        return HealthAnswer(status="ok", model=info.name, version=info.version, seconds=health.seconds, checked=checked)
+
+    @app.get("/readyz", summary="Whether a replica takes requests, now", responses=unavailable)
+    async def readyz() -> ReadyAnswer:
+        async with deadline(READY_DEADLINE_S):
+            state = await model.state()
+        return ReadyAnswer(status="ready", version=state.held[0].model.version, waiting=state.waiting)
 
     return app
 

@@ -55,7 +55,7 @@ class Wanted:
 
     def ask(self, default: Priority, seconds: float) -> Ask:
         """The same for the model."""
-        return Ask(self.model, self.threshold, self.priority or default, time.time() + seconds)
+        return Ask(self.model, self.threshold, self.priority or default, time.monotonic() + seconds)
 
 
 def slice_content(body: bytes, result: Segmented, wanted: Wanted, received: float) -> bytes:

@@ -6,6 +6,7 @@ the registry remembers which it is, so a replica that is started then takes that
 """
 
 import logging
+import math
 import tempfile
 import threading
 import time
@@ -29,11 +30,22 @@ logger = logging.getLogger(__name__)
 _EXACT = Engine("openvino", "float32")  # what bundles record masks by
 # Of the pixels that are foreground by either engine.
 _MOST_DIFFERENT = 0.01
+# Until a version is tried again that could not be loaded, as a full disk passes: doubled each time.
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 10.0, 600.0
 _ASKED_FOR = 2  # versions kept that are neither in use nor the shadow, but were named by a client
 
 
 class UnsoundError(Exception):
     """A version that must not be used."""
+
+
+@dataclass(frozen=True)
+class _Unsound:
+    """Why a version is not used, and until when it is not tried again (of the monotonic clock)."""
+
+    detail: str
+    until: float = math.inf
+    pause_s: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +123,7 @@ class Versions:
         self.alias = model_uri.partition("@")[2] or None
         self._shadow_alias = shadow
         self._asked_for: OrderedDict[str, Loaded] = OrderedDict()
-        self._unsound: dict[str, str] = {}
+        self._unsound: dict[str, _Unsound] = {}
         self._loading = threading.Lock()  # one at a time: a load takes memory and a core
         self._told = ""
         self.name = model_uri.removeprefix("models:/").partition("@")[0].partition("/")[0]
@@ -196,14 +208,14 @@ class Versions:
             self._refuse(version, str(error))
         served = None if self.alias is None else aliases.served(self._tracking_uri, self.name, self.alias)
         for number in (served, fallback):
-            if number is not None and number not in self._unsound:
+            if number is not None and not self._is_unsound(number):
                 uri = f"models:/{self.name}/{number}"
                 return self._load(registry.resolve(self._tracking_uri, uri))
-        raise UnsoundError(f"{version.uri}: {self._unsound[version.version]}")
+        raise UnsoundError(f"{version.uri}: {self._unsound[version.version].detail}")
 
     def _follow(self) -> None:
         version = registry.resolve(self._tracking_uri, self._model_uri)
-        if version.version == self.current.info.version or version.version in self._unsound:
+        if version.version == self.current.info.version or self._is_unsound(version.version):
             return
         try:
             loaded = self._held(version.version) or self._load(version)
@@ -223,12 +235,16 @@ class Versions:
         except ValueError:  # nobody bears the alias
             self.shadow = None
             return
-        if version.version in self._unsound or (self.shadow and self.shadow.info.version == version.version):
+        if self._is_unsound(version.version) or (self.shadow and self.shadow.info.version == version.version):
             return
         try:
             self.shadow = self._held(version.version) or self._load(version)
         except UnsoundError as error:
             self._refuse(version, str(error))
+
+    def _is_unsound(self, number: str) -> bool:
+        unsound = self._unsound.get(number)
+        return unsound is not None and time.monotonic() < unsound.until
 
     def _held(self, number: str) -> Loaded | None:
         for loaded in (self._current, self.previous, self.shadow):
@@ -238,8 +254,8 @@ class Versions:
 
     def _load(self, version: ModelVersion) -> Loaded:
         """Raises UnsoundError, and what the registry raises where it is away."""
-        if version.version in self._unsound:
-            raise UnsoundError(self._unsound[version.version])
+        if self._is_unsound(version.version):
+            raise UnsoundError(self._unsound[version.version].detail)
         with self._loading, tempfile.TemporaryDirectory() as folder:
             held = self._held(version.version)
             if held is not None:
@@ -250,12 +266,16 @@ class Versions:
                 exact = Predictor.load(bundle_dir, engine=_EXACT)
                 example_sha256 = check(bundle_dir, predictor, exact)
             except UnsoundError as error:
-                self._unsound[version.version] = str(error)
+                self._unsound[version.version] = _Unsound(str(error))
                 raise
-            except Exception as error:  # a damaged bundle raises anything
+            except Exception as error:  # a damaged bundle raises anything, and so does a machine without memory
                 logger.warning("%s: %s", version.uri, error)
-                self._unsound[version.version] = f"it cannot be loaded ({type(error).__name__})"
-                raise UnsoundError(self._unsound[version.version]) from error
+                detail = f"it cannot be loaded ({type(error).__name__})"
+                before = self._unsound.get(version.version, _Unsound("", pause_s=_FIRST_PAUSE_S / 2))
+                pause_s = min(2 * before.pause_s, _LONGEST_PAUSE_S)
+                self._unsound[version.version] = _Unsound(detail, time.monotonic() + pause_s, pause_s)
+                raise UnsoundError(detail) from error
+            self._unsound.pop(version.version, None)
         bundle = predictor.bundle
         info = ModelInfo(
             name=version.name,
@@ -275,8 +295,8 @@ class Versions:
         return Loaded(info, predictor, example_sha256, time.time())
 
     def _refuse(self, version: ModelVersion, detail: str) -> None:
-        self._unsound[version.version] = detail
-        self.failures += 1
+        if self.failure is None or self.failure.version != version.version:
+            self.failures += 1
         self.failure = Failure(version.version, detail, time.time())
         logger.error("%s version %s is not taken: %s", version.name, version.version, detail)
 

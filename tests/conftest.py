@@ -45,7 +45,8 @@ def ray_cluster() -> Iterator[None]:
         ray.init(
             address="local",
             num_cpus=4,
-            include_dashboard=False,
+            include_dashboard=True,  # has the API of bulk jobs
+            dashboard_host="127.0.0.1",
             object_store_memory=300_000_000,
             log_to_driver=False,
         )

@@ -129,9 +129,9 @@ class Client:
         """The models that the service has, as it tells them."""
         return self._json("GET", "/v1/models")
 
-    def jobs(self) -> list[dict[str, Any]]:
-        """The bulk jobs that the token may see, the latest first."""
-        return self._json("GET", "/v1/jobs")
+    def jobs(self, limit: int = 20, before: str | None = None) -> list[dict[str, Any]]:
+        """The latest `limit` bulk jobs that the token may see, 100 at most, of those before the job `before`."""
+        return self._json("GET", "/v1/jobs", params={"limit": limit} | ({"before": before} if before else {}))
 
     def job(self, job_id: str) -> dict[str, Any]:
         """A bulk job, with its progress."""

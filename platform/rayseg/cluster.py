@@ -42,12 +42,14 @@ ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 
 
-def connect() -> None:
+def connect(dashboard: bool = False) -> None:
     """Joins the cluster named by RAY_ADDRESS (`ray job submit` sets it), else starts one on loopback for this process.
 
     The private cluster asks for a token that only this process and its children know (made when `rayseg` is imported),
-    runs no dashboard and ends with the process. It has at least two logical CPUs, so that two training workers fit on
-    any machine.
+    and ends with the process. It has at least two logical CPUs, so that two training workers fit on any machine.
+
+    Args:
+        dashboard: of a private cluster, on loopback: it has the API of Ray's job submission. Costs a second to start.
     """
     quiet()
     if ray.is_initialized():
@@ -63,7 +65,8 @@ def connect() -> None:
         address="local",
         num_cpus=max(2, os.cpu_count() or 2),
         object_store_memory=LOCAL_OBJECT_STORE_BYTES,
-        include_dashboard=False,
+        include_dashboard=dashboard,
+        dashboard_host="127.0.0.1",
         logging_level=logging.WARNING,
         runtime_env={
             # The driver has said what it runs, of the same files. And a private cluster has no API server.

@@ -88,7 +88,7 @@ while states != ["RUNNING"] * int(count):
 print("{}")
 """
 # The bulk job that the service runs over HTTP, once it has ended.
-JOBS = "{records: s3://rayseg/jobs, sources: [s3://rayseg/archive], destinations: [s3://rayseg/again]}"
+JOBS = "{sources: [s3://rayseg/archive], destinations: [s3://rayseg/again]}"
 ASK_JOB = """
 import json, sys, time
 import httpx

@@ -98,7 +98,7 @@ serve:
   tracking_uri: sqlite:///OUT/mlflow.db
   port: 0
   audit: OUT/audit.log
-  jobs: {records: OUT/jobs, sources: [SOURCE], destinations: [OUT], settings: {max_reject_fraction: 0.1}}
+  jobs: {sources: [SOURCE], destinations: [OUT], settings: {max_reject_fraction: 0.1}}
 """
 
 

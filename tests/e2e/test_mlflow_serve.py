@@ -13,9 +13,11 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
@@ -101,16 +103,42 @@ def answers(url: str) -> bool:
         return False
 
 
-def test_mlflow_models_serve_gives_the_mask_of_the_predictor(server: str, store: str) -> None:
-    blobs = [synthetic.slice_bytes(seed, 64) for seed in (0, 1)] + [b"no image"]
-    body = {"dataframe_split": {"columns": ["dicom"], "data": [[base64.b64encode(blob).decode()] for blob in blobs]}}
-    request = urllib.request.Request(
-        f"{server}/invocations", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
+BLOBS = [synthetic.slice_bytes(seed, 64) for seed in (0, 1)] + [b"no image"]
+TEXTS = [base64.b64encode(blob).decode() for blob in BLOBS]
+PARQUET = io.BytesIO()
+pd.DataFrame({"dicom": BLOBS}).to_parquet(PARQUET)
+FORMS: dict[str, tuple[str, bytes]] = {
+    **{
+        name: ("application/json", json.dumps({name.partition(" ")[0]: body}).encode())
+        for name, body in {
+            "dataframe_split": {"columns": ["dicom"], "data": [[text] for text in TEXTS]},
+            "dataframe_records": [{"dicom": text} for text in TEXTS],
+            "inputs": {"dicom": TEXTS},
+            "inputs of a list": TEXTS,
+            "inputs of records": [{"dicom": text} for text in TEXTS],
+            "instances": [{"dicom": text} for text in TEXTS],
+        }.items()
+    },
+    "csv": ("text/csv", pd.DataFrame({"dicom": TEXTS}).to_csv(index=False).encode()),
+    "csv with an index": ("text/csv", pd.DataFrame({"dicom": TEXTS}).to_csv().encode()),
+    "parquet": ("application/vnd.apache.parquet", PARQUET.getvalue()),
+}
+
+
+def ask(server: str, kind: str, body: bytes) -> list[dict[str, Any]]:
+    request = urllib.request.Request(f"{server}/invocations", body, {"Content-Type": kind})
     with urllib.request.urlopen(request, timeout=60) as response:
-        rows = json.load(response)["predictions"]
+        rows: list[dict[str, Any]] = json.load(response)["predictions"]
+    return rows
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_mlflow_models_serve_gives_the_mask_of_the_predictor_in_each_of_its_forms(
+    server: str, store: str, form: str
+) -> None:
+    rows = ask(server, *FORMS[form])
     predictor = Predictor.load(registry.fetch(store, "models:/brain/1")[0])
-    for row, expected in zip(rows, predictor.segment(blobs), strict=True):
+    for row, expected in zip(rows, predictor.segment(BLOBS), strict=True):
         if isinstance(expected, Prediction):
             mask = np.asarray(Image.open(io.BytesIO(base64.b64decode(row["mask_png"]))))
             assert mask.tobytes() == expected.mask.tobytes()
@@ -118,6 +146,17 @@ def test_mlflow_models_serve_gives_the_mask_of_the_predictor(server: str, store:
         else:
             assert (row["mask_png"], row["reason"]) == (None, "not_dicom")
     assert len(rows) == 3
+
+
+def test_what_is_no_base64_costs_its_own_row_only(server: str) -> None:
+    cells = f'dicom\n"{TEXTS[0]}"\n""\n"?!"\n"AAA"\n'
+    rows = ask(server, "text/csv", cells.encode())
+    assert [(row["foreground_pixels"] is None, row["reason"], row["detail"]) for row in rows] == [
+        (False, None, None),
+        (True, "empty_object", "an empty cell"),
+        (True, "not_dicom", "text that is not base64"),
+        (True, "not_dicom", "base64 that is cut short"),
+    ]
 
 
 def test_a_request_without_the_column_is_refused(server: str) -> None:

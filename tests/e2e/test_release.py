@@ -166,7 +166,7 @@ def service(
     }
     (application,) = config["applications"]
     application["runtime_env"]["env_vars"]["RAYSEG_TOKENS_FILE"] = str(folder / "tokens")
-    places = {"records": f"{folder}/jobs", "sources": [str(archive)], "destinations": [str(archive)]}
+    places = {"sources": [str(archive)], "destinations": [str(archive)]}
     application["args"] = {"tracking_uri": tracking_uri, "model_uri": "models:/tiny@champion", "jobs": places}
     (folder / "serve.yaml").write_text(yaml.safe_dump(config))
     deploy = [BIN / "serve", "deploy", folder / "serve.yaml", "--address", cluster.dashboard]

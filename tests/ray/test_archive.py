@@ -41,7 +41,7 @@ from rayseg.inference.series import STEPS
 from rayseg.tracking import registry, runs
 from serving.jobs import JobAnswer, JobRequest, Jobs, JobsConfig, ServedModel
 from serving.refusals import RefusalError
-from serving.runner import RayRunners
+from serving.submissions import RayJobs
 from tests.drivers import dying_at_the_first_rows
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
@@ -564,8 +564,8 @@ def test_a_job_of_the_service_outlives_it(models: Models, studies: Path, tmp_pat
 
     def jobs() -> Jobs:
         places = {"sources": (str(studies),), "destinations": (str(tmp_path / "out"),)}
-        config = JobsConfig(records=str(tmp_path / "records"), **places, settings={"cpus_per_actor": 2})
-        return Jobs(config, ServedModel(name="brain", uri="none", tracking_uri=models.tracking_uri), RayRunners())
+        config = JobsConfig(**places, settings={"cpus_per_actor": 2})
+        return Jobs(config, ServedModel(name="brain", uri="none", tracking_uri=models.tracking_uri), RayJobs())
 
     def wanted(name: str) -> JobRequest:
         return JobRequest(source=str(studies), destination=str(tmp_path / "out" / name), model="champion")
@@ -597,5 +597,5 @@ def test_a_job_of_the_service_outlives_it(models: Models, studies: Path, tmp_pat
     assert (done.progress.series, done.progress.series_total) == (PATIENTS, PATIENTS)
     assert (done.progress.slices, done.progress.slices_total) == (PATIENTS * SLICES, PATIENTS * SLICES)
     assert ledger.read(str(tmp_path / "out" / "done")).num_rows == PATIENTS
-    listed = asyncio.run(jobs().visible(None))
+    listed = asyncio.run(jobs().visible(None, 20, None))
     assert [job.state for job in listed] == ["succeeded", "cancelled"]

@@ -61,8 +61,8 @@ class Threshold:
             agreement=None,
         )
 
-    async def check(self) -> Health:
-        return Health(INFO, True, 0.01)
+    async def health(self) -> Health:
+        return Health(INFO, True, 0.01, 0.0)
 
 
 def mask(found: Slice) -> np.ndarray:

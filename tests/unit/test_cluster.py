@@ -113,6 +113,10 @@ def test_a_training_worker_asks_for_its_share_of_a_gpu():
     assert TrainConfig(**places).bundle == {"CPU": 1}
     shared = TrainConfig(**places, num_workers=1, gpus_per_worker=0.5, cpus_per_worker=4)
     assert shared.bundle == {"CPU": 4, "GPU": 0.5}
+    kept = TrainConfig(**places, resources={"train": 1})
+    assert kept.bundle == {"CPU": 1, "train": 1}
+    with pytest.raises(ValueError, match=r"train\.resources"):
+        TrainConfig(**places, resources={"GPU": 1})
     for count, share in ((2, 0.5), (1, 2), (1, -1)):
         with pytest.raises(ValueError, match=r"train\.gpus_per_worker"):
             TrainConfig(**places, num_workers=count, gpus_per_worker=share, batch_size=8)

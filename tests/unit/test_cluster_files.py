@@ -1,93 +1,29 @@
 """The files that a cluster is started and fed with, by the checks of those who read them."""
 
 import copy
+import functools
+import gzip
 import json
 import os
 import re
 import shlex
 import subprocess
-import sys
 import tomllib
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
 import yaml
+from botocore.session import Session
+from botocore.validate import ParamValidator
 from cryptography import x509
 
 ROOT = Path(__file__).parents[2]
 LAUNCHED = ("cluster.yaml", "configs/cluster-local.yaml")
 
-POD_TEMPLATE = {
-    "type": "object",
-    "required": ["spec"],
-    "properties": {"spec": {"type": "object", "required": ["containers"]}},
-}
-START_PARAMS = {"type": "object", "additionalProperties": {"type": "string"}}
-# Of https://docs.ray.io/en/master/kuberay/references/api.html (KubeRay 1.7.1): the fields that are required, and those
-# that configs/kuberay.yaml uses. What is inside a pod is not looked at.
-KUBERAY_CLUSTER: dict[str, Any] = {
-    "type": "object",
-    "required": ["headGroupSpec"],
-    "additionalProperties": False,
-    "properties": {
-        "rayVersion": {"type": "string"},
-        "authOptions": {"type": "object", "properties": {"mode": {"enum": ["disabled", "token"]}}},
-        "enableInTreeAutoscaling": {"type": "boolean"},
-        "autoscalerOptions": {
-            "type": "object",
-            "additionalProperties": False,
-            "properties": {
-                "idleTimeoutSeconds": {"type": "integer"},
-                "env": {"type": "array"},
-                "volumeMounts": {"type": "array"},
-            },
-        },
-        "headGroupSpec": {
-            "type": "object",
-            "required": ["rayStartParams", "template"],
-            "additionalProperties": False,
-            "properties": {"rayStartParams": START_PARAMS, "template": POD_TEMPLATE},
-        },
-        "workerGroupSpecs": {
-            "type": "array",
-            "items": {
-                "type": "object",
-                "required": ["groupName", "minReplicas", "maxReplicas", "rayStartParams", "template"],
-                "additionalProperties": False,
-                "properties": {
-                    "groupName": {"type": "string"},
-                    "replicas": {"type": "integer", "minimum": 0},
-                    "minReplicas": {"type": "integer", "minimum": 0},
-                    "maxReplicas": {"type": "integer", "minimum": 1},
-                    "rayStartParams": START_PARAMS,
-                    "template": POD_TEMPLATE,
-                },
-            },
-        },
-    },
-}
-KUBERAY: dict[str, Any] = {
-    "RayCluster": KUBERAY_CLUSTER,
-    "RayJob": {
-        "type": "object",
-        "additionalProperties": False,
-        "properties": {
-            "entrypoint": {"type": "string"},
-            "runtimeEnvYAML": {"type": "string"},
-            "shutdownAfterJobFinishes": {"type": "boolean"},
-            "backoffLimit": {"type": "integer"},
-            "rayClusterSpec": KUBERAY_CLUSTER,
-        },
-    },
-    "RayService": {
-        "type": "object",
-        "additionalProperties": False,
-        "properties": {"serveConfigV2": {"type": "string"}, "rayClusterConfig": KUBERAY_CLUSTER},
-    },
-}
+# The schemas of ray.io/v1 in KubeRay 1.7.0 (ray-operator/config/crd/bases, Apache-2.0), by kind.
+KUBERAY: dict[str, Any] = json.loads(gzip.decompress((Path(__file__).parent / "kuberay-1.7.0.json.gz").read_bytes()))
 
 
 def read(name: str) -> dict[str, Any]:
@@ -110,6 +46,52 @@ def test_cluster_file_passes_the_launchers_own_check():
     spot = {"MarketType": "spot"}
     assert any(kind["node_config"].get("InstanceMarketOptions") == spot for kind in workers.values())
     assert all(kind["min_workers"] < kind["max_workers"] for kind in workers.values()), "autoscaled"
+
+
+def test_instances_are_started_with_what_ec2_knows_and_with_its_second_metadata_service():
+    """By the parameters of RunInstances, as AWS's own library has them."""
+    shape = Session().get_service_model("ec2").operation_model("RunInstances").input_shape
+    for kind in read("cluster.yaml")["available_node_types"].values():
+        instance = kind["node_config"]
+        report = ParamValidator().validate({**instance, "MinCount": 1, "MaxCount": 1}, shape)
+        assert not report.has_errors(), report.generate_report()
+        assert instance["MetadataOptions"]["HttpTokens"] == "required"
+        assert instance["ImageId"].startswith("resolve:ssm:/aws/service/deeplearning/ami/x86_64/base-oss-nvidia-driver")
+        assert all(disk["Ebs"]["Encrypted"] for disk in instance["BlockDeviceMappings"])
+
+
+def test_containers_of_gpu_nodes_get_their_gpus_and_others_do_not_ask_for_any():
+    cluster = check_cluster(read("cluster.yaml"))
+    assert cluster["docker"]["disable_automatic_runtime_detection"], "or the options would stand there twice"
+    for name, kind in cluster["available_node_types"].items():
+        own = {**cluster["docker"], **kind.get("docker", {})}  # as the launcher has it
+        image = own.get("worker_image", own["image"])
+        asks = "--gpus all" in own.get("worker_run_options", [])
+        assert asks == image.endswith("-gpu") == bool(kind["resources"].get("GPU")), name
+
+
+def test_training_can_be_kept_off_nodes_that_go_and_that_decode():
+    for name in ("cluster.yaml", "configs/kuberay.yaml"):
+        if name == "cluster.yaml":
+            kinds = {
+                kind: {"resources": values["resources"]} for kind, values in read(name)["available_node_types"].items()
+            }
+            spot = {
+                kind
+                for kind, values in read(name)["available_node_types"].items()
+                if "InstanceMarketOptions" in values["node_config"]
+            }
+        else:
+            groups = read(name)["items"][0]["spec"]["workerGroupSpecs"]
+            kinds = {
+                group["groupName"]: {"resources": json.loads(shlex.split(group["rayStartParams"]["resources"])[0])}
+                for group in groups
+            }
+            spot = {group["groupName"] for group in groups if "nodeSelector" in group["template"]["spec"]}
+        training = {kind for kind, values in kinds.items() if values["resources"].get("train")}
+        assert training == {"gpu"}
+        assert not training & spot
+        assert {kind for kind, values in kinds.items() if values["resources"].get("spot")} == {"gpu-spot"}
 
 
 def test_file_of_local_hosts_passes_it_too():
@@ -177,39 +159,6 @@ def test_nodes_have_the_ray_and_the_python_of_the_lock():
     assert read("cluster.yaml")["file_mounts"]["/home/ray/requirements-gpu.lock"] == "requirements-gpu.lock"
 
 
-def test_a_jobs_upload_imports_on_a_machine_that_has_only_the_packages(tmp_path: Path):
-    """Packs what `ray job submit` would, with Ray's own code, and runs from the unpacked copy alone."""
-    from ray._private.runtime_env.packaging import create_package
-    from ray.runtime_env import RuntimeEnv
-
-    environment = RuntimeEnv(**read("configs/runtime_env.yaml"))
-    assert environment["working_dir"] == "."
-    (module,) = environment["py_modules"]
-    arguments = {"include_gitignore": True, "excludes": environment["excludes"]}
-    create_package(str(ROOT), tmp_path / "work.zip", **arguments)
-    create_package(str(ROOT / module), tmp_path / "module.zip", include_parent_dir=True, **arguments)
-    for name in ("work", "module"):
-        with zipfile.ZipFile(tmp_path / f"{name}.zip") as package:
-            package.extractall(tmp_path / name)
-    for source in (ROOT / module).rglob("*.py"):
-        assert (tmp_path / "module" / source.relative_to((ROOT / module).parent)).is_file()
-    top = {path.name for path in (tmp_path / "work").iterdir()}
-    assert {"jobs", "serving", "configs"} <= top
-    assert not top & {".venv", ".git", "tests", "demo", "platform"}
-    assert (tmp_path / "work" / "serving" / "web" / "index.html").is_file()
-    program = "import rayseg, jobs.prepare; print(rayseg.__file__, jobs.__file__)"
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=tmp_path / "work",
-        env={"PYTHONPATH": f"{tmp_path / 'module'}:{tmp_path / 'work'}"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    for origin in done.stdout.split():
-        assert origin.startswith(str(tmp_path)), "imported from elsewhere"
-
-
 def test_serve_config_is_what_serve_takes_and_names_our_deployments():
     from ray.serve.schema import ServeDeploySchema
 
@@ -263,24 +212,91 @@ def test_a_node_gets_a_certificate_of_its_addresses(name: str, tmp_path: Path):
 def test_a_pod_gets_a_certificate_of_its_address_and_of_the_clusters_services(tmp_path: Path):
     pod = read("configs/kuberay.yaml")["items"][0]["spec"]["headGroupSpec"]["template"]["spec"]
     (command,) = pod["initContainers"][0]["args"]
-    mounted = command.replace("/etc/rayseg/tls", str(tmp_path / ".ray" / "tls")).replace("../authority/", "")
+    mounted = command.replace("/etc/rayseg/tls", str(tmp_path / ".ray" / "tls")).replace("../certifier/", "")
     found = certified(tmp_path, mounted, POD_IP="10.1.2.3", NAMESPACE="ours")
     assert addresses(found) == {"127.0.0.1", "10.1.2.3"}
     names = found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     assert names.get_values_for_type(x509.DNSName) == ["localhost", "*.ours.svc.cluster.local"]
 
 
-def test_kuberay_file_has_the_fields_that_kuberay_knows():
-    """Against what we use of ray.io/v1, copied by hand from KubeRay's reference: its own definitions are not here."""
+def strict(schema: Any) -> Any:
+    """An OpenAPI schema of Kubernetes as JSON Schema that refuses unknown fields, as `kubectl apply` does."""
+    if isinstance(schema, list):
+        return [strict(one) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if schema.get("x-kubernetes-int-or-string"):
+        return {"type": ["integer", "string"]}
+    whole = {key: strict(value) for key, value in schema.items() if key not in ("default", "enum", "required")}
+    whole |= {key: schema[key] for key in ("enum", "required") if key in schema}
+    if isinstance(schema.get("properties"), dict) and not schema.get("x-kubernetes-preserve-unknown-fields"):
+        whole.setdefault("additionalProperties", False)
+    return whole
+
+
+@functools.cache
+def of_kind(kind: str) -> jsonschema.Draft202012Validator:
+    return jsonschema.Draft202012Validator(strict(KUBERAY[kind]["properties"]["spec"]))
+
+
+def check_kuberay(item: dict[str, Any]) -> None:
+    of_kind(item["kind"]).validate(item["spec"])
+
+
+def test_kuberay_file_passes_kuberays_own_definitions():
     items = read("configs/kuberay.yaml")["items"]
     assert [item["kind"] for item in items] == ["RayCluster", "RayJob", "RayService", "NetworkPolicy"]
     for item in items[:3]:
         assert item["apiVersion"] == "ray.io/v1"
-        jsonschema.validate(item["spec"], KUBERAY[item["kind"]], cls=jsonschema.Draft202012Validator)
-    broken = copy.deepcopy(items[0]["spec"])
-    broken["workerGroupSpecs"][0]["maxWorkers"] = 3
-    with pytest.raises(jsonschema.ValidationError, match="maxWorkers"):
-        jsonschema.validate(broken, KUBERAY["RayCluster"])
+        check_kuberay(item)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "told"),
+    [
+        (("workerGroupSpecs", 0, "maxWorkers"), 3, "maxWorkers"),
+        (("workerGroupSpecs", 0, "replicas"), "2", "'2'"),
+        (("headGroupSpec", "template", "spec", "containers", 0, "comand"), ["sh"], "comand"),
+        (("authOptions", "mode"), "password", "password"),
+        (("tlsOptions",), {"enabled": "yes"}, "'yes'"),
+    ],
+)
+def test_kuberays_definitions_refuse_what_they_should(place: tuple[Any, ...], value: Any, told: str):
+    item = copy.deepcopy(read("configs/kuberay.yaml")["items"][0])
+    target = item["spec"]
+    for key in place[:-1]:
+        target = target[key]
+    target[place[-1]] = value
+    with pytest.raises(jsonschema.ValidationError, match=told):
+        check_kuberay(item)
+
+
+def test_kuberays_own_tls_is_in_the_place_that_the_file_says():
+    item = copy.deepcopy(read("configs/kuberay.yaml")["items"][0])
+    assert "tlsOptions: {enabled: true}" in (ROOT / "configs" / "kuberay.yaml").read_text()
+    item["spec"]["tlsOptions"] = {"enabled": True}
+    check_kuberay(item)
+
+
+def test_only_the_init_container_of_a_pod_sees_the_authoritys_key():
+    cluster = read("configs/kuberay.yaml")["items"][0]["spec"]
+    mounted = [cluster["autoscalerOptions"]["volumeMounts"]]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        pod = group["template"]["spec"]
+        volumes = {volume["name"]: volume for volume in pod["volumes"]}
+        with_key = {
+            name
+            for name, volume in volumes.items()
+            if volume.get("secret", {}).get("secretName") == "rayseg-authority"
+            and volume["secret"].get("items") != [{"key": "ca.crt", "path": "ca.crt"}]
+        }
+        (init,) = pod["initContainers"]
+        assert {mount["name"] for mount in init["volumeMounts"]} & volumes.keys() == {"certifier", "tls"}
+        mounted += [container["volumeMounts"] for container in pod["containers"]]
+        assert with_key == {"certifier"}
+    for mounts in mounted:
+        assert "certifier" not in {mount["name"] for mount in mounts}
+        assert all(mount.get("readOnly") for mount in mounts)
 
 
 def test_pods_ask_for_a_token_speak_tls_and_say_what_they_have():

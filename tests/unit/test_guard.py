@@ -81,6 +81,7 @@ def test_the_documented_shell_line_makes_a_line_that_is_understood():
     [
         ("GET", "/", None, 200),
         ("GET", "/healthz", None, 200),
+        ("GET", "/readyz", None, 200),
         ("GET", "/docs", None, 200),
         ("GET", "/openapi.json", None, 200),
         ("POST", "/healthz", None, 401),

@@ -20,7 +20,10 @@ def test_platform_never_shadows_the_standard_library():
 
 def test_ignore_patterns_are_anchored_so_that_uploads_keep_the_package():
     patterns = [line for line in (ROOT / ".gitignore").read_text().splitlines() if line and not line.startswith("#")]
-    assert [pattern for pattern in patterns if not pattern.startswith("/")] == ["__pycache__/", "*.pyc"]
+    anywhere = [pattern.lstrip("!") for pattern in patterns if not pattern.lstrip("!").startswith("/")]
+    assert [pattern for pattern in anywhere if pattern.endswith("/")] == ["__pycache__/"]
+    command = ["git", "-C", str(ROOT), "ls-files", "--cached", "--ignored", "--exclude-standard"]
+    assert not subprocess.run(command, capture_output=True, text=True, check=True).stdout, "ignored files of ours"
 
 
 def test_locks_pin_every_package_by_hash_and_name_no_host():

@@ -1,17 +1,17 @@
 """Bulk jobs over HTTP: what they may read and write, whose they are, and what is told of them."""
 
-import asyncio
+import dataclasses
 import json
-import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from rayseg import storage
-from serving.jobs import Jobs, JobsConfig, ServedModel, allowed
+from serving.jobs import Jobs, JobsConfig, ServedModel
+from serving.places import allowed
 from serving.refusals import RefusalError
-from serving.runner import Runner
+from serving.submissions import RayJobs, State, Submission, UnavailableError
 from tests.unit.guarded import asked, get, service
 from tests.unit.test_guard import KNOWN, bearing
 
@@ -19,24 +19,42 @@ JSON = {"content-type": "application/json"}
 
 
 class Recorded:
-    """Runners that run nothing; what is in `living` is alive."""
+    """Stands for Ray's job submission, whose own part is in tests/ray/test_archive.py; what runs, runs until it is told
+    how it ends."""
 
     def __init__(self) -> None:
         self.settings: list[dict[str, Any]] = []
-        self.living: set[str] = set()
+        self.jobs: dict[str, Submission] = {}
+        self.asked: list[str] = []
+        self.away = False
+        self.logs = ""
 
-    async def start(self, job_id: str, record_uri: str, record: dict[str, Any], settings: dict[str, Any]) -> None:
-        storage.write_json(record_uri, record)
+    def submit(self, job_id: str, settings: dict[str, Any], about: dict[str, Any]) -> None:
         self.settings.append(settings)
-        self.living.add(job_id)
+        self._note("submit")
+        self.jobs[job_id] = Submission(json.loads(json.dumps(about)), "running", 1.7e9, None, None)
 
-    async def alive(self, job_id: str) -> bool:
-        return job_id in self.living
+    def known(self) -> dict[str, Submission]:
+        self._note("known")
+        return dict(self.jobs)
 
-    async def cancel(self, job_id: str) -> bool:
-        was = job_id in self.living
-        self.living.discard(job_id)
+    def stop(self, job_id: str) -> bool:
+        self._note("stop")
+        was = self.jobs[job_id].state == "running"
+        self.end(job_id, "cancelled")
         return was
+
+    def log(self, job_id: str) -> str:
+        self._note("log")
+        return self.logs
+
+    def end(self, job_id: str, state: State, error: str | None = None) -> None:
+        self.jobs[job_id] = dataclasses.replace(self.jobs[job_id], state=state, ended=1.8e9, error=error)
+
+    def _note(self, call: str) -> None:
+        if self.away:
+            raise UnavailableError("RaySystemError")
+        self.asked.append(call)
 
 
 @pytest.fixture
@@ -49,9 +67,9 @@ def places(tmp_path: Path) -> Path:
 
 def jobs(places: Path, runners: Recorded, **config: Any) -> Jobs:
     roots = {"sources": (str(places / "in"), "s3://archive/ct"), "destinations": (str(places / "out"),)}
-    settings = JobsConfig(**{"records": str(places / "records"), **roots, **config})
+    settings = JobsConfig(**{**roots, **config})
     model = ServedModel(name="brain", uri="models:/brain@champion", tracking_uri="sqlite:///x.db")
-    return Jobs(settings, model, runners, pacs="https://pacs.example/dicom-web")
+    return Jobs(settings, model, cast(RayJobs, runners), pacs="https://pacs.example/dicom-web")
 
 
 def submit(token: str, **request: Any) -> Any:
@@ -132,7 +150,7 @@ def test_a_job_is_what_was_asked_for_with_the_services_own_settings(places: Path
     storage.write_json(f"{places}/out/ct/progress.json", {**progress, "eta_s": 30.0, "reasons": {}, "run_id": "r"})
     (told,) = asked(app, get(f"/v1/jobs/{job['id']}", **bearing("s-token")))
     assert (told.json()["progress"]["slices"], told.json()["progress"]["eta_s"]) == (30, 30.0)
-    runners.living.clear()
+    runners.end(job["id"], "interrupted")
     (told,) = asked(app, get(f"/v1/jobs/{job['id']}", **bearing("s-token")))
     assert told.json()["state"] == "interrupted"
 
@@ -205,38 +223,68 @@ def test_ids_are_ids(places: Path, job_id: str):
     assert answer.status_code in {404, 422}
 
 
-@pytest.mark.parametrize(
-    ("program", "record"),
-    [
-        (
-            "echo noise >&2; echo 'segment: no such model' >&2; exit 2",
-            {"state": "failed", "error": "segment: no such model"},
-        ),
-        ("echo 'Traceback of a PATIENT' >&2; exit 1", {"state": "failed", "error": "ended with code 1"}),
-        (
-            'echo noise; echo \'{"series": 4, "seg_paths": ["s3://x"]}\'',
-            {"state": "succeeded", "result": {"series": 4}},
-        ),
-    ],
-)
-def test_how_a_jobs_process_ends_is_its_record(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str, record: dict[str, Any]
-):
-    script = tmp_path / "python"
-    script.write_text(f"#!/bin/sh\n{program}\n")
-    script.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(script))
-    monkeypatch.setattr("ray.actor.exit_actor", lambda: None)
-    uri = str(tmp_path / "id.json")
+def test_the_list_is_paged_and_asks_ray_once(places: Path):
+    runners = Recorded()
+    app = service(jobs(places, runners, at_once=50))
+    ids = []
+    for number in range(7):
+        (started,) = asked(app, submit("", source=f"{places}/in", destination=f"{places}/out/{number}"))
+        ids.append(started.json()["id"])
+    runners.asked.clear()
+    pages, path = [], "/v1/jobs?limit=3"
+    while path:
+        (page,) = asked(app, get(path))
+        pages.append([job["id"] for job in page.json()])
+        path = page.headers.get("link", "").partition(">")[0].removeprefix("<")
+    latest = sorted(ids, reverse=True)
+    assert pages == [latest[:3], latest[3:6], latest[6:]]
+    assert runners.asked == ["known"] * 3
+    assert asked(app, get("/v1/jobs?limit=101"))[0].status_code == 422
 
-    async def run() -> None:
-        runner = Runner(
-            uri, {"id": "id", "state": "running"}, {"output": str(tmp_path / "out")}, {"RAY_ADDRESS": "there"}
-        )
-        await runner.begin()
-        await runner.watch()
 
-    asyncio.run(run())
-    told = storage.read_json(uri)
-    assert told.pop("ended") > 0
-    assert told == {"id": "id", **record}
+def test_how_a_job_ends_is_what_ray_says(places: Path):
+    runners = Recorded()
+    app = service(jobs(places, runners, at_once=3))
+    ids = []
+    for name in ("done", "bad", "gone"):
+        (started,) = asked(app, submit("", source=f"{places}/in", destination=f"{places}/out/{name}"))
+        ids.append(started.json()["id"])
+    runners.end(ids[0], "succeeded")
+    runners.end(ids[1], "failed", "segment: no such model")
+    runners.end(ids[2], "cancelled")
+    runners.logs = '{"level": "INFO"}\n{"series": 4, "seg_paths": ["s3://x"]}\nat exit\n'
+    done, bad, gone = (asked(app, get(f"/v1/jobs/{one}"))[0].json() for one in ids)
+    assert (done["state"], done["result"], done["ended"]) == ("succeeded", {"series": 4}, 1.8e9)
+    assert (bad["state"], bad["error"]) == ("failed", "segment: no such model")
+    assert (gone["state"], gone["result"]) == ("cancelled", None)
+    (another,) = asked(app, submit("", source=f"{places}/in", destination=f"{places}/out/done"))
+    assert another.status_code == 202, "those that ended hold no place"
+
+
+def test_a_job_that_ray_does_not_take_is_no_job(places: Path):
+    runners = Recorded()
+    app = service(jobs(places, runners))
+    request = submit("", source=f"{places}/in", destination=f"{places}/out")
+    runners.away = True
+    refused, listed = asked(app, request, get("/v1/jobs"))
+    for answer in (refused, listed):
+        assert (answer.status_code, answer.json()["reason"]) == (503, "unavailable")
+        assert answer.headers["retry-after"]
+    runners.away = False
+    listed, started = asked(app, get("/v1/jobs"), request)
+    assert (listed.json(), started.status_code) == ([], 202)
+
+
+def test_progress_at_a_place_is_the_last_jobs(places: Path):
+    runners = Recorded()
+    app = service(jobs(places, runners))
+    request = submit("", source=f"{places}/in", destination=f"{places}/out")
+    (first,) = asked(app, request)
+    runners.end(first.json()["id"], "cancelled")
+    runners.jobs["0" * 16] = runners.jobs.pop(first.json()["id"])  # of an earlier second
+    (second,) = asked(app, request)
+    progress = {"series": 1, "series_total": 4, "slices": 30, "slices_total": 120, "slices_per_second": 3.0}
+    storage.write_json(f"{places}/out/progress.json", {**progress, "eta_s": 30.0, "reasons": {}, "run_id": "r"})
+    told = [asked(app, get(f"/v1/jobs/{one}"))[0].json()["progress"] for one in ("0" * 16, second.json()["id"])]
+    assert told[0] is None
+    assert told[1]["slices"] == 30

@@ -30,6 +30,7 @@ from rayseg.inference.predictor import Predictor
 from rayseg.records import MANIFEST, PREPARED, Reason, Reject
 from rayseg.tracking import bundle
 from serving import routes
+from serving.health import Checks
 from serving.messages import ModelInfo
 from serving.replica import ModelReplica
 from serving.segment import Settings
@@ -317,6 +318,7 @@ def test_the_service_answers_422_and_is_healthy(saved: Path) -> None:
     model = ModelReplica.__new__(ModelReplica)
     model._versions = SimpleNamespace(get=lambda wanted, load=True: loaded, current=loaded, shadow=None)
     model._workers = Workers(1, 8)
+    model._checks = Checks(lambda: loaded, model._workers)
     app = routes.create(model, Settings(2**20))
 
     async def post(body: bytes) -> httpx.Response:
@@ -327,7 +329,7 @@ def test_the_service_answers_422_and_is_healthy(saved: Path) -> None:
     assert refused.status_code == 422
     assert refused.json()["reason"] == "needs_neighbours"
     assert asyncio.run(post(b"no image")).json()["reason"] == "not_dicom"
-    assert asyncio.run(model.check()).matches
+    assert asyncio.run(model.health()).matches
 
 
 def test_a_store_that_fails_for_a_neighbour_rejects_the_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

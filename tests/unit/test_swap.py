@@ -1,7 +1,9 @@
 """Going from one version to the next in a replica: who gets which, and what is not taken."""
 
 import asyncio
+import dataclasses
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,10 @@ import pytest
 from fastapi.testclient import TestClient
 
 from rayseg.data.synthetic import slice_bytes
-from rayseg.dicom.reading import Slice
+from rayseg.dicom.reading import Slice, read_slice
 from rayseg.inference.predictor import Prediction, Predictor
 from rayseg.models.engine import Engine
+from rayseg.records import Reason, Reject
 from rayseg.tracking import registry
 from serving import routes, series
 from serving.messages import Ask, Segmented, Stacked
@@ -183,19 +186,136 @@ def test_agreement_of_several_classes_by_hand() -> None:
     assert (counted.slices, counted.both, counted.sizes, counted.identical) == (1, 0, 0, 1)
 
 
-def test_an_unhealthy_replica_says_so(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def break_engine(model: ModelReplica) -> None:
+    """From here on each forward pass raises."""
+
+    def fail(_: np.ndarray) -> np.ndarray:
+        raise RuntimeError("the device is lost")
+
+    predictor = model._versions.current.predictor
+    predictor._compiled = tuple(dataclasses.replace(one, exact=fail, screen=None) for one in predictor._compiled)
+
+
+def test_a_replica_without_work_runs_its_example_now_and_then(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     point(uri, "1")
     model = replica(uri)
+    first = asyncio.run(model.health())
+    assert first.matches, "checked before anybody asks"
+    asyncio.run(model.check_health())
+    assert (asyncio.run(model.health()), model._workers.done) == (first, 0), "a moment ago"
+    monkeypatch.setattr("serving.health.IDLE_S", 0.0)
     asyncio.run(model.check_health())
     assert model._workers.done == 1
-    asyncio.run(model.check_health())
-    assert model._workers.done == 1, "the example was run a moment ago"
-    monkeypatch.setattr("serving.replica.IDLE_S", 0.0)
+    assert asyncio.run(model.health()).at > first.at
     model._versions.current.predictor.threshold = 1e-9
-    assert not asyncio.run(model.check()).matches
-    asyncio.run(model.check_health())  # slices passed since
     with pytest.raises(RuntimeError, match="recorded mask"):
         asyncio.run(model.check_health())
+    assert not asyncio.run(model.health()).matches
+
+
+def test_a_replica_whose_slices_all_fail_is_unhealthy_at_the_next_look(uri: str) -> None:
+    point(uri, "1")
+    model = replica(uri)
+    assert isinstance(asyncio.run(model.segment(slice_bytes(0, 64), Ask())), Segmented)
+    break_engine(model)
+    for stack in (False, True):  # a slice alone, and of a series
+        slice = read_slice(slice_bytes(0, 64))
+        assert isinstance(slice, Slice)
+        if stack:
+            answer = asyncio.run(model.segment_stacks([slice], Ask()))
+            assert isinstance(answer, Stacked)
+            (failed,) = answer.masks
+        else:
+            asyncio.run(model.check_health())  # a slice has passed since the last look
+            failed = asyncio.run(model.segment(slice_bytes(0, 64), Ask()))
+        assert isinstance(failed, Reject)
+        assert failed.reason == Reason.INTERNAL
+        with pytest.raises(RuntimeError, match="device is lost"):
+            asyncio.run(model.check_health())
+        assert not asyncio.run(model.health()).matches
+
+
+def test_slices_that_a_client_made_to_fail_do_not_end_a_replica(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    point(uri, "1")
+    model = replica(uri)
+    predictor, judge = model._versions.current.predictor, model._versions.current.predictor.judge_alone
+    bad = slice_bytes(1, 64)
+
+    def fail(slice: Any, threshold: float | None = None) -> Any:
+        raise IndexError("a defect of ours")
+
+    for broken in (True, False):
+        monkeypatch.setattr(predictor, "judge_alone", fail if broken else judge)
+        answer = asyncio.run(model.segment(bad, Ask()))
+        assert isinstance(answer, Reject) == broken
+        asyncio.run(model.check_health())
+        assert asyncio.run(model.health()).matches
+
+
+def test_too_much_to_do_is_no_illness_and_a_thread_that_hangs_is(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    point(uri, "1")
+    model, go, begun = replica(uri, max_queue=1), threading.Event(), threading.Event()
+    monkeypatch.setattr("serving.health.IDLE_S", 0.0)
+    model._workers.submit(lambda: (begun.set(), go.wait(60)), "urgent", 60)
+    assert begun.wait(60)
+    waits = model._workers.submit(lambda: None, "urgent", 60)  # takes the only place
+    asyncio.run(model.check_health())
+    assert asyncio.run(model.health()).matches
+    monkeypatch.setattr("serving.health.EXAMPLE_S", 0.0)
+    with pytest.raises(TimeoutError, match="no slice ends"):
+        asyncio.run(model.check_health())
+    go.set()
+    waits.result(60)
+    monkeypatch.setattr("serving.health.EXAMPLE_S", 20.0)
+    asyncio.run(model.check_health())
+    assert asyncio.run(model.health()).matches
+
+
+def test_health_runs_nothing_and_readiness_is_another_question(uri: str) -> None:
+    point(uri, "1")
+    model = replica(uri)
+    client = TestClient(routes.create(model, Settings(2**20)))
+    answers = [client.get("/healthz") for _ in range(20)]
+    assert {answer.status_code for answer in answers} == {200}
+    assert model._workers.done == 0
+    assert len({answer.json()["checked"] for answer in answers}) == 1
+    assert client.get("/readyz").json() == {"status": "ready", "version": "1", "waiting": 0}
+    break_engine(model)
+    assert client.get("/healthz").status_code == 200, "of the last check"
+    client.post("/v1/segment", content=slice_bytes(0, 64), headers={"content-type": "application/dicom"})
+    with pytest.raises(RuntimeError):
+        asyncio.run(model.check_health())
+    assert (client.get("/healthz").status_code, client.get("/healthz").json()["reason"]) == (503, "wrong_mask")
+
+
+def test_a_version_that_could_not_be_loaded_is_tried_again(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    point(uri, "1")
+    one, other = versions(uri), versions(uri)
+    point(uri, "2")
+    now, load = time.monotonic(), Predictor.load
+    monkeypatch.setattr("serving.swap.time.monotonic", lambda: now)
+    tries = 0
+
+    def full(*folders: Any, **named: Any) -> Predictor:
+        nonlocal tries
+        tries += 1
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Predictor, "load", full)
+    for pause_s in (10.0, 20.0, 40.0):  # doubled each time
+        one.poll()
+        one.poll()
+        assert (one.current.info.version, one.failures) == ("1", 1)
+        assert one.failure is not None
+        assert "OSError" in one.failure.detail
+        now += pause_s - 0.1
+        one.poll()
+        now += 0.2
+    assert tries == 3
+    monkeypatch.setattr(Predictor, "load", load)
+    for held in (one, other):
+        held.poll()
+    assert {one.current.info.version, other.current.info.version} == {"2"}, "replicas serve one version"
 
 
 def test_who_goes_or_waits_too_long_or_comes_too_late_costs_nothing(uri: str) -> None:
@@ -212,12 +332,15 @@ def test_who_goes_or_waits_too_long_or_comes_too_late_costs_nothing(uri: str) ->
 
     async def gone() -> None:
         asked = asyncio.create_task(model.segment(body, Ask()))
-        while model._workers.waiting < 2:
+        while not model._workers.waiting:
             await asyncio.sleep(0)
         asked.cancel()
         await asyncio.gather(asked, return_exceptions=True)
 
     asyncio.run(gone())
+    assert model._workers.waiting == 0, "neither of them holds a place"
+    for _ in range(2):
+        model._workers.submit(lambda: None, "bulk", 60)
     refused = client.post("/v1/segment", content=body, headers=kind, params={"priority": "bulk"})
     assert (refused.status_code, refused.json()["reason"]) == (503, "busy")
     assert int(refused.headers["retry-after"]) > 0

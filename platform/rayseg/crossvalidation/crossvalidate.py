@@ -101,7 +101,7 @@ def crossvalidate(config: CrossValidateConfig) -> CrossValidateResult:
     began = time.monotonic()
     cluster.connect()
     base = trainer.absolute(config.train)
-    cluster.require("train", base.bundle, base.most_workers, trainer.KEYS)
+    cluster.require("train", base.bundle, base.most_workers, trainer.keys(base))
     with contextlib.ExitStack() as stack:
         sets = [stack.enter_context(_prepared(config, fold)) for fold in range(config.crossvalidate.folds)]
         result = _crossvalidated(config, base, sets)

@@ -26,6 +26,7 @@ from rayseg.ahead import mapped
 from rayseg.data.range import Known, of_several
 from rayseg.data.stacks import alone, along, usable
 from rayseg.dicom.reading import Slice, Source, read_slice
+from rayseg.inference import cells
 from rayseg.models.engine import Compiled, Engine, compile_openvino, compile_tensorflow, has_gpu
 from rayseg.records import Reason, Reject
 from rayseg.tracking.bundle import Bundle, decide, describe, load, load_keras, mask_sha256
@@ -297,8 +298,10 @@ class _PyfuncModel:
         self._predictor = predictor
 
     def predict(self, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
-        """Column `dicom` (bytes) to `mask_png` (base64), `foreground_pixels`, and `reason`, `detail` of a reject."""
-        rows = [_row(result) for result in self._predictor.segment([bytes(blob) for blob in model_input["dicom"]])]
+        """Column `dicom` (`cells`) to `mask_png` (base64), `foreground_pixels`, and `reason`, `detail` of a reject."""
+        objects = [cells.read(cell) for cell in model_input["dicom"]]
+        results = iter(self._predictor.segment([blob for blob in objects if isinstance(blob, bytes)]))
+        rows = [_row(blob if isinstance(blob, Reject) else next(results)) for blob in objects]
         return pd.DataFrame(rows, columns=["mask_png", "foreground_pixels", "reason", "detail"], dtype=object)
 
 

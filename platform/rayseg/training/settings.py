@@ -99,6 +99,8 @@ class TrainConfig:
     num_workers: int | tuple[int, int] = 2
     cpus_per_worker: float = 1.0  # CPUs of a worker
     gpus_per_worker: float = 0.0  # 1, or a fraction of a GPU that other runs share
+    # What else each worker takes of its node, such as {train: 1}: any resource that nodes were started with.
+    resources: dict[str, float] = field(default_factory=dict)
     max_failures: int = 3  # how often lost workers are replaced before the run fails; announced losses do not count
     hang_timeout_s: float = 600.0  # a worker that takes longer for a step counts as hung, and is replaced
 
@@ -141,6 +143,8 @@ class TrainConfig:
         if 0 < self.gpus_per_worker < 1 < self.most_workers:
             # What adds up gradients between GPUs (NCCL) takes one process a GPU.
             raise ValueError("train.gpus_per_worker: workers of one run take a whole GPU each; set 1, or num_workers=1")
+        if {"CPU", "GPU"} & self.resources.keys():
+            raise ValueError("train.resources: cpus_per_worker and gpus_per_worker are keys of their own")
         if self.feed_threads is not None and self.feed_threads < 1:
             raise ValueError(f"train.feed_threads: a positive number expected, got {self.feed_threads}")
         for key in ("threshold", "ema_momentum"):
@@ -191,7 +195,8 @@ class TrainConfig:
     @property
     def bundle(self) -> dict[str, float]:
         """What each worker asks the cluster for."""
-        return {"CPU": self.cpus_per_worker} | ({"GPU": self.gpus_per_worker} if self.gpus_per_worker else {})
+        gpus = {"GPU": self.gpus_per_worker} if self.gpus_per_worker else {}
+        return {"CPU": self.cpus_per_worker, **gpus, **self.resources}
 
     @property
     def feed_threads_per_worker(self) -> int:

@@ -17,7 +17,7 @@ _KINDS = {"loguniform": tune.loguniform, "uniform": tune.uniform, "randint": tun
 # which trials are compared.
 _FIXED = (
     *("prepared", "storage", "tracking_uri", "experiment", "name", "registered_model", "reproduce", "epochs"),
-    *("num_workers", "cpus_per_worker", "gpus_per_worker", "max_failures", "hang_timeout_s"),
+    *("num_workers", "cpus_per_worker", "gpus_per_worker", "resources", "max_failures", "hang_timeout_s"),
 )
 _SCORE = "score"
 

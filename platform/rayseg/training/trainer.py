@@ -44,7 +44,12 @@ logger = logging.getLogger(__name__)
 
 LOOK_S = 5.0  # between two looks for the announced loss of a node
 RESIZE_S = 60.0  # between two looks for nodes that an elastic run could take
-KEYS = {"CPU": "cpus_per_worker", "GPU": "gpus_per_worker", "count": "num_workers"}
+_KEYS = {"CPU": "cpus_per_worker", "GPU": "gpus_per_worker", "count": "num_workers"}
+
+
+def keys(config: TrainConfig) -> dict[str, str]:
+    """The key of each thing that workers take of the cluster, for `cluster.require`."""
+    return _KEYS | dict.fromkeys(config.resources, "resources")
 
 
 def fit(config: TrainConfig, trial: Trial | None = None, callbacks: Sequence[UserCallback] = ()) -> TrainResult:
@@ -80,7 +85,7 @@ def _fit(
     config: TrainConfig, prepared: PreparedSet, trial: Trial | None, callbacks: Sequence[UserCallback]
 ) -> TrainResult:
     with_what = check(config, prepared)
-    cluster.require("train", config.bundle, config.least_workers, KEYS)
+    cluster.require("train", config.bundle, config.least_workers, keys(config))
     if config.reproduce:
         record.check_repeatable(config, prepared)
     unfinished = storage.join(config.storage, f"{_key(config, prepared)}.unfinished.json")

@@ -166,7 +166,7 @@ def _swept(config: TuneConfig, prepared: PreparedSet) -> TuneResult:
 
 def _room(train: TrainConfig) -> int:
     """How many trials the cluster has room for; raises ValueError where there is none for one."""
-    cluster.require("train", train.bundle, train.most_workers, trainer.KEYS)
+    cluster.require("train", train.bundle, train.most_workers, trainer.keys(train))
     room = cluster.room(train.bundle) / train.most_workers
     return _MANY if math.isinf(room) else int(room)
 
