@@ -31,6 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from rayseg import doctor
 
         doctor.main(rest)
+    elif name == "init":
+        from rayseg.starter import init
+
+        init.main(rest)
     elif name == "run":
         from rayseg import chain
 
