@@ -31,6 +31,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from rayseg import doctor
 
         doctor.main(rest)
+    elif name == "init":
+        from rayseg.starter import init
+
+        init.main(rest)
+    elif name == "schema":
+        _see_jobs()
+        from rayseg import schema
+
+        schema.main(rest)
     elif name == "run":
         from rayseg import chain
 
@@ -48,10 +57,7 @@ def _job(name: str, arguments: list[str]) -> None:
     if _HELP & set(arguments):
         print(manual.of_job(name))
         return
-    # The jobs lie beside the platform in a clone, and are not in the wheel.
-    root = str(Path(__file__).parents[2])
-    if root not in sys.path and Path(root, "jobs").is_dir():
-        sys.path.append(root)
+    _see_jobs()
     sys.argv = [f"rayseg {name}", *arguments]
     try:
         module = importlib.import_module(f"jobs.{name}")
@@ -61,6 +67,13 @@ def _job(name: str, arguments: list[str]) -> None:
         print(f"rayseg: the job {name} comes with a clone of the project: install it from there", file=sys.stderr)
         raise SystemExit(2) from None
     module.main()
+
+
+def _see_jobs() -> None:
+    """In a clone the jobs lie beside the platform; the wheel has them beside the package."""
+    root = str(Path(__file__).parents[2])
+    if root not in sys.path and Path(root, "jobs").is_dir():
+        sys.path.append(root)
 
 
 if __name__ == "__main__":

@@ -143,6 +143,11 @@ def summary(job: str) -> str:
     return (ast.get_docstring(module.tree) or "").partition(": ")[2]
 
 
+def class_name(job: str) -> str:
+    """The name of the job's dataclass."""
+    return _configuration(job)[1]
+
+
 @cache
 def _configuration(job: str) -> tuple[Module, str]:
     """The job's module, and the name of the dataclass that it hands to `job.run`."""

@@ -11,8 +11,10 @@ JOBS = (
 )  # fmt: skip
 _WIDTH = 100
 COMMANDS = {
+    "init": "Looks at a folder of images and masks, and writes a recipe that runs.",
     "run": "Runs the stages of a recipe that are not done, from catalog to segment.",
     "ask": "Has a service segment an image, a volume or a series.",
+    "schema": "Prints a JSON schema of recipes, for editors.",
     "doctor": "Looks at this machine, and says what is missing and what to do.",
 }
 

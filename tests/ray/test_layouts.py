@@ -2,11 +2,9 @@
 
 import contextlib
 import dataclasses
-import gzip
 import io
 import itertools
 import re
-import struct
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +37,7 @@ from rayseg.models.network import build_network
 from rayseg.models.presets import NetworkConfig
 from rayseg.tracking import registry, runs
 from rayseg.training.trainer import TrainConfig, fit
+from tests.folders import nifti
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
@@ -304,19 +303,6 @@ def test_a_label_volume_for_each_series(tmp_path: Path, slices: list[tuple[bytes
     for number, (_, mask) in enumerate(slices):
         expected = mask * (number != 5)
         assert np.array_equal(rows[f"p{number // 3}/ct/{number % 3}.dcm"]["mask"], expected)
-
-
-def nifti(values: np.ndarray, affine: np.ndarray) -> bytes:
-    """A .nii.gz by the fields of nifti1.h, the affine as sform."""
-    header = bytearray(352)
-    struct.pack_into("<i", header, 0, 348)
-    struct.pack_into("<8h", header, 40, 3, *values.shape, 1, 1, 1, 1)
-    struct.pack_into("<2h", header, 70, {"uint8": 2, "int16": 4}[values.dtype.name], values.dtype.itemsize * 8)
-    struct.pack_into("<f", header, 108, 352)
-    struct.pack_into("<2h", header, 252, 0, 1)
-    struct.pack_into("<12f", header, 280, *affine[:3].ravel())
-    header[344:348] = b"n+1\0"
-    return gzip.compress(bytes(header) + values.tobytes(order="F"))
 
 
 def test_nifti_volumes(tmp_path: Path) -> None:

@@ -354,6 +354,42 @@ def test_a_stratified_split_is_by_what_the_masks_say_and_keeps_who_stood(tmp_pat
         prepare(config_of(manifest, tmp_path / "many", split=lost))
 
 
+def splits_of(uri: str) -> dict[str, str]:
+    table = csv.DictReader(io.StringIO(prepared.describe(uri).read_split().decode()))
+    return {row["patient_key"]: row["split"] for row in table}
+
+
+def test_exact_counts_are_balanced_by_the_size_that_masks_say(tmp_path: Path) -> None:
+    manifest = manifest_of(tmp_path)
+    large = [0, 1, 2, 3]
+    for number in large:
+        Image.fromarray(np.full((8, 8), 255, np.uint8)).save(tmp_path / f"masks/{number}/0.png")
+    for seed in range(3):
+        split = Split(val=3, test=0.25, seed=seed, exact=True)
+        dealt = splits_of(prepare(config_of(manifest, tmp_path / f"set{seed}", split=split)).prepared)
+        assert Counter(dealt.values()) == {"train": 6, "val": 3, "test": 3}
+        assert {dealt[patient(number)] for number in large} == {"train", "val", "test"}
+
+
+def test_a_split_of_ones_own_is_followed_and_its_content_is_part_of_the_set(manifest: Path, tmp_path: Path) -> None:
+    table = tmp_path / "split.csv"
+    wanted = {patient(number): ("train", "train", "val", "test", "none")[number % 5] for number in range(12)}
+    table.write_text("patient,split\n" + "".join(f"{key},{split}\n" for key, split in wanted.items()))
+    config = config_of(manifest, tmp_path / "set", split=Split(given=str(table)))
+    result = prepare(config)
+    assert splits_of(result.prepared) == {key: split for key, split in wanted.items() if split != "none"}
+    assert prepare(config).cached
+    # The same by files, the ends of whose paths are enough; one patient has another place now.
+    by_file = {f"{number}/{index}.png": wanted[patient(number)] for number in range(12) for index in range(5)}
+    by_file |= {f"0/{index}.png": "val" for index in range(5)}
+    table.write_text("file,split\n" + "".join(f"{name},{split}\n" for name, split in by_file.items()))
+    again = prepare(config)
+    assert not again.cached
+    assert splits_of(again.prepared)[patient(0)] == "val"
+    with pytest.raises(ValueError, match=r"split\.given: there is no .*absent\.csv"):
+        prepare(config_of(manifest, tmp_path / "set", split=Split(given=str(tmp_path / "absent.csv"))))
+
+
 def test_the_same_picture_of_two_patients_fails(tmp_path: Path) -> None:
     manifest = manifest_of(tmp_path)
     split = Split(val=0.25, test=0.25, seed="1")

@@ -2,6 +2,8 @@
 
 import io
 import json
+import subprocess
+import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,6 +43,30 @@ def test_a_slice_by_bytes_and_by_path(url: str, tmp_path: Path):
     assert (told.model, told.digest) == (f"{INFO.name} {INFO.version}", INFO.digest)
     with Image.open(io.BytesIO(mask.content)) as image:
         assert np.asarray(image).sum() == json.loads(told.content)["foreground_pixels"]
+
+
+def test_the_command_asks_where_neither_ray_nor_tensorflow_is_installed(url: str, tmp_path: Path) -> None:
+    """A process in which their import fails, as it does without them."""
+    (tmp_path / "slice.dcm").write_bytes(slice_bytes(3, 64))
+    (tmp_path / "token").write_text("r-token")
+    code = """
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("ray", "tensorflow", "keras", "mlflow"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Blocked())
+try:
+    import ray
+except ModuleNotFoundError:
+    from rayseg import command
+    command.main(sys.argv[1:])
+"""
+    asked = ["ask", "slice.dcm", "--server", url, "--token-file", "token", "--format", "png", "--output", "mask.png"]
+    done = subprocess.run([sys.executable, "-c", code, *asked], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with Image.open(tmp_path / "mask.png") as image:
+        assert image.size == (64, 64)
 
 
 def test_refusals_have_their_reason(url: str):

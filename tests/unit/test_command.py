@@ -75,6 +75,17 @@ def test_help_of_a_job_shows_type_default_and_meaning_and_imports_nothing_heavy(
     assert lines[at + 1].startswith("      ")
 
 
+def test_help_of_init_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from rayseg.starter import init\n"
+        "try: init.main(['--help'])\n"
+        "finally: print({'ray', 'numpy', 'pyarrow', 'pydicom'} & sys.modules.keys(), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "set()"
+    assert "--output RECIPE.yaml" in done.stdout
+
+
 def test_a_job_runs_from_any_folder_and_its_own_help_is_the_same(tmp_path: Path) -> None:
     refused = run("catalog", "--set", "sauce=3", folder=tmp_path)
     assert refused.returncode == 2

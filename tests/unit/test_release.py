@@ -7,13 +7,16 @@ import tomllib
 import zipfile
 from pathlib import Path
 
+import pydicom
 import pytest
 import yaml
 from cyclonedx.schema import OutputFormat, SchemaVersion
 from cyclonedx.validation import make_schemabased_validator
 
 from rayseg import __version__, release
-from tests.releases import git, repository
+from rayseg.manual import JOBS
+from tests.folders import PATIENTS, SLICES, pictures
+from tests.releases import ROOT, git, repository
 
 BUCKET = "s3://hospital/releases"
 
@@ -86,7 +89,45 @@ def test_the_wheel_holds_the_package_and_says_of_which_commit(clone: Path, made:
     for file in (package / "rayseg").rglob("*"):
         read_by_ray = file.name == ".rayignore"
         assert file.is_dir() or read_by_ray or file.relative_to(package).as_posix() in names, file
-    assert {name.partition("/")[0] for name in names} == {"rayseg", f"rayseg-{__version__}.dist-info"}
+    for file in git(clone, "ls-files", "jobs", "serving").splitlines():
+        assert file in names
+    top = {"rayseg", "jobs", "serving", f"rayseg-{__version__}.dist-info"}
+    assert {name.partition("/")[0] for name in names} == top
+
+
+def test_the_wheel_runs_a_job_where_there_is_no_clone(made: dict[str, Path], tmp_path: Path) -> None:
+    """Unpacked, as pip does it, and with the libraries alone: -S leaves out what else the environment has."""
+    (wheel,) = [file for name, file in made.items() if name.endswith(".whl")]
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "installed")
+    libraries = str(Path(pydicom.__file__).parents[1])
+    environment = {"PYTHONPATH": os.pathsep.join([str(tmp_path / "installed"), libraries]), "PATH": os.environ["PATH"]}
+
+    def rayseg(*arguments: str) -> subprocess.CompletedProcess[str]:
+        code = (
+            "import sys; from rayseg import command, build; print(build.where(), file=sys.stderr)\n"
+            f"assert not any(path.startswith({str(ROOT)!r}) and path != {libraries!r} for path in sys.path)\n"
+            "command.main(sys.argv[1:])"
+        )
+        command = [sys.executable, "-S", "-c", code, *arguments]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    pictures(str(tmp_path))
+    (tmp_path / "pseudonym.key").write_text("a key of a test")
+    for arguments in (["init", "source"], ["catalog", "--config", "source.yaml"], ["train", "--help"]):
+        done = rayseg(*arguments)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.startswith(f"{tmp_path}/installed/rayseg\n")
+        if arguments[0] == "catalog":
+            assert json.loads(done.stdout.splitlines()[-1])["accepted"] == PATIENTS * SLICES
+        # Every job, and the service with its page, is imported from there.
+    code = "import importlib, sys; [importlib.import_module(f'jobs.{job}') for job in sys.argv[1:]]; import serving; "
+    code += "from serving import page; assert (page.WEB / 'index.html').is_file(); print(serving.__file__)"
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code, *JOBS], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0] == f"{tmp_path}/installed/serving/__init__.py"
 
 
 def test_the_bills_of_materials_are_of_what_the_locks_pin(clone: Path, made: dict[str, Path]) -> None:

@@ -8,6 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rayseg import config
+from rayseg.data import own_split
 from rayseg.data.split import Split, check_leak, read_standing, to_csv
 from rayseg.dicom.pseudonyms import Pseudonyms
 
@@ -140,6 +142,107 @@ def test_strata_have_their_shares_and_a_standing_patient_stays(
             for part, share in split.parts().items():
                 # Dealing one by one to whoever lacks most leaves nobody more than a patient and a little off.
                 assert abs(counts[part] - share * len(members)) < 1.6
+
+
+def test_a_seed_may_be_a_number() -> None:
+    assert Split(seed=7) == Split(seed="7")
+    assert config.build(Split, {"seed": 7}) == config.build(Split, {"seed": "7"})
+
+
+@pytest.mark.parametrize(
+    ("val", "test", "expected"),
+    [(0.2, 0.2, (9, 3, 3)), (3, 2, (10, 3, 2)), (0.25, 3, (8, 4, 3)), (0, 0.01, (14, 0, 1))],
+)
+def test_exact_counts_of_fifteen_patients(val: float, test: float, expected: tuple[int, int, int]) -> None:
+    """By the hash, one key gave 9, 1 and 5."""
+    for seed in range(20):
+        split = Split(val=val, test=test, seed=seed, exact=True)
+        counts = Counter(split.deal(dict.fromkeys(PATIENTS[:15], True)).values())
+        assert (counts["train"], counts["val"], counts["test"]) == expected
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 900)), min_size=3, max_size=60), st.integers(0, 60))
+def test_exact_counts_have_a_patient_each_and_keep_who_stood(pixels: list[tuple[int, int]], before: int) -> None:
+    split = Split(val=0.15, test=0.15, exact=True)
+    foreground = dict(zip(PATIENTS, pixels, strict=False))
+    patients = {key: any(of) for key, of in foreground.items()}
+    dealt = split.deal(patients, None, foreground)
+    counts = Counter(dealt.values())
+    assert counts.total() == len(patients)
+    for part, share in split.parts().items():
+        assert counts[part] >= 1
+        assert abs(counts[part] - share * len(patients)) < 2
+    assert split.deal(dict(reversed(patients.items())), None, foreground) == dealt
+    standing = dict(list(dealt.items())[:before])
+    added = split.deal(patients, standing, foreground)
+    assert standing == {key: added[key] for key in standing}
+
+
+def test_exact_counts_are_balanced_by_class_and_size() -> None:
+    """Of 20 patients with one class and 20 with another, half of each large: 4 of each kind are held out of 40."""
+    kinds = [(0, 10), (0, 1000), (10, 0), (1000, 0)]
+    foreground = {key: kinds[number % 4] for number, key in enumerate(PATIENTS[:40])}
+    for seed in range(5):
+        split = Split(val=0.2, test=0.2, seed=seed, exact=True)
+        dealt = split.deal(dict.fromkeys(foreground, True), None, foreground)
+        for kind in kinds:
+            counts = Counter(dealt[key] for key in foreground if foreground[key] == kind)
+            assert abs(counts["val"] - 2) <= 1, kind
+            assert abs(counts["test"] - 2) <= 1, kind
+        for part in ("val", "test"):
+            of_classes = Counter(foreground[key][0] > 0 for key in foreground if dealt[key] == part)
+            assert of_classes == {True: 4, False: 4}
+
+
+def test_folds_are_equally_large_where_counts_are_exact() -> None:
+    counts = Counter(Split(test=3, folds=4, exact=True).deal(dict.fromkeys(PATIENTS[:17], True)).values())
+    assert counts.pop("test") == 3
+    assert sorted(counts.values()) == [3, 3, 4, 4]
+
+
+def test_exact_counts_that_cannot_be_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"2 patients are too few for test, val, train; lower val or test"):
+        Split(exact=True).deal(dict.fromkeys(PATIENTS[:2], True))
+    with pytest.raises(ValueError, match=r"split\.val: a share below 1 or a whole number"):
+        Split(val=1.5, exact=True)
+    with pytest.raises(ValueError, match=r"split: val and test"):
+        Split(val=3)
+    with pytest.raises(ValueError, match=r"split\.given: without folds"):
+        Split(given="split.csv", exact=True)
+
+
+def test_a_split_of_ones_own_by_patient_or_by_file() -> None:
+    pseudonyms = Pseudonyms(b"a key")
+    keys = [pseudonyms.patient("P1"), pseudonyms.key("patient", "p 2"), "3"]
+    named, splits = own_split.read("\ufeffpatient,split\nP1,train\np 2,validation\n3,none\n".encode())
+    assert named == "patient"
+    assert own_split.of_patients(keys, splits, pseudonyms) == dict(zip(keys, ["train", "val", "none"], strict=True))
+    assert Split(given="x").split_of("none") is None
+    with pytest.raises(ValueError, match=r"1 of 4 patients are in no split, as patient 77;"):
+        own_split.of_patients([*keys, "77"], splits, pseudonyms)
+
+    named, splits = own_split.read(b"file,split\nimages/1.png,train\n2.png,test\n3.png,test\n")
+    assert named == "file"
+    files = [("s3://b/data/images/1.png", "a"), ("s3://b/data/images/2.png", "b"), ("s3://b/data/images/4.png", "b")]
+    assert own_split.of_files(["a", "b"], files, splits) == {"a": "train", "b": "test"}
+    with pytest.raises(ValueError, match="files of 1 patients are in several splits, as those of patient a"):
+        own_split.of_files(["a", "b"], [*files, ("s3://b/data/images/3.png", "a")], splits)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a,b\n1,2\n", "header patient,split or file,split"),
+        ("patient,split\nDoe,trian\n", "line 2: a patient and one of train, val, test, none"),
+        ("file,split\n1.png,train\n1.png,val\n", "line 3 puts a file into a second split"),
+        ("patient,split\n", "no rows"),
+    ],
+)
+def test_a_table_that_is_no_split_is_refused_without_names(text: str, words: str) -> None:
+    with pytest.raises(ValueError, match=words) as refused:
+        own_split.read(text.encode())
+    assert "Doe" not in str(refused.value)
 
 
 def test_a_standing_split_of_other_parts_is_refused() -> None:

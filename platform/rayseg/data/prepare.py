@@ -22,15 +22,16 @@ from tqdm import tqdm
 
 from rayseg import config as configuration
 from rayseg import lease, meters, snapshots, storage, work
-from rayseg.data import accepted
+from rayseg.data import accepted, own_split
 from rayseg.data.accepted import Units
 from rayseg.data.labels import Labels
 from rayseg.data.prepared import DESCRIPTION, PATIENTS, READERS, VERSION
 from rayseg.data.preprocess import Preprocess
-from rayseg.data.samples import Making, positive_patients, row_id, write_shards
+from rayseg.data.samples import Making, foreground, row_id, write_shards
 from rayseg.data.shards import Task, limited, planned
 from rayseg.data.split import LEAK_COLUMNS, SPLITS, Split, check_leak, read_standing, to_csv
 from rayseg.data.stacks import refuse_unordered
+from rayseg.dicom.pseudonyms import from_environment
 from rayseg.records import MISSING_MASK, REJECTS, MissingMask, Reason
 
 logger = logging.getLogger(__name__)
@@ -182,6 +183,11 @@ def _digest(config: PrepareConfig, manifest_sha256: str, standing_split: Mapping
     """Of all that decides the set's content: everything but the places where things lie."""
     values = configuration.plain(config) | {"manifest": manifest_sha256, "output": None, "version": VERSION}
     values["split"]["standing"] = dict(standing_split)
+    for key in ("exact", "given"):  # a set of before they were there stays the same
+        if not values["split"][key]:
+            del values["split"][key]
+    if config.split.given is not None:
+        values["split"]["given"] = hashlib.sha256(_table(config.split.given)).hexdigest()
     del values["resources"]  # where it is made
     return configuration.digest(values)
 
@@ -269,13 +275,35 @@ def _deal(
     mapped: _Mapped,
 ) -> dict[str, str]:
     """The part of each patient."""
-    patients = dict.fromkeys(units.patients, False)
-    if config.split.stratify:
+    if config.split.given is not None:
+        return _given(units, config.split.given, rows_uri)
+    pixels: dict[str, np.ndarray] = {}
+    if config.split.stratify or config.split.exact:
         every = planned(units, np.zeros(len(units.first), np.int8), ["any"], taken, config.rows_per_shard)
-        look = partial(positive_patients, rows_uri=rows_uri, making=making)
-        for _, positive in mapped(look, every):
-            patients |= dict.fromkeys(positive, True)
-    return config.split.deal(patients, standing)
+        look = partial(foreground, rows_uri=rows_uri, making=making)
+        for _, of_task in mapped(look, every):
+            for patient, counts in of_task.items():
+                pixels[patient] = pixels.get(patient, 0) + np.array(counts)
+    patients = {patient: patient in pixels for patient in units.patients}
+    return config.split.deal(patients, standing, {patient: counts.tolist() for patient, counts in pixels.items()})
+
+
+def _given(units: Units, uri: str, rows_uri: str) -> dict[str, str]:
+    """The split of each patient by the owner's own table."""
+    named, splits = own_split.read(_table(uri))
+    if named == "patient":
+        return own_split.of_patients(units.patients, splits, from_environment())
+    last = int(units.first[-1] + units.rows[-1])
+    rows = accepted.read(rows_uri, np.array([[0, last]]))
+    files = zip(rows["uri"].to_pylist(), rows["patient_key"].to_pylist(), strict=True)
+    return own_split.of_files(units.patients, files, splits)
+
+
+def _table(uri: str) -> bytes:
+    try:
+        return storage.read(uri)
+    except FileNotFoundError:
+        raise ValueError(f"prepare.split.given: there is no {uri}") from None
 
 
 def _tasks(units: Units, taken: np.ndarray | None, parts: Mapping[str, str], config: PrepareConfig) -> list[Task]:

@@ -130,17 +130,18 @@ def _standing(uri: str) -> dict[str, Any] | None:
     return None if any(reject["reason"] == Reason.READ_FAILED for reject in told["rejects"]) else told
 
 
-def positive_patients(task: Task, rows_uri: str, making: Making) -> list[str]:
-    """A task: the patients of its rows that have foreground once prepared."""
+def foreground(task: Task, rows_uri: str, making: Making) -> dict[str, list[int]]:
+    """A task: the patients of its rows that have foreground once prepared, each with the pixels of each class."""
     making = dataclasses.replace(making, preprocess=dataclasses.replace(making.preprocess, neighbours=0))
     every = samples(accepted.read(rows_uri, task.ranges), task.numbers(), 0)
     masked = [sample for sample in every if sample["masks"]]  # what has no mask has no foreground either way
-    positive = {
-        sample["patient_key"]
-        for sample, made in zip(masked, _made(masked, making), strict=True)
-        if not isinstance(made, Reject) and made["foreground_pixels"]
-    }
-    return sorted(positive)
+    classes = len(making.labels.names)
+    pixels: dict[str, np.ndarray] = {}
+    for sample, made in zip(masked, _made(masked, making), strict=True):
+        if not isinstance(made, Reject) and made["foreground_pixels"]:
+            counts = np.bincount(np.frombuffer(made["mask"], np.uint8), minlength=classes + 1)[1:]
+            pixels[sample["patient_key"]] = pixels.get(sample["patient_key"], 0) + counts
+    return {patient: counts.tolist() for patient, counts in sorted(pixels.items())}
 
 
 def _made(samples: Sequence[dict[str, Any]], making: Making) -> Iterator[dict[str, Any] | Reject]:

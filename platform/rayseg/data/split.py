@@ -4,23 +4,26 @@ What is promised when data is added: by default a patient's place is a function 
 ever moves. Such a draw cannot look at the other patients and is balanced in expectation only: of n patients a share p
 gets n p, give or take sqrt(n p (1 - p)), among those with foreground and those without alike. With `stratify` each of
 these two groups is dealt to within a patient or so of the shares, which depends on who else is there; then `standing`,
-the split.csv of an earlier set, keeps everyone who is in it in their place, and only new ones are dealt.
+the split.csv of an earlier set, keeps everyone who is in it in their place, and only new ones are dealt. With
+`exact` each part has its number of patients, see `dealing`; `given` is a split of one's own.
 """
 
 import hashlib
 import io
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import csv
 
+from rayseg.data import dealing
 from rayseg.data.duplicates import near_duplicates
 
 SPLITS = ("train", "val", "test")
+LEFT_OUT = "none"  # as a part: in no split
 LEAK_COLUMNS = ("row_id", "patient_key", "study_key", "split", "fingerprint")  # what `check_leak` looks at
 _SHOWN = 5
 _FEW = 0.5  # of the patients of a standing split: where fewer are in the data, it may be of other data
@@ -38,18 +41,34 @@ class Split:
     in no split, as no fold may see it.
     """
 
-    val: float = 0.15  # share of the patients for validation
-    test: float = 0.15  # share of the patients for the test
-    seed: str = "1"  # another seed is another draw
+    val: float = 0.15  # share of the patients for validation; with `exact` also their number
+    test: float = 0.15  # share of the patients for the test; with `exact` also their number
+    seed: str | int = "1"  # another seed is another draw
     folds: int | None = None  # number of folds, in place of `val`
     fold: int = 0  # the fold that is held out, from 0
     held_out: bool = False  # the fold is the test split and the next fold validates, as `crossvalidate` needs it
     stratify: bool = False  # deals patients with and without foreground separately; reads every mask once more
+    # As many patients as the shares say, rounded, and one at least, balanced by class and size of lesion; reads every
+    # mask once more. From 1 on `val` and `test` are then numbers of patients.
+    exact: bool = False
     standing: str | None = None  # URI of the split.csv of an earlier set, whose patients keep their split
+    # URI of a CSV with the columns patient,split or file,split, in place of all other keys: train, val, test, or none
+    # to leave a patient out. A patient is named by its ID or group, a file by its path below the source.
+    given: str | None = None
 
     def __post_init__(self) -> None:
-        if self.val < 0 or self.test < 0 or self.test + (0 if self.folds else self.val) >= 1:
+        object.__setattr__(self, "seed", str(self.seed))  # 1 and "1" are one draw
+        if self.given is not None and (self.folds or self.stratify or self.exact or self.standing):
+            raise ValueError("split.given: without folds, stratify, exact and standing: the file says it all")
+        counted = [key for key in ("val", "test") if getattr(self, key) >= 1]
+        if self.exact and counted:
+            if any(not float(getattr(self, key)).is_integer() for key in counted):
+                raise ValueError(f"split.{counted[0]}: a share below 1 or a whole number expected")
+        elif self.val < 0 or self.test < 0 or self.test + (0 if self.folds else self.val) >= 1:
             raise ValueError(f"split: val and test must be >= 0 and sum to less than 1, got {self.val} and {self.test}")
+        self._check_folds()
+
+    def _check_folds(self) -> None:
         if self.folds is not None and self.folds < 2:
             raise ValueError(f"split.folds: 2 or more expected, or null, got {self.folds}")
         if self.held_out and (self.folds or 0) < 3:
@@ -64,12 +83,15 @@ class Split:
 
     def parts(self) -> dict[str, float]:
         """The shares that patients are dealt to: test, val and train, or test and the folds."""
+        test, val = (share if share < 1 else 0.0 for share in (self.test, self.val))  # numbers take no share
         if self.folds is None:
-            return {"test": self.test, "val": self.val, "train": 1 - self.test - self.val}
-        return {"test": self.test} | {f"fold-{number}": (1 - self.test) / self.folds for number in range(self.folds)}
+            return {"test": self.test, "val": self.val, "train": 1 - test - val}
+        return {"test": self.test} | {f"fold-{number}": (1 - test) / self.folds for number in range(self.folds)}
 
     def split_of(self, part: str) -> str | None:
         """Which of SPLITS a part is; None for one that is left out."""
+        if part == LEFT_OUT:
+            return None
         if part in SPLITS:
             return None if self.held_out else part
         roles = {f"fold-{self.fold}": "test", self._next_fold: "val"} if self.held_out else {f"fold-{self.fold}": "val"}
@@ -81,19 +103,25 @@ class Split:
 
     def assign(self, patient_key: str) -> str:
         """The part of a patient: a function of the seed and the key alone, whoever else is in the data."""
-        position, end = _position(self.seed, patient_key), 0.0
+        position, end = self._position(patient_key), 0.0
         for part, share in self.parts().items():
             end += share
             if position < end:
                 return part
         return part
 
-    def deal(self, patients: Mapping[str, bool], standing: Mapping[str, str] | None = None) -> dict[str, str]:
+    def deal(
+        self,
+        patients: Mapping[str, bool],
+        standing: Mapping[str, str] | None = None,
+        foreground: Mapping[str, Sequence[int]] | None = None,
+    ) -> dict[str, str]:
         """The part of each patient.
 
         Args:
             patients: by patient key, whether the patient has foreground (only `stratify` looks at it).
             standing: by patient key, the parts of an earlier set: who is in it stays.
+            foreground: by patient key, pixels of each class, of those that have any (only `exact` looks at it).
 
         Raises:
             ValueError: `standing` names a part that this split does not have, or none of these patients.
@@ -104,12 +132,16 @@ class Split:
             raise ValueError(f"split.standing: it has the parts {', '.join(strange)}, this split {', '.join(parts)}")
         dealt = {key: kept[key] for key in patients if key in kept}
         _check_standing(len(dealt), len(kept), len(patients))
+        if self.exact:
+            held_out = {"test": self.test} | ({} if self.folds else {"val": self.val})
+            wanted = dealing.numbers(held_out, [part for part in parts if part not in held_out], len(patients))
+            return dealing.deal(list(patients), foreground or {}, wanted, dealt, self._position)
         if not self.stratify:
             return dealt | {key: self.assign(key) for key in patients if key not in dealt}
         for stratum in (True, False):
             members = [key for key, positive in patients.items() if positive == stratum]
             counts = Counter(dealt[key] for key in members if key in dealt)
-            new = sorted((key for key in members if key not in dealt), key=lambda key: _position(self.seed, key))
+            new = sorted((key for key in members if key not in dealt), key=self._position)
             for key in new:
                 total = counts.total() + 1
                 # To the part that lacks most.
@@ -119,11 +151,17 @@ class Split:
 
     def wanted(self) -> tuple[str, ...]:
         """The splits that get a share."""
+        if self.given is not None:
+            return ("train",)
         shares = Counter[str]()
         for part, share in self.parts().items():
             if share and (split := self.split_of(part)):
                 shares[split] += 1
         return tuple(name for name in SPLITS if shares[name] > 0)
+
+    def _position(self, patient_key: str) -> float:
+        """Where the hash puts a patient in 0..1."""
+        return int.from_bytes(hashlib.sha256(f"{self.seed}:{patient_key}".encode()).digest()[:8]) / 2**64
 
 
 def _check_standing(stay: int, standing: int, patients: int) -> None:
@@ -141,11 +179,6 @@ def _check_standing(stay: int, standing: int, patients: int) -> None:
         )
     if stay < _FEW * standing:
         logger.warning("%s: is it the split of these data?", told)
-
-
-def _position(seed: str, patient_key: str) -> float:
-    """Where the hash puts a patient in 0..1."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{patient_key}".encode()).digest()[:8]) / 2**64
 
 
 def to_csv(patients: pa.Table) -> bytes:

@@ -31,7 +31,7 @@ from rayseg.models.encoders import encoder_layers
 from rayseg.models.losses import loss_function
 from rayseg.models.network import portable
 from rayseg.tracking import bundle, registry, runs
-from rayseg.training import cases, journal, precision, record, start
+from rayseg.training import cases, doubts, journal, precision, record, start
 from rayseg.training.callbacks import BEST_FILE
 from rayseg.training.interruptions import Count, Interruptions
 from rayseg.training.loop import ATTEMPTS_FILE, NO_GPU_FILE, train_worker
@@ -275,6 +275,8 @@ def _conclude(
             bundle.save(saved, model, prepared.preprocess, prepared.labels, threshold, example, golden, known)
             bundle.calibrate(saved, calibrate.volume_errors(saved, prepared))
             version = registry.register(config.tracking_uri, run_id, saved, config.registered_model, text)
+    for doubt in doubts.of_run(config.batch_size, prepared.rows["train"], best, state.untrained, state.history):
+        logger.warning("train: doubt: %s", doubt)
     reproduced = record.repeated(config, state, run_id) if config.reproduce else None
     interruptions = dataclasses.asdict(Interruptions.of(folder))
     if restarts:
