@@ -1,7 +1,6 @@
 """What a slice's mask becomes on the wire: the choice by `Accept`, PNG and JSON. Of series: see `findings`."""
 
 import base64
-import dataclasses
 import io
 from collections.abc import Mapping, Sequence
 
@@ -9,7 +8,9 @@ import numpy as np
 from PIL import Image
 from pydantic import BaseModel, Field
 
+from rayseg.data.grey import grey
 from rayseg.data.preprocess import Preprocess
+from rayseg.data.volume import VolumePreprocess
 from rayseg.dicom.reading import Slice
 from rayseg.geometry.volume import volume_ml
 from rayseg.inference import quality
@@ -166,26 +167,21 @@ def measure(result: Segmented, timings_ms: dict[str, float], preview: Preview | 
     )
 
 
-def preview(source: Slice, mask: np.ndarray, preprocess: Preprocess) -> Preview:
+def preview(source: Slice, mask: np.ndarray, preprocess: Preprocess | VolumePreprocess) -> Preview:
     """The slice with the model's intensities and its label map, both on the source grid."""
     return Preview(
-        slice_png=base64.b64encode(png(_grey(source, preprocess))).decode(),
+        slice_png=base64.b64encode(png(grey(preprocess, source))).decode(),
         mask_png=base64.b64encode(png(mask)).decode(),
     )
 
 
-def overlay(source: Slice, mask: np.ndarray, preprocess: Preprocess) -> bytes:
+def overlay(source: Slice, mask: np.ndarray, preprocess: Preprocess | VolumePreprocess) -> bytes:
     """PNG of the slice with the model's intensities and the outlines of what was found."""
-    return overlay_png(_grey(source, preprocess), mask)
+    return overlay_png(grey(preprocess, source), mask)
 
 
 def _four(value: float | None) -> float | None:
     return None if value is None else round(value, 4)
-
-
-def _grey(source: Slice, preprocess: Preprocess) -> np.ndarray:
-    grey_HWC = dataclasses.replace(preprocess, size=source.shape, neighbours=0).apply(source)
-    return grey_HWC[..., 0]
 
 
 def model_headers(model: ModelInfo) -> dict[str, str]:

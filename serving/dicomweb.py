@@ -68,7 +68,7 @@ def router(model: Segmenter, settings: Settings, room: asyncio.Semaphore) -> API
             audit.about(request.scope, [wanted.series])
             preprocess = info.preprocess
             ask = Ask(info.version, wanted.threshold, "normal", time.monotonic() + settings.series_deadline_s)
-            masks = await segment(model, series, ask, preprocess.neighbours, preprocess.color)
+            masks = await segment(model, series, ask, preprocess)
             found = accepted(findings.found(series, info, wanted.threshold, masks))
             answer = await asyncio.to_thread(_stored, settings.pacs, found)
         seconds = {"receive": fetched - started, "total": time.perf_counter() - started}

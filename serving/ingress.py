@@ -82,6 +82,10 @@ class IngressReplica:
         """The masks of all slices but the first and last few, which are only there as the others' neighbours."""
         return await self._ask(ask.until, "segment_stacks", slices, ask, direct=False)
 
+    async def segment_series(self, slices: list[Slice | Reject], ask: Ask) -> Stacked | Refusal:
+        """The masks of a whole series by a model of volumes, in the order of the slices."""
+        return await self._ask(ask.until, "segment_series", slices, ask, direct=False)
+
     async def describe(self, model: str | None = None) -> ModelInfo | Refusal:
         """The version in use, or the one that a version number or alias names."""
         return await self._ask(time.monotonic() + HEALTH_S, "describe", model)

@@ -10,6 +10,7 @@ import numpy as np
 from rayseg.data.conformal import VolumeErrors
 from rayseg.data.preprocess import Preprocess
 from rayseg.data.range import Range
+from rayseg.data.volume import VolumePreprocess
 from rayseg.dicom.reading import Slice
 from rayseg.geometry.grid import Geometry
 from rayseg.inference.quality import Look
@@ -32,7 +33,7 @@ class ModelInfo:
     digest: str
     run_id: str
     labels: tuple[str, ...]  # foreground classes; value `i + 1` of a mask is `labels[i]`
-    preprocess: Preprocess
+    preprocess: Preprocess | VolumePreprocess
     threshold: float
     engine: str = ""  # that runs it, with its version and precision
     settings: Engine = field(default_factory=Engine)  # as it was configured: part of what names a mask
@@ -178,6 +179,9 @@ class Segmenter(Protocol):
 
     async def segment_stacks(self, slices: list[Slice | None], ask: Ask) -> Stacked | Refusal:
         """The masks of all slices but the first and last few, which are only there as the others' neighbours."""
+
+    async def segment_series(self, slices: list[Slice | Reject], ask: Ask) -> Stacked | Refusal:
+        """The masks of a whole series by a model of volumes, in the order of the slices."""
 
     async def describe(self, model: str | None = None) -> ModelInfo | Refusal:
         """The version in use, or the one that a version number or alias names."""

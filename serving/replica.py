@@ -7,7 +7,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
@@ -19,8 +19,10 @@ from ray.serve.schema import LoggingConfig
 from rayseg import build, logs
 from rayseg.dicom.reading import Slice, read_slice
 from rayseg.grant import keep_to_grant
-from rayseg.inference.predictor import Judgement
+from rayseg.inference.judgement import Judgement
+from rayseg.inference.predictor import Predictor
 from rayseg.inference.quality import look
+from rayseg.inference.volume_predictor import VolumePredictor
 from rayseg.models.engine import Engine, require_gpu
 from rayseg.records import Reason, Reject
 from serving.health import EXAMPLE_S, Checks
@@ -50,6 +52,8 @@ logger = logging.getLogger(__name__)
 LOGGING = LoggingConfig(encoding=os.environ.get(logs.ENCODING, "TEXT"), enable_access_log=False)
 HEALTH_S = 20.0  # for a replica to say how it is
 SHADOW_S = 30.0  # a challenger's slice that has not begun by then is left out
+WINDOW_S = 120.0  # a window of a volume, with its mirror images, on one core
+SERIES_AT_ONCE = 2  # by models of volumes: each holds its slices, and the sums of its windows
 _SHADOWS_PER_LINE = 100  # of the log
 
 
@@ -86,6 +90,8 @@ class ModelReplica:
             fallback=fallback,
         )
         self._workers = Workers(threads, max_queue)
+        self._series = asyncio.Semaphore(SERIES_AT_ONCE)  # of models of volumes
+        self._at_work, self._windows, self._went_on = 0, 0, time.monotonic()  # of such series
         self._shadowing, self._shadow_share = Shadowing(), shadow_share
         self._counting = threading.Lock()
         self._checks = Checks(lambda: self._versions.current, self._workers)
@@ -110,6 +116,7 @@ class ModelReplica:
         loaded = await self._version(ask)
         if isinstance(loaded, Refusal):
             return loaded
+        assert isinstance(loaded.predictor, Predictor), "a model of volumes gets a whole series"
         size = 2 * loaded.predictor.neighbours + 1
         started = time.perf_counter()
         stacks = [slices[first : first + size] for first in range(len(slices) - size + 1)]
@@ -121,6 +128,35 @@ class ModelReplica:
             if isinstance(answer, Refusal):
                 return answer
             masks.append(answer)
+        return Stacked(masks, loaded.info, 1000 * (time.perf_counter() - started))
+
+    async def segment_series(self, slices: list[Slice | Reject], ask: Ask) -> Stacked | Refusal:
+        """The masks of a whole series by a model of volumes, in the order of the slices.
+
+        Its windows take turns with those of other series; a few series are at work at once, others wait.
+        """
+        loaded = await self._version(ask)
+        if isinstance(loaded, Refusal):
+            return loaded
+        assert isinstance(loaded.predictor, VolumePredictor), "a model of slices gets them in stacks"
+        started = time.perf_counter()
+        try:
+            async with asyncio.timeout(ask.seconds):
+                await self._series.acquire()
+        except TimeoutError:
+            return Refusal("deadline", "the series' turn did not come in time")
+        gone = threading.Event()
+        self._at_work += 1
+        try:
+            masks = await asyncio.to_thread(_masks, loaded, slices, ask, gone)
+        except TimeoutError:
+            return Refusal("deadline", "the series was not finished in time")
+        finally:
+            gone.set()  # the caller may have been cancelled
+            self._at_work -= 1
+            self._series.release()
+        for answer in masks:
+            self._checks.count(answer)
         return Stacked(masks, loaded.info, 1000 * (time.perf_counter() - started))
 
     async def describe(self, model: str | None = None) -> ModelInfo | Refusal:
@@ -161,8 +197,18 @@ class ModelReplica:
             RuntimeError: the model does not give the example's mask.
             Exception: what it raises in place of a mask.
         """
+        if self._walks():
+            return
         if not (await self._checks.look()).matches:
             raise RuntimeError("the bundle's example does not give the recorded mask")
+
+    def _walks(self) -> bool:
+        """Whether a series is at work and its windows go on: the example's own would wait behind them."""
+        predictor, now = self._versions.current.predictor, time.monotonic()
+        windows = predictor.windows if isinstance(predictor, VolumePredictor) else 0
+        if windows != self._windows:
+            self._windows, self._went_on = windows, now
+        return self._at_work > 0 and now - self._went_on < WINDOW_S
 
     async def _version(self, ask: Ask) -> "Loaded | Refusal":
         loaded = self._versions.get(ask.model, load=False)
@@ -242,7 +288,7 @@ def _place() -> tuple[str, int]:
 def _alone(loaded: "Loaded", body: bytes, threshold: float | None) -> Judgement | Reject:
     """A slice that is no part of a series, with its mask."""
     try:
-        slice = read_slice(body, color=loaded.info.preprocess.color)
+        slice = read_slice(body, color=loaded.predictor.color)
         return loaded.predictor.judge_alone(slice, threshold)
     except Exception as error:  # a defect of ours must cost this slice only
         return Reject(Reason.INTERNAL, type(error).__name__)
@@ -252,10 +298,27 @@ def _mask(loaded: "Loaded", stack: list[Slice | None], threshold: float | None) 
     if stack[len(stack) // 2] is None:
         return Reject(Reason.INTERNAL, "no slice")  # who asked knows why
     try:
+        assert isinstance(loaded.predictor, Predictor), "a model of volumes gets no stacks"
         judged = loaded.predictor.judge_stack(stack, threshold)
         return judged if isinstance(judged, Reject) else Masked(judged.mask, look(loaded.info.preprocess, judged))
     except Exception as error:
         return Reject(Reason.INTERNAL, type(error).__name__)
+
+
+def _masks(
+    loaded: "Loaded", slices: Sequence[Slice | Reject], ask: Ask, gone: threading.Event
+) -> list[Masked | Reject]:
+    """Of a whole series; raises TimeoutError after the deadline, or where nobody waits any more."""
+    assert isinstance(loaded.predictor, VolumePredictor)
+    masks: dict[int, Masked | Reject] = {}
+    for number, judged in loaded.predictor.judge_series(slices, ask.threshold):
+        if gone.is_set() or ask.seconds < 0:
+            raise TimeoutError
+        if isinstance(judged, Reject):
+            masks[number] = judged
+        else:
+            masks[number] = Masked(judged.mask, look(loaded.info.preprocess, judged))
+    return [masks[number] for number in range(len(slices))]
 
 
 Model = serve.deployment(

@@ -6,6 +6,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Literal
 
+from rayseg.data.grey import sees_color
+from rayseg.data.preprocess import Preprocess
 from rayseg.dicom.reading import Slice, read_headers, read_slice
 from rayseg.records import Reject
 from serving import answers, findings, series, upload, volumes
@@ -64,7 +66,7 @@ def slice_content(body: bytes, result: Segmented, wanted: Wanted, received: floa
     preprocess = result.model.preprocess
 
     def source() -> Slice:
-        return accepted(read_slice(body, color=preprocess.color))
+        return accepted(read_slice(body, color=sees_color(preprocess)))
 
     if wanted.kind == PNG:
         if wanted.picture == "overlay":
@@ -96,9 +98,9 @@ async def series_content(
     info = accepted(await model.describe(wanted.model))
     preprocess = info.preprocess
     ask = dataclasses.replace(wanted.ask("normal", settings.series_deadline_s), model=info.version)
-    if wanted.kind == PNG:
+    if wanted.kind == PNG and isinstance(preprocess, Preprocess):
         arranged, number = arranged.around(number, preprocess.neighbours)
-    masks = await series.segment(model, arranged, ask, preprocess.neighbours, preprocess.color)
+    masks = await series.segment(model, arranged, ask, preprocess)
 
     def content() -> tuple[bytes, str | None]:
         segmented = time.perf_counter()
@@ -107,7 +109,7 @@ async def series_content(
             if wanted.picture == "mask":
                 return answers.png(mask), None
             near, _ = arranged.around(number, 0)
-            return answers.overlay(accepted(next(near.slices(preprocess.color))), mask, preprocess), None
+            return answers.overlay(accepted(next(near.slices(sees_color(preprocess)))), mask, preprocess), None
         found = accepted(findings.found(arranged, info, wanted.threshold, masks))
         warning = findings.warning(wanted.kind, found, wanted.grid)
         if wanted.kind not in (JSON, FORM):

@@ -4,7 +4,9 @@ import asyncio
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from rayseg.data.preprocess import Preprocess
 from rayseg.data.stacks import along
+from rayseg.data.volume import VolumePreprocess
 from rayseg.dicom.reading import Slice
 from rayseg.records import Reject
 from serving.messages import Ask, Masked, Refusal, Segmenter, Stacked
@@ -27,12 +29,17 @@ class _Group:
     refused: dict[int, Reject]  # by number in the series
 
 
-async def segment(model: Segmenter, series: Series, ask: Ask, neighbours: int, color: bool) -> list[Masked | Reject]:
+async def segment(
+    model: Segmenter, series: Series, ask: Ask, preprocess: Preprocess | VolumePreprocess
+) -> list[Masked | Reject]:
     """One mask a slice, or why it has none.
 
-    `ask` names a version: all slices are of that one, whatever is promoted meanwhile. Raises RefusalError.
+    `ask` names a version, whose `preprocess` is given: all slices are of that one, whatever is promoted meanwhile.
+    Raises RefusalError.
     """
-    groups = _groups(series, neighbours, color)
+    if isinstance(preprocess, VolumePreprocess):
+        return await _whole(model, series, ask)
+    groups = _groups(series, preprocess.neighbours, preprocess.color)
     masks: list[Masked | Reject | None] = [None] * len(series.places)
     places = asyncio.Semaphore(GROUPS)
 
@@ -63,6 +70,13 @@ async def segment(model: Segmenter, series: Series, ask: Ask, neighbours: int, c
     usable = [mask for mask in masks if mask is not None]
     assert len(usable) == len(masks), "every slice has an outcome"
     return usable
+
+
+async def _whole(model: Segmenter, series: Series, ask: Ask) -> list[Masked | Reject]:
+    """Of a model of volumes, which gets all slices at once: Ray hands them over in shared memory."""
+    slices = await asyncio.to_thread(lambda: list(series.slices(color=False)))
+    answer: Stacked = accepted(await model.segment_series(slices, ask))
+    return answer.masks
 
 
 def _groups(series: Series, neighbours: int, color: bool) -> Iterator[_Group]:

@@ -17,11 +17,12 @@ from pathlib import Path
 
 import numpy as np
 
-from rayseg.inference.predictor import Predictor
+from rayseg.inference.predictor import Predictor, load_any
+from rayseg.inference.volume_predictor import VolumePredictor
 from rayseg.models.engine import Engine
 from rayseg.records import Reject
 from rayseg.tracking import aliases, registry
-from rayseg.tracking.bundle import EXAMPLE_FILE, describe, mask_sha256
+from rayseg.tracking.bundle import describe, example_file, mask_sha256
 from rayseg.tracking.registry import ModelVersion
 from serving.messages import Failure, Held, ModelInfo
 
@@ -53,7 +54,7 @@ class Loaded:
     """A version, ready to run."""
 
     info: ModelInfo
-    predictor: Predictor
+    predictor: Predictor | VolumePredictor
     example_sha256: str  # of the example's mask, by the engine that serves
     since: float
 
@@ -62,14 +63,15 @@ class Loaded:
         return mask_sha256(self.predictor.segment_example().mask)
 
 
-def check(bundle_dir: Path, serving: Predictor, exact: Predictor) -> str:
+def check(bundle_dir: Path, serving: Predictor | VolumePredictor, exact: Predictor | VolumePredictor) -> str:
     """Runs the bundle's recorded slices, and returns the SHA-256 of the example's mask by `serving`.
 
     Raises:
         UnsoundError: `exact` does not give what was recorded, or `serving` something else.
     """
     description = describe(bundle_dir)
-    recorded: Mapping[str, str] = {EXAMPLE_FILE: description["example_mask_sha256"]} | description.get(
+    example = example_file(description)
+    recorded: Mapping[str, str] = {example: description["example_mask_sha256"]} | description.get(
         "golden_masks_sha256", {}
     )
     digest = ""
@@ -82,7 +84,7 @@ def check(bundle_dir: Path, serving: Predictor, exact: Predictor) -> str:
         different = np.count_nonzero(expected != mask)
         if different > _MOST_DIFFERENT * either:
             raise UnsoundError(f"{name}: {different} of {either} pixels differ by {serving.engine} and {exact.engine}")
-        if name == EXAMPLE_FILE:
+        if name == example:
             digest = mask_sha256(mask)
     return digest
 
@@ -262,8 +264,8 @@ class Versions:
                 return held  # meanwhile
             bundle_dir, _ = registry.fetch(self._tracking_uri, version.uri, folder)
             try:
-                predictor = Predictor.load(bundle_dir, engine=self._engine, threads=self._threads)
-                exact = Predictor.load(bundle_dir, engine=_EXACT)
+                predictor = load_any(bundle_dir, engine=self._engine, threads=self._threads)
+                exact = load_any(bundle_dir, engine=_EXACT)
                 example_sha256 = check(bundle_dir, predictor, exact)
             except UnsoundError as error:
                 self._unsound[version.version] = _Unsound(str(error))

@@ -9,11 +9,15 @@ from typing import Any
 import numpy as np
 
 from rayseg import config
+from rayseg.data import phantom_volumes
+from rayseg.data.intensity import Intensity
 from rayseg.data.labels import Labels
 from rayseg.data.preprocess import Preprocess, Window
 from rayseg.data.range import Range
 from rayseg.data.synthetic import slice_bytes
+from rayseg.data.volume import VolumePreprocess
 from rayseg.inference.predictor import Predictor
+from rayseg.inference.volume_predictor import VolumePredictor
 from rayseg.models.engine import Engine, _openvino
 from rayseg.tracking import bundle, registry, runs
 from rayseg.tracking.bundle import mask_sha256
@@ -60,6 +64,41 @@ def write_bundle(folder: Path, level: float, neighbours: int = 0, size: int = SI
     }
     description["example_mask_sha256"] = masks.pop("example.dcm")
     description["golden_masks_sha256"] = masks
+    _write(folder, description)
+    return folder
+
+
+def write_volume_bundle(folder: Path, level: float, patch: tuple[int, int, int] = (4, 32, 32)) -> Path:
+    """A model of volumes that finds what is brighter than `level`, in HU, in voxels of 4 x 2.5 x 2.5 mm."""
+    openvino = _openvino()
+    ops = openvino.opset13
+    image = ops.parameter([1, *patch, 1], np.float16)
+    above = ops.subtract(ops.convert(image, "f32"), np.float32(level / 100))
+    probability = ops.sigmoid(ops.multiply(above, np.float32(20)))
+    folder.mkdir(parents=True)
+    openvino.save_model(openvino.Model([probability], [image]), folder / "model.xml", compress_to_fp16=False)
+    intensity = Intensity("ct", low=-100.0, high=200.0, mean=0.0, deviation=100.0)
+    preprocess = VolumePreprocess((4.0, 2.5, 2.5), patch, intensity)
+    example, golden = phantom_volumes.of_bundle(preprocess)
+    (folder / "example.nii.gz").write_bytes(example)
+    (folder / "golden-1.nii.gz").write_bytes(golden)
+    description: dict[str, Any] = {
+        "format": bundle.FORMAT,
+        "volume": config.plain(preprocess),
+        "labels": config.plain(Labels(("lesion",))),
+        "threshold": 0.5,
+        "example_mask_sha256": "",
+        "golden_masks_sha256": {},
+        "network_sha256": {
+            name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in ("model.xml", "model.bin")
+        },
+        "weights_sha256": f"{level}",
+        "range": config.plain(Range(modalities=("MR",), spacing_mm=(0.5, 1.0))),
+    }
+    _write(folder, description)
+    predictor = VolumePredictor.load(folder, engine=Engine("openvino", "float32"))
+    description["example_mask_sha256"] = mask_sha256(predictor.segment_example().mask)
+    description["golden_masks_sha256"] = {"golden-1.nii.gz": mask_sha256(predictor.segment_alone(golden).mask)}
     _write(folder, description)
     return folder
 

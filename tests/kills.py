@@ -28,7 +28,8 @@ from rayseg.inference import ledger
 from tests.faults import Faults, faulty
 
 ROOT = Path(__file__).parents[1]
-STAGES = ("catalog", "prepare", "segment")
+STAGES = ("catalog", "prepare", "segment", "volumes")
+SEGMENTING = ("segment", "volumes")  # by a model of slices, and by one of volumes
 # A killed driver is followed after so long, instead of a minute.
 STALE_S, RENEW_S, LOOK_S = 4.0, 0.5, 0.1
 LATEST_S = 0.5  # after a call of the store; what is at work in between is in Ray's workers
@@ -50,9 +51,15 @@ def drive(stage: str, recipe: str) -> None:
         "prepare": (PrepareConfig, prepare),
         "segment": (SegmentConfig, segment),
     }
+    section = _section(stage)
     print("ready", flush=True)
     sys.stdin.readline()
-    job.run(stage, *jobs[stage], ["--config", recipe])
+    job.run(section, *jobs[section], ["--config", recipe])
+
+
+def _section(stage: str) -> str:
+    """Of a recipe: the job's."""
+    return "segment" if stage in SEGMENTING else stage
 
 
 class Driver:
@@ -114,7 +121,7 @@ class Kills:
         self._outputs = 0
         self.done: Counter[str] = Counter()
         self.killed: Counter[str] = Counter()
-        write_inputs(base, folder, "segment" in stages)
+        write_inputs(base, folder, not {*SEGMENTING}.isdisjoint(stages))
         self._calls: dict[str, int] = {}
         self._expected: dict[str, dict[str, Any]] = {}
         for stage in STAGES[: 1 + max(map(STAGES.index, stages))]:
@@ -162,6 +169,7 @@ class Kills:
     def _recipe(self, stage: str, name: str) -> tuple[str, Path]:
         output = f"{self._base}/{name}/{stage}"
         manifest = f"{self._base}/undisturbed/catalog/manifest.parquet"
+        section = _section(stage)
         values: dict[str, Any] = {
             "catalog": {
                 "source": f"{self._base}/studies",
@@ -180,15 +188,15 @@ class Kills:
             "segment": {
                 "manifest": manifest,
                 "output": output,
-                "model_uri": "models:/threshold/1",
+                "model_uri": f"models:/{'volumes' if stage == 'volumes' else 'threshold'}/1",
                 "tracking_uri": f"sqlite:///{self._folder}/mlflow.db",
                 "engine": {"name": "openvino", "precision": "float32"},
                 "unrecorded": 2,
                 "max_reject_fraction": 0.9,
             },
-        }[stage]
+        }[section]
         recipe = self._folder / f"{name}-{stage}.yaml"
-        recipe.write_text(yaml.safe_dump({stage: values}))
+        recipe.write_text(yaml.safe_dump({section: values}))
         return output, recipe
 
 
@@ -208,6 +216,7 @@ def write_inputs(base: str, folder: Path, model: bool) -> None:
 
         tracking_uri = f"sqlite:///{folder}/mlflow.db"
         bundles.register(tracking_uri, "threshold", bundles.write_bundle(folder / "bundle", 120.0, size=32))
+        bundles.register(tracking_uri, "volumes", bundles.write_volume_bundle(folder / "volumes", 50.0))
 
 
 def undecodable(data: bytes) -> bytes:
@@ -222,7 +231,7 @@ def undecodable(data: bytes) -> bytes:
 def state(stage: str, output: str) -> dict[str, Any]:
     """All that a stage has left: bytes by path, and rows where these tell the time."""
     left: dict[str, Any] = {}
-    tables = {"ledger", "rejects"} if stage == "segment" else set()
+    tables = {"ledger", "rejects"} if stage in SEGMENTING else set()
     for info in storage.list_files(output):
         path = info.uri[len(output) + 1 :]
         folder, _, name = path.partition("/")
@@ -233,7 +242,7 @@ def state(stage: str, output: str) -> dict[str, Any]:
     for name in {path.partition("/")[0] for path in left if ".parquet/" in path}:
         current = snapshots.current(f"{output}/{name}")[len(output) + 1 :]
         assert {path for path in left if path.startswith(f"{name}/")} == {current}, "one version, and no other file"
-    if stage == "segment":
+    if stage in SEGMENTING:
         left["ledger"] = [row(one, output) for one in ledger.read(output).to_pylist()]
         left["rejects"] = [row(one, output) for one in ledger.rejects(output).to_pylist()]
     return left

@@ -24,6 +24,7 @@ ConfigT = TypeVar("ConfigT")
 SECTIONS = frozenset(
     {
         "catalog",
+        "plan",
         "prepare",
         "train",
         "tune",

@@ -6,8 +6,8 @@ from rayseg import keys
 
 # In the order in which a project uses them.
 JOBS = (
-    "demo", "catalog", "prepare", "train", "tune", "crossvalidate", "evaluate", "compare", "promote", "segment", "diff",
-    "serve", "benchmark",
+    "demo", "catalog", "plan", "prepare", "train", "tune", "crossvalidate", "evaluate", "compare", "promote", "segment",
+    "diff", "serve", "benchmark",
 )  # fmt: skip
 _WIDTH = 100
 COMMANDS = {

@@ -145,6 +145,33 @@ PREPARED = pa.schema(
     ]
 )
 
+# The slices of a series, in order along the normal, with the masks of each.
+SLICES = pa.list_(pa.struct([("uri", pa.string()), ("frame", pa.int32()), ("masks", MASKS)]))
+
+# One row per volume of a set that was prepared with `prepare.volume`. Image and mask lie in a file of their own.
+PREPARED_VOLUMES = pa.schema(
+    [
+        ("row_id", pa.string()),  # sha256 of the uri of the first slice, or of uri#frame: names the volume
+        ("patient_key", pa.string()),  # pseudonym of the patient
+        ("study_key", pa.string()),  # pseudonym of the study; null for volumes that are no DICOM
+        ("series_key", pa.string()),  # pseudonym of the series
+        ("slices", SLICES),  # what the volume was made of
+        ("split", pa.string()),  # "train", "val" or "test"
+        ("path", pa.string()),  # of its file, below the set
+        ("shape", pa.list_(pa.int32())),  # 3, of image and mask: depth, height, width
+        ("spacing_mm", pa.list_(pa.float64())),  # 3, likewise
+        ("fingerprint", pa.binary()),  # of the image, to find near-duplicates; null where there is nothing to tell
+        ("modality", pa.string()),  # Modality; null for volumes that are no DICOM, as is the next one
+        ("body_part", pa.string()),  # BodyPartExamined
+        ("foreground_mm3", pa.float64()),  # on the slices' own grid, by the positions of the series; null: unknown
+        ("class_voxels", pa.list_(pa.int64())),  # voxels of the mask, of each class in the order of labels.names
+        ("foreground_voxels", pa.int64()),  # of all classes together
+        ("foreground_share", pa.float64()),  # the greatest share of a plane's area
+        ("intensity_mean", pa.float64()),  # of the image, as the network sees it
+        ("intensity_sd", pa.float64()),  # standard deviation of the same
+    ]
+)
+
 # One row per rejected slice of a stage.
 REJECTS = pa.schema(
     [

@@ -296,13 +296,13 @@ def read_row_group(uri: str, number: int, columns: Sequence[str], footer: pq.Fil
 
 
 def read_batches(uri: str, numbers: Sequence[int]) -> list[pa.RecordBatch]:
-    """Some batches of the Arrow file at `uri`, by their numbers."""
+    """Some batches of the Arrow file at `uri`, by their numbers; negative ones count from the end."""
     files, path = filesystem(uri)
 
     def call() -> list[pa.RecordBatch]:
         with files.open_input_file(path) as file:
             reader = pa.ipc.open_file(file)
-            return [reader.get_batch(number) for number in numbers]
+            return [reader.get_batch(number % reader.num_record_batches) for number in numbers]
 
     return tried(call)
 

@@ -33,5 +33,10 @@ def test_a_killed_catalog_beside_another_one() -> None:
 
 
 @pytest.mark.slow
+def test_a_killed_run_of_volumes_beside_another_one_and_alone() -> None:
+    assert kills(2, 5, "volumes") == {"volumes": 2}
+
+
+@pytest.mark.slow
 def test_every_stage() -> None:
-    assert sum(kills(3, 4).values()) == 3
+    assert sum(kills(4, 4).values()) == 4

@@ -182,3 +182,16 @@ def test_several_classes_perfect_or_absent_cost_nothing_and_samples_stand_alone(
         alone = ops.convert_to_numpy(ce_dice(mask[sample : sample + 1], random[sample : sample + 1]))
         assert alone[0] == pytest.approx(together[sample], abs=1e-6)
     assert np.isfinite(ops.convert_to_numpy(ce_dice(mask, np.roll(perfect, 1, axis=-1)))).all()
+
+
+@pytest.mark.parametrize("name", [*BINARY, *SEVERAL])
+def test_a_volume_is_an_image_of_as_many_pixels(name: Any) -> None:
+    random = np.random.default_rng(6)
+    channels = 3 if name in SEVERAL else 1
+    mask = random.integers(0, channels, (2, 3, 4, 5)).astype(np.uint8)
+    probability = random.dirichlet(np.ones(3), (2, 3, 4, 5)).astype(np.float32)[..., :channels]
+    function = loss_function(Loss(name), max(1, channels - 1))
+    of_volumes = function(mask, probability).numpy()
+    assert of_volumes.shape == (2,)
+    of_images = function(mask.reshape(2, 12, 5), probability.reshape(2, 12, 5, channels)).numpy()
+    assert of_volumes == pytest.approx(of_images, rel=1e-6)

@@ -180,6 +180,18 @@ def test_counts_compile_with_fixed_shapes() -> None:
     assert np.array_equal(compiled(mask, probability, weight), counts(mask, probability, weight, 0.5))
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_volume_counts_as_an_image_of_as_many_pixels(channels: int) -> None:
+    random = np.random.default_rng(4)
+    mask = random.integers(0, 3, (3, 4, 5, 6)).astype(np.uint8)
+    probability = random.dirichlet(np.ones(3), (3, 4, 5, 6)).astype(np.float32)[..., :channels]
+    weight = np.array([1, 0, 1], np.float32)
+    of_volumes = counts(mask, probability, weight, 0.4).numpy()
+    of_images = counts(mask.reshape(3, 20, 6), probability.reshape(3, 20, 6, channels), weight, 0.4).numpy()
+    np.testing.assert_array_equal(of_volumes, of_images)
+    assert of_volumes[3:SIZE].sum() == 2 * 4 * 5 * 6, "the padding does not count"
+
+
 def integers(mask: np.ndarray, probability: np.ndarray, weight: np.ndarray, threshold: float) -> np.ndarray:
     """What `counts` gives, in numpy's int64."""
     channels = probability.shape[-1]

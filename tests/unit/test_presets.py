@@ -21,6 +21,9 @@ TOTAL = {
     "unet-stroke": (1, 19_580_289),
     "unet-dropout": (3, 1_941_105),
     "unet-residual": (1, 71_797_220),
+    # For two classes nnU-Net's own, see test_unet3d: a channel of 33 and 65, of 33, 65, 129 and 257 is two less here.
+    "unet3d-plain": (1, 5_601_382 - 2 * (33 + 65)),
+    "unet3d-residual": (1, 102_336_556 - 2 * (33 + 65 + 129 + 257)),
     "unet-resnet34": (3, 24_455_249),
     "unet-resnet50": (3, 32_602_641),
     "unet-resnet101": (3, 51_673_105),
@@ -41,7 +44,8 @@ def test_a_preset_has_the_parameters_of_its_source_and_batch_statistics_over_all
     channels, total = TOTAL[preset]
     # Weights without values: the largest network has 400 MB of them.
     with keras.StatelessScope(initialize_variables=False):
-        model = build_network(NetworkConfig(preset=preset), (64, 64, channels))
+        axes = 3 if preset.startswith("unet3d") else 2
+        model = build_network(NetworkConfig(preset=preset), (*[64] * axes, channels))
     keras.utils.clear_session()  # else the next scope would fill them
     assert model.count_params() == total
     layers = [layer for layer in model.layers if isinstance(layer, keras.layers.BatchNormalization)]

@@ -38,7 +38,7 @@ class Painted:
     """Stands for a `Predictor`: what it finds is painted into the image, 100 for each class."""
 
     def __init__(self, classes: int) -> None:
-        self.neighbours, self._classes = 0, classes
+        self.neighbours, self.color, self._classes = 0, False, classes
         self.bundle = type("Bundle", (), {"preprocess": Preprocess()})
         self.known = Known()
 

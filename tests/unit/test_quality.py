@@ -31,7 +31,6 @@ from rayseg.data.prepared import PreparedSet
 from rayseg.data.preprocess import Preprocess
 from rayseg.data.range import Known, Range, entropy_bits, facts, measure, pieces
 from rayseg.data.samples import make
-from rayseg.data.stacks import usable
 from rayseg.dicom import segmentation
 from rayseg.dicom.pseudonyms import Pseudonyms
 from rayseg.dicom.reading import Slice, read_slice
@@ -120,7 +119,7 @@ def known(tmp_path_factory: pytest.TempPathFactory) -> Range:
 class Painter:
     """A stand-in for a Predictor: paints what `paint` says of each slice."""
 
-    neighbours = 0
+    needs_series = color = False
     engine = "painted"
 
     def __init__(
@@ -130,10 +129,9 @@ class Painter:
         self.known = Known(known, volumes)
         self._paint = paint
 
-    def judge_stacks(self, stacks: Iterable[Any]) -> Iterator[Any]:
-        for stack in stacks:
-            (slice,) = usable(stack)  # type: ignore[misc]
-            yield self._judged(slice, self._paint(slice))
+    def judge_series(self, slices: Iterable[Any]) -> Iterator[Any]:
+        for number, slice in enumerate(slices):
+            yield number, self._judged(slice, self._paint(slice))
 
     @staticmethod
     def _judged(slice: Slice, probabilities_KHW: np.ndarray) -> Judgement:

@@ -152,7 +152,7 @@ def test_a_series_ends_on_the_version_that_it_began_on(uri: str, folder: Path) -
     blobs = [slice_bytes(seed, 64) for seed in range(20)]
     found = Series(blobs, [(index, None) for index in range(20)], None, [None] * 20, {})
     model = SwappingMeanwhile(uri)
-    masks = asyncio.run(series.segment(model, found, Ask(model="1"), 0, False))  # type: ignore[arg-type]
+    masks = asyncio.run(series.segment(model, found, Ask(model="1"), model.replica._versions.current.info.preprocess))  # type: ignore[arg-type]
     assert model.groups == 3
     assert model.replica._versions.current.info.version == "2"
     expected = Predictor.load(folder / "1", engine=EXACT).segment(blobs)

@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
-from rayseg.benchmark import archive, data, gpu, plan, serve, train
+from rayseg.benchmark import archive, data, gpu, plan, serve, train, volume
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class BenchmarkConfig:
     bentoml: the python of an environment with BentoML, OpenVINO, pydicom and Pillow, for `serve`.
     """
 
-    suite: Literal["data", "train", "archive", "plan", "serve", "gpu"] = "data"  # what is measured
+    suite: Literal["data", "train", "archive", "plan", "serve", "gpu", "volume"] = "data"  # what is measured
     repeats: int = 5  # how often each figure is measured
     rows: int = 100_000
     bentoml: str | None = None
@@ -58,6 +58,8 @@ def benchmark(config: BenchmarkConfig) -> BenchmarkResult:
             figures = serve.measure(Path(folder), config.repeats, config.bentoml)
         elif config.suite == "gpu":
             figures = gpu.measure(Path(folder), config.repeats)
+        elif config.suite == "volume":
+            figures = volume.measure(Path(folder), config.repeats)
         else:
             figures = train.measure(Path(folder), config.repeats)
     machine = {"cpu": _cpu(), "cores": os.cpu_count(), "load_before": round(os.getloadavg()[2], 2)}

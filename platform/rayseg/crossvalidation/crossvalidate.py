@@ -28,7 +28,7 @@ from rayseg.data.prepared import PreparedSet
 from rayseg.evaluation.cases import Tolerance
 from rayseg.evaluation.publish import Artifacts, evaluation, publish
 from rayseg.evaluation.record import Findings, Record
-from rayseg.inference.predictor import Mirror
+from rayseg.inference.networks import Mirror
 from rayseg.tracking import runs
 from rayseg.tracking.version import ModelVersion
 from rayseg.training import precision, trainer

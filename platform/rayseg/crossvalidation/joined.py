@@ -8,14 +8,15 @@ from pathlib import Path
 
 from rayseg import config as configuration
 from rayseg.crossvalidation.scores import SPLIT
-from rayseg.data import synthetic
 from rayseg.data.prepared import PreparedSet
 from rayseg.data.range import widest
-from rayseg.inference.predictor import FLIPS, Mirror
+from rayseg.inference.networks import Mirror
+from rayseg.inference.predictor import FLIPS
 from rayseg.models import ensemble
 from rayseg.tracking import bundle, registry, runs
 from rayseg.tracking import card as cards
 from rayseg.training.settings import TrainConfig, TrainResult
+from rayseg.training.trainer import examples
 
 
 def register(
@@ -52,9 +53,9 @@ def register(
         "its members. Judge it on a test set that no fold saw.",
     )
     with tempfile.TemporaryDirectory(prefix="rayseg-bundle-") as temporary:
-        example, *golden = synthetic.of_bundle()
+        example, *golden = examples(prepared)
         ranges = [one.range for one in bundles if one.range is not None]
         known_range = widest(ranges) if len(ranges) == len(bundles) else None
         saved = Path(temporary, "bundle")
-        bundle.save(saved, model, prepared.preprocess, prepared.labels, threshold, example, golden, known_range)
+        bundle.save(saved, model, prepared.model_preprocess, prepared.labels, threshold, example, golden, known_range)
         return registry.register(uri, run_id, saved, base.registered_model, cards.log(uri, card))

@@ -12,8 +12,8 @@ from rayseg.evaluation import checks, metrics
 from rayseg.evaluation.cases import Tolerance
 from rayseg.evaluation.record import Record
 from rayseg.evaluation.scoring import CPUS_PER_ACTOR, score
-from rayseg.inference.heldout import COLUMNS
-from rayseg.inference.predictor import Mirror
+from rayseg.inference.heldout import slices
+from rayseg.inference.networks import Mirror
 from rayseg.tracking import registry, runs
 from rayseg.training.settings import TrainResult
 
@@ -60,7 +60,7 @@ def scored(
     room = cluster.room({"CPU": CPUS_PER_ACTOR})
     actors = max(1, int(min(room, _MOST_ACTORS)))
     for fold, (prepared, result) in enumerate(zip(sets, trained, strict=True)):
-        rows = prepared.read_rows("test", COLUMNS)
+        rows = slices(prepared, "test")
         bundle_dir, version = registry.fetch(tracking_uri, result.model_uri)
         alone = Record(SPLIT, prepared.labels)
         in_cluster = work.in_cluster("crossvalidate", rows.num_rows, {"CPU": CPUS_PER_ACTOR})

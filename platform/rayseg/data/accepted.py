@@ -23,6 +23,7 @@ from rayseg.data.stacks import PLACE
 
 TAKEN = ("patient_key", "study_key", "series_key", "uri", "frame", "masks")  # columns of a manifest that a sample keeps
 COLUMNS = tuple(dict.fromkeys([*TAKEN, *PLACE, *voxels.COLUMNS, "bytes", "etag"]))  # of the file
+_SERIES = ("patient_key", "series_key", "kind", "frame")
 _ROWS = 1024  # of a batch of the file
 _ROWS_AT_ONCE = 4096  # of the manifest
 _STREAM_BYTES = 2**16
@@ -116,6 +117,20 @@ def read(uri: str, ranges: np.ndarray) -> pa.Table:
             start = max(first - number * _ROWS, 0)
             pieces.append(batches[number].slice(start, end - number * _ROWS - start))
     return pa.Table.from_batches(pieces).combine_chunks()
+
+
+def series_firsts(path: Path) -> np.ndarray:
+    """The first row of each series, or stack of one, in a local file of `write`, int64; an image file is alone."""
+    begins, before = [], None
+    with pa.memory_map(str(path)) as source:
+        file = pa.ipc.open_file(source)
+        for number in range(file.num_record_batches):
+            batch = file.get_batch(number)
+            for values in zip(*(batch[name].to_pylist() for name in _SERIES), strict=True):
+                *key, kind, frame = values
+                begins.append(key != before or (kind == "image" and frame is None))
+                before = key
+    return np.flatnonzero(np.array(begins, bool))
 
 
 def _written(rows: list[pa.RecordBatch], writer: pa.ipc.RecordBatchFileWriter, least: int) -> list[pa.RecordBatch]:

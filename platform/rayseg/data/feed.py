@@ -10,7 +10,6 @@ What is left takes a millisecond a row; through tasks it took two to five, and s
 
 import io
 import math
-import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,28 +17,20 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rayseg import storage
 from rayseg.data.augment import Augment, generator
+from rayseg.data.batches import Batch, Batches
+from rayseg.data.patch_feed import patch_feed
+from rayseg.data.patches import Patches
 from rayseg.data.prepared import PreparedSet
 from rayseg.data.windows import Piece, Window, lanes, share, steps, windows
 
-_PREFETCH = 4  # batches that are made ahead, beside those that threads are at
 _FOOTERS = 1024  # that are kept
 _COLUMNS = ["row_id", "image", "mask"]
-
-
-class Batch(NamedTuple):
-    """A rank's part of a global batch."""
-
-    image: np.ndarray  # uint8 (N, H, W, C)
-    mask: np.ndarray  # uint8 (N, H, W)
-    # float32 (N,): 1, or 0 for padding, which only the last batch of an epoch has, and ranks with a smaller share
-    weight: np.ndarray
 
 
 def batches(
@@ -53,11 +44,14 @@ def batches(
     epoch: int,
     shuffle: bool = True,
     augment: Augment | None = None,
+    patches: Patches | None = None,
     first: int = 0,
     parts: int = 1,
     threads: int = 1,
-) -> "Batches":
+) -> Batches:
     """One epoch of `split` as rank `rank` of `world_size` sees it: `steps` batches of `windows.share` rows.
+
+    Of a set of volumes a row is a patch, and there are `patches.count` of them.
 
     Args:
         prepared: the set.
@@ -67,8 +61,9 @@ def batches(
         world_size: ranks.
         seed: of the order and the augmentation, with `epoch`.
         epoch: another epoch is another order, and the rows are augmented anew.
-        shuffle: False keeps the set's order within each lane.
-        augment: what may happen to each row; None gives them as they are.
+        shuffle: False keeps the set's order within each lane; of slices.
+        augment: what may happen to each row of slices; None gives them as they are.
+        patches: what is drawn of volumes; None gives the windows that cover them, in order.
         first: the batch to begin with; those before it were seen already.
         parts: of equal size that a rank's batch can be cut into.
         threads: that read and augment. The batches are the same whatever their number.
@@ -80,6 +75,20 @@ def batches(
         raise ValueError(
             f"train.batch_size: a row for each of train.num_workers expected, got {global_batch} for {world_size}"
         )
+    if prepared.volume is not None:
+        of_volumes = patch_feed(
+            prepared,
+            split,
+            global_batch=global_batch,
+            rank=rank,
+            world_size=world_size,
+            seed=seed,
+            epoch=epoch,
+            patches=patches,
+            first=first,
+            parts=parts,
+        )
+        return Batches(of_volumes.begin, threads)
     wanted = windows(
         prepared,
         split,
@@ -91,10 +100,11 @@ def batches(
         shuffle=shuffle,
         first=max(0, first - 1),  # what a lane that has ended repeats is in the batch before
     )
-    reader = _Reader(prepared.shape, augment, seed, epoch)
+    height, width, channels = prepared.shape
+    reader = _Reader((height, width, channels), augment, seed, epoch)
     own, padded = len(lanes(global_batch, rank, world_size)), share(global_batch, world_size, parts)
     wanted_steps = range(first, steps(sum(prepared.shard_rows[split]), global_batch))
-    return Batches(reader, wanted, own, padded, wanted_steps, threads)
+    return Batches(_Feed(reader, wanted, own, padded, wanted_steps).begin, threads)
 
 
 class _Rows(NamedTuple):
@@ -142,75 +152,44 @@ class _Lane(NamedTuple):
     rows: Future[_Rows]
 
 
-class Batches(Iterator[Batch]):
-    """The batches of an epoch, made ahead by threads, each by one of them.
+@dataclass(frozen=True)
+class _Feed:
+    """Begins the batches of an epoch, see `Batches`."""
 
-    waited_s: seconds that the consumer has waited for batches so far.
-    """
+    reader: _Reader
+    windows: Sequence[Window]
+    own: int  # lanes
+    per_rank: int  # rows of a batch: the rest is padding
+    steps: range
 
-    def __init__(
-        self, reader: _Reader, wanted: Sequence[Window], own: int, per_rank: int, steps: range, threads: int
-    ) -> None:
-        self.waited_s = 0.0
-        self._reader = reader
-        self._own, self._per_rank = own, per_rank  # lanes, and rows of a batch: the rest is padding
-        # OpenCV's own threads would take the training's cores for pictures too small for them.
-        self._pool = ThreadPoolExecutor(threads, "rayseg-feed", initializer=cv2.setNumThreads, initargs=(1,))
-        self._begun = self._begin(deque(wanted), steps)
-        self._ahead: deque[Future[Batch]] = deque()
-        self._most = _PREFETCH + threads
-        self._top_up()
-
-    def __next__(self) -> Batch:
-        if not self._ahead:
-            self.close()
-            raise StopIteration
-        began = time.perf_counter()
-        try:
-            batch = self._ahead.popleft().result()
-        except BaseException:
-            self.close()
-            raise
-        self.waited_s += time.perf_counter() - began
-        self._top_up()
-        return batch
-
-    def close(self) -> None:
-        """Ends the threads; for who does not want the rest of the epoch."""
-        self._ahead.clear()
-        self._pool.shutdown(cancel_futures=True)
-
-    def _top_up(self) -> None:
-        while len(self._ahead) < self._most and (batch := next(self._begun, None)) is not None:
-            self._ahead.append(batch)
-
-    def _begin(self, windows: deque[Window], steps: range) -> Iterator[Future[Batch]]:
+    def begin(self, pool: ThreadPoolExecutor) -> Iterator[Future[Batch]]:
         """The batches, each given to the threads when it is asked for here.
 
         The windows that it begins are given to them before it. They take what they are given in that order, so that a
         batch waits for reads that are done or under way.
         """
-        lanes: list[_Lane | None] = [None] * self._own
-        for step in range(max(0, steps.start - 1), steps.stop):
+        windows = deque(self.windows)
+        lanes: list[_Lane | None] = [None] * self.own
+        for step in range(max(0, self.steps.start - 1), self.steps.stop):
             while windows and windows[0].start == step:
                 window = windows.popleft()
-                lanes[window.lane] = _Lane(window, self._pool.submit(self._reader.read, window))
-            if step >= steps.start:
-                yield self._pool.submit(self._make, step, tuple(lanes))
+                lanes[window.lane] = _Lane(window, pool.submit(self.reader.read, window))
+            if step >= self.steps.start:
+                yield pool.submit(self._make, step, tuple(lanes))
 
     def _make(self, step: int, lanes: Sequence[_Lane | None]) -> Batch:
-        height, width, channels = self._reader.shape
-        image_NHWC = np.zeros((self._per_rank, height, width, channels), np.uint8)
-        mask_NHW = np.zeros((self._per_rank, height, width), np.uint8)
-        weight_N = np.zeros(self._per_rank, np.float32)
+        height, width, channels = self.reader.shape
+        image_NHWC = np.zeros((self.per_rank, height, width, channels), np.uint8)
+        mask_NHW = np.zeros((self.per_rank, height, width), np.uint8)
+        weight_N = np.zeros(self.per_rank, np.float32)
         for position, lane in enumerate(lanes):
             if lane is None:  # fewer rows than lanes
                 continue
             # A lane that has ended repeats its last row: real pixels for batch statistics.
             row, last = step - lane.window.start, lane.window.rows - 1
-            image_NHWC[position], mask_NHW[position] = self._reader.row(lane.rows.result(), min(row, last))
+            image_NHWC[position], mask_NHW[position] = self.reader.row(lane.rows.result(), min(row, last))
             weight_N[position] = row <= last
-        image_NHWC[self._own :], mask_NHW[self._own :] = image_NHWC[0], mask_NHW[0]
+        image_NHWC[self.own :], mask_NHW[self.own :] = image_NHWC[0], mask_NHW[0]
         return Batch(image_NHWC, mask_NHW, weight_N)
 
 

@@ -1,4 +1,4 @@
-"""Prepare: the accepted rows of a manifest become fixed-shape samples in Parquet shards, split by patient."""
+"""Prepare: the accepted rows of a manifest become fixed-shape samples, or volumes, split by patient."""
 
 import dataclasses
 import hashlib
@@ -7,7 +7,7 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,24 +22,27 @@ from tqdm import tqdm
 
 from rayseg import config as configuration
 from rayseg import lease, meters, snapshots, storage, work
-from rayseg.data import accepted, own_split
+from rayseg.data import accepted, kinds, own_split
 from rayseg.data.accepted import Units
+from rayseg.data.kinds import Mapped, OfSlices, OfVolumes
 from rayseg.data.labels import Labels
 from rayseg.data.prepared import DESCRIPTION, PATIENTS, READERS, VERSION
 from rayseg.data.preprocess import Preprocess
-from rayseg.data.samples import Making, foreground, row_id, write_shards
-from rayseg.data.shards import Task, limited, planned
+from rayseg.data.samples import Making, row_id
+from rayseg.data.shards import Task, planned
 from rayseg.data.split import LEAK_COLUMNS, SPLITS, Split, check_leak, read_standing, to_csv
 from rayseg.data.stacks import refuse_unordered
+from rayseg.data.volume import VolumePreprocess
+from rayseg.data.volume_samples import VolumeMaking
 from rayseg.dicom.pseudonyms import from_environment
 from rayseg.records import MISSING_MASK, REJECTS, MissingMask, Reason
 
 logger = logging.getLogger(__name__)
 
 REJECTS_FILE = "rejects.parquet"  # a table, see `snapshots`
-_SHARD = re.compile(rf"split=({'|'.join(SPLITS)})/part-\d+(-[0-9a-f]+)?\.parquet")
+_SHARD = re.compile(rf"split=({'|'.join(SPLITS)})/(part-\d+(-[0-9a-f]+)?\.parquet|volume-[0-9a-f]+\.arrow)")
+_SUFFIXES = (".parquet", ".arrow")
 _ROWS_FILE = "_rows.arrow"  # of a run, for its tasks
-_Mapped = Callable[..., Iterator[tuple[int, Any]]]  # `work.mapped`, with where the tasks run
 
 
 @dataclass(frozen=True)
@@ -49,9 +52,11 @@ class PrepareConfig:
     manifest: str  # URI of a manifest that `catalog` wrote
     output: str  # URI of a folder or prefix that holds this set and nothing else
     preprocess: Preprocess = field(default_factory=Preprocess)
+    volume: VolumePreprocess | None = None  # prepares volumes in millimetres; `preprocess` is then not used
     labels: Labels = field(default_factory=Labels)
     split: Split = field(default_factory=Split)
-    limit: int | None = None  # take this many rows only, as many from each patient as possible, spread over its slices
+    # Take this many slices, or volumes, only: as many from each patient as possible, spread over what it has
+    limit: int | None = None
     rows_per_shard: int = 256  # rows of a Parquet file at most
     row_group_rows: int = 16  # rows of a row group; each epoch draws an order of all row groups
     max_reject_fraction: float = 0.2  # the job fails where a greater share of the objects is rejected
@@ -67,7 +72,10 @@ class PrepareConfig:
 
 @dataclass(frozen=True)
 class PrepareResult:
-    """What the set holds; `positive` counts rows with foreground; `cached`: it was there already."""
+    """What the set holds; rows are slices or volumes, `positive` counts those with foreground.
+
+    `cached`: it was there already.
+    """
 
     prepared: str
     rows: int
@@ -117,9 +125,9 @@ def _prepared(config: PrepareConfig, held: lease.Lease) -> PrepareResult:
         if standing is not None:
             logger.info("prepare: an equal set stands at %s", output)
             return _result(output, standing, cached=True)
-        making = Making(config.preprocess, config.labels, config.row_group_rows, _missing_mask(manifest))
         units = accepted.write(manifest, rows_file)
         _check(units, config)
+        kind = _kind(config, manifest, rows_file, units)
         asked = {"CPU": 1, **config.resources}
         amount = min(int(units.rows.sum()), config.limit or sys.maxsize)
         keys = dict.fromkeys(config.resources, "resources")
@@ -129,12 +137,14 @@ def _prepared(config: PrepareConfig, held: lease.Lease) -> PrepareResult:
         rows_uri = storage.join(output, _ROWS_FILE)
         storage.write_file(rows_uri, rows_file)
     try:
-        taken = limited(np.repeat(units.patient, units.rows), config.limit)
-        parts = _deal(units, taken, config, making, rows_uri, standing_split, mapped)
+        taken = kind.taken(config.limit)
+        parts = _deal(units, taken, config, kind, rows_uri, standing_split, mapped)
         tasks = _tasks(units, taken, parts, config)
+        kind = kind.measured(tasks, rows_uri, mapped)
         held.check()
         storage.delete(storage.join(output, DESCRIPTION))  # no reader sees a mixture
-        written = _write(tasks, rows_uri, output, making, mapped)
+        rows_in_all = kind.count(tasks)
+        written = _write(tasks, rows_in_all, rows_uri, output, kind, mapped)
     finally:
         storage.delete(rows_uri)
     held.check()
@@ -143,33 +153,28 @@ def _prepared(config: PrepareConfig, held: lease.Lease) -> PrepareResult:
     held.check()
     snapshots.write_table(storage.join(output, REJECTS_FILE), pa.Table.from_pylist(rejects, schema=REJECTS))
     reasons = dict(sorted(Counter(reject["reason"] for reject in rejects).items()))
-    rows_in_all = sum(task.rows for task in tasks)
     if len(rejects) > config.max_reject_fraction * rows_in_all:
         raise ValueError(
             f"prepare: {len(rejects)} of {rows_in_all} rows rejected, over max_reject_fraction "
             f"{config.max_reject_fraction}: {reasons}; {storage.join(output, REJECTS_FILE)} names each"
         )
-    filled = [shard for shard in written if shard["rows"]]
-    shards = {split: [shard for shard in filled if shard["path"].startswith(f"split={split}/")] for split in SPLITS}
-    rows = {split: sum(shard["rows"] for shard in shards[split]) for split in SPLITS}
+    of_kind = kind.description(output, written)
+    rows = {split: sum(of_kind["shard_rows"][split]) for split in SPLITS}
     description = {
+        **of_kind,
         "version": VERSION,
         "digest": _with_unread(digest, rejects),
         "manifest_sha256": manifest_sha256,
-        "preprocess": configuration.plain(config.preprocess),
         "labels": configuration.plain(config.labels),
         "split": configuration.plain(config.split),
         "limit": config.limit,
-        "shape": [*config.preprocess.size, config.preprocess.channels],
         "rows": rows,
-        "shards": {split: [shard["path"] for shard in shards[split]] for split in SPLITS},
-        "shard_rows": {split: [shard["rows"] for shard in shards[split]] for split in SPLITS},
         "row_group_rows": config.row_group_rows,
         "positive": sum(shard["positive"] for shard in written),
         "reasons": reasons,
     }
     _refuse_empty(rows, config.split, "rows are left")
-    keys = _keys(output, filled)
+    keys = _keys(output, [path for split in SPLITS for path in of_kind["shards"][split]], kind.foreground)
     check_leak(keys)
     patients = _patients(keys, parts)
     held.check()
@@ -183,6 +188,10 @@ def _digest(config: PrepareConfig, manifest_sha256: str, standing_split: Mapping
     """Of all that decides the set's content: everything but the places where things lie."""
     values = configuration.plain(config) | {"manifest": manifest_sha256, "output": None, "version": VERSION}
     values["split"]["standing"] = dict(standing_split)
+    if config.volume is None:
+        del values["volume"]  # as before there were any
+    else:
+        del values["preprocess"]
     for key in ("exact", "given"):  # a set of before they were there stays the same
         if not values["split"][key]:
             del values["split"][key]
@@ -220,8 +229,9 @@ def _standing(output: str, digest: str) -> dict[str, Any] | None:
         return None
     if description.get("digest") != digest:
         return None
-    paths = {info.uri for info in storage.list_files(output, (".parquet",))}
-    complete = all(storage.join(output, path) in paths for shards in description["shards"].values() for path in shards)
+    paths = {info.uri for info in storage.list_files(output, _SUFFIXES)}
+    files = [*description["shards"].values(), *description.get("volumes", {}).values()]
+    complete = all(storage.join(output, path) in paths for of_split in files for path in of_split)
     return description if complete else None
 
 
@@ -250,7 +260,7 @@ def _clear(output: str, keep: set[str]) -> None:
     if readers := lease.living(storage.join(output, READERS)):
         logger.info("prepare: shards of the set that stood there stay: %s reads them", readers[0])
     elif storage.exists(output):  # a bucket's folder goes with the last object
-        for info in list(storage.list_files(output, (".parquet",))):
+        for info in list(storage.list_files(output, _SUFFIXES)):
             path = info.uri[len(output.rstrip("/")) + 1 :]
             if _SHARD.fullmatch(path) and path not in keep:
                 storage.delete(info.uri)
@@ -261,18 +271,25 @@ def _check(units: Units, config: PrepareConfig) -> None:
     if not units.masks:
         raise ValueError("prepare.manifest: no accepted row has a mask; name catalog.layout.masks and catalog again")
     config.labels.check_sources({label for label in units.labels if label is not None})
-    if config.preprocess.neighbours:
+    if config.preprocess.neighbours and config.volume is None:
         refuse_unordered(int(units.rows[units.loose].sum()), int(units.rows.sum()))
+
+
+def _kind(config: PrepareConfig, manifest: Path, rows: Path, units: Units) -> OfSlices | OfVolumes:
+    missing_mask = _missing_mask(manifest)
+    if config.volume is None:
+        return OfSlices(Making(config.preprocess, config.labels, config.row_group_rows, missing_mask), units)
+    return kinds.of_volumes(manifest, rows, units, VolumeMaking(config.volume, config.labels, missing_mask))
 
 
 def _deal(
     units: Units,
     taken: np.ndarray | None,
     config: PrepareConfig,
-    making: Making,
+    kind: OfSlices | OfVolumes,
     rows_uri: str,
     standing: Mapping[str, str],
-    mapped: _Mapped,
+    mapped: Mapped,
 ) -> dict[str, str]:
     """The part of each patient."""
     if config.split.given is not None:
@@ -280,8 +297,7 @@ def _deal(
     pixels: dict[str, np.ndarray] = {}
     if config.split.stratify or config.split.exact:
         every = planned(units, np.zeros(len(units.first), np.int8), ["any"], taken, config.rows_per_shard)
-        look = partial(foreground, rows_uri=rows_uri, making=making)
-        for _, of_task in mapped(look, every):
+        for _, of_task in mapped(kind.looking(rows_uri), every):
             for patient, counts in of_task.items():
                 pixels[patient] = pixels.get(patient, 0) + np.array(counts)
     patients = {patient: patient in pixels for patient in units.patients}
@@ -325,10 +341,11 @@ def _refuse_empty(rows: Counter[str] | dict[str, int], split: Split, what: str) 
         )
 
 
-def _write(tasks: Sequence[Task], rows_uri: str, output: str, making: Making, mapped: _Mapped) -> list[dict[str, Any]]:
-    """Prepares the shards; returns what `write_shards` tells of each, in their order."""
-    write = partial(write_shards, rows_uri=rows_uri, output=output, making=making)
-    rows = sum(task.rows for task in tasks)
+def _write(
+    tasks: Sequence[Task], rows: int, rows_uri: str, output: str, kind: OfSlices | OfVolumes, mapped: Mapped
+) -> list[dict[str, Any]]:
+    """Prepares `rows` rows; returns what is told of each shard or volume, in their order."""
+    write = kind.writing(rows_uri, output)
     written: dict[int, list[dict[str, Any]]] = {}
     # The largest first: a volume of thousands of slices should not be begun when all else is done.
     order = sorted(range(len(tasks)), key=lambda number: -tasks[number].shards)
@@ -344,16 +361,16 @@ def _write(tasks: Sequence[Task], rows_uri: str, output: str, making: Making, ma
     return every
 
 
-def _keys(output: str, shards: list[dict[str, Any]]) -> pa.Table:
-    """Of every row as written, what the leak check and the table of patients need."""
-    columns = (*LEAK_COLUMNS, "foreground_pixels")
-    tables = [storage.read_table(storage.join(output, shard["path"]), columns) for shard in shards]
+def _keys(output: str, shards: Sequence[str], foreground: str) -> pa.Table:
+    """Of every row as written, what the leak check and the table of patients need; `foreground` is a column."""
+    columns = (*LEAK_COLUMNS, foreground)
+    tables = [storage.read_table(storage.join(output, path), columns) for path in shards]
     return pa.concat_tables(table.replace_schema_metadata() for table in tables)
 
 
 def _patients(keys: pa.Table, parts: Mapping[str, str]) -> pa.Table:
     """The split as a table: `patient_key`, `part`, `split`, and how many `rows`, and `positive` ones, a patient has."""
-    keys = keys.append_column("positive", pc.cast(pc.greater(keys["foreground_pixels"], 0), pa.int64()))
+    keys = keys.append_column("positive", pc.cast(pc.greater(keys.column(len(LEAK_COLUMNS)), 0), pa.int64()))
     counted = keys.group_by(["patient_key", "split"]).aggregate([("positive", "count"), ("positive", "sum")])
     counted = counted.sort_by("patient_key")
     return pa.table(

@@ -1,15 +1,20 @@
-"""A prepared set as its readers see it: what `_prepared.json` tells, and the rows of the shards."""
+"""A prepared set as its readers see it: what `_prepared.json` tells, and the rows of the shards.
+
+A set is of slices, whose pixels stand in the rows of its shards, or of volumes: then each has a file of its own, see
+`chunks`, and the rows of the one shard of a split tell what the volumes are.
+"""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pyarrow as pa
 
 from rayseg import config, lease, storage
 from rayseg.data.labels import Labels
 from rayseg.data.preprocess import Preprocess
-from rayseg.records import PREPARED
+from rayseg.data.volume import VolumePreprocess
+from rayseg.records import PREPARED, PREPARED_VOLUMES
 
 DESCRIPTION = "_prepared.json"
 PATIENTS = "split.csv"  # which patient is where
@@ -22,15 +27,29 @@ class PreparedSet:
     """A set written by `prepare.prepare`."""
 
     uri: str
-    shape: tuple[int, int, int]  # height, width, channels of the uint8 images; masks are (height, width)
-    preprocess: Preprocess
+    # Height, width, channels of the uint8 images; of volumes depth, height, width, channels of float16 patches. Masks
+    # have the same without channels
+    shape: tuple[int, ...]
+    preprocess: Preprocess  # of slices; of volumes nothing uses it
     labels: Labels
-    rows: dict[str, int]  # by split
+    rows: dict[str, int]  # by split; of volumes as many as there are
     digest: str  # of everything that the set was made from
     shards: dict[str, tuple[str, ...]]  # by split: paths below `uri`
     shard_rows: dict[str, tuple[int, ...]]  # by split: of each shard
     row_group_rows: int  # of each row group but a shard's last, which has what is left
     limited: bool = False  # whether `prepare.limit` left rows out
+    volume: VolumePreprocess | None = None  # of volumes; with what was measured of the training split
+    volumes: dict[str, tuple[str, ...]] = field(default_factory=dict)  # by split: paths of their files below `uri`
+
+    @property
+    def model_preprocess(self) -> Preprocess | VolumePreprocess:
+        """What a model that is trained on the set does with its input."""
+        return self.preprocess if self.volume is None else self.volume
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Of the rows."""
+        return PREPARED if self.volume is None else PREPARED_VOLUMES
 
     def files(self, split: str) -> list[str]:
         """The URIs of a split's Parquet shards, in order."""
@@ -41,9 +60,9 @@ class PreparedSet:
         return storage.read(storage.join(self.uri, PATIENTS))
 
     def read_rows(self, split: str, columns: Sequence[str] | None = None) -> pa.Table:
-        """A split's rows in order, in the schema `records.PREPARED`; `columns` spares reading the pixels."""
+        """A split's rows in order, in the schema `schema`; `columns` spares reading the pixels."""
         tables = [storage.read_table(uri, columns) for uri in self.files(split)]
-        wanted = PREPARED if columns is None else pa.schema([PREPARED.field(name) for name in columns])
+        wanted = self.schema if columns is None else pa.schema([self.schema.field(name) for name in columns])
         return pa.concat_tables([table.select(wanted.names) for table in tables]) if tables else wanted.empty_table()
 
 
@@ -59,7 +78,7 @@ def describe(uri: str) -> PreparedSet:
     return PreparedSet(
         uri=storage.absolute(uri),
         shape=tuple(values["shape"]),
-        preprocess=config.build(Preprocess, values["preprocess"]),
+        preprocess=config.build(Preprocess, values["preprocess"]) if "preprocess" in values else Preprocess(),
         labels=config.build(Labels, values["labels"]),
         rows=values["rows"],
         digest=values["digest"],
@@ -67,6 +86,8 @@ def describe(uri: str) -> PreparedSet:
         shard_rows={split: tuple(rows) for split, rows in values["shard_rows"].items()},
         row_group_rows=values["row_group_rows"],
         limited=values.get("limit") is not None,
+        volume=config.build(VolumePreprocess, values["volume"]) if "volume" in values else None,
+        volumes={split: tuple(paths) for split, paths in values.get("volumes", {}).items()},
     )
 
 

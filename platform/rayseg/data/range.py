@@ -29,6 +29,7 @@ COLUMNS = (
     "intensity_sd",
     "foreground_pixels",
 )
+VOLUME_COLUMNS = ("modality", "body_part", "foreground_mm3", "foreground_voxels", "foreground_share")
 _QUANTILES = (0.005, 0.995)  # a slice in a hundred may be odd, as a scan's first or last one
 _LEAST_SHARE = 0.01  # of the slices, so that a few mislabelled ones do not widen what is known
 
@@ -94,6 +95,24 @@ def facts(slice: Slice, image_HWC: np.ndarray, preprocess: Preprocess) -> dict[s
     }
 
 
+def facts_of_volume(slice: Slice) -> dict[str, Any]:
+    """The same of a slice that a network sees as part of a volume.
+
+    The spacing is the slice's own, as the network's is always one, and what it saw of the intensities says nothing: of
+    each volume they are made alike, and what CT has in HU is known.
+    """
+    header = slice.header
+    geometry = slice.geometry if header is None else header.geometry
+    spacing_mm = None if geometry is None else geometry.pixel_spacing_mm
+    return {
+        "modality": (header.modality or None) if header else None,
+        "body_part": (header.body_part or None) if header else None,
+        "pixel_spacing_mm": None if spacing_mm is None else list(spacing_mm),
+        "intensity_mean": None,
+        "intensity_sd": None,
+    }
+
+
 def pieces(mask: np.ndarray) -> int:
     """How many connected pieces (8 neighbours) the foreground of a label map has, whatever its classes."""
     if not mask.any():
@@ -116,6 +135,8 @@ def entropy_bits(probabilities_KHW: np.ndarray, mask: np.ndarray) -> tuple[float
 
 def measure(prepared: PreparedSet) -> Range:
     """Of the training split of a set, but for what only a model can tell."""
+    if prepared.volume is not None:
+        return _of_volumes(prepared)
     rows = prepared.read_rows("train", COLUMNS)
     height, width, _ = prepared.shape
     spacing_mm = pc.list_flatten(rows["pixel_spacing_mm"]).to_numpy()
@@ -129,6 +150,19 @@ def measure(prepared: PreparedSet) -> Range:
         foreground_share=most / (height * width) if most else None,
         # With a limit series are not whole.
         volume_ml=None if prepared.limited else _greatest_volume_ml(rows),
+    )
+
+
+def _of_volumes(prepared: PreparedSet) -> Range:
+    """Spacing and intensities are left out: a network sees volumes of one spacing, made alike."""
+    rows = prepared.read_rows("train", VOLUME_COLUMNS)
+    share = pc.max(rows["foreground_share"]).as_py()
+    volumes_mm3 = rows.filter(pc.greater(rows["foreground_voxels"], 0))["foreground_mm3"]
+    return Range(
+        modalities=_common(rows["modality"]),
+        body_parts=_common(rows["body_part"]),
+        foreground_share=share or None,
+        volume_ml=pc.max(volumes_mm3).as_py() / 1000 if len(volumes_mm3) and not volumes_mm3.null_count else None,
     )
 
 

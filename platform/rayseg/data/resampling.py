@@ -1,11 +1,14 @@
 """Label maps on another grid: each class by the filter that images go through, and of these the greatest."""
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import cv2
 import numpy as np
 from PIL import Image
+
+from rayseg.geometry.axes import Weights, plane
 
 # Shares are compared as whole multiples of one in so many: a tie in exact numbers stays one whatever float32 leaves. A
 # prime, as shares that tie are fractions of scales, and must not lie halfway between two multiples.
@@ -69,14 +72,60 @@ def resized(mask_HW: np.ndarray, height: int, width: int) -> np.ndarray:
         for value in np.flatnonzero(cv2.calcHist([part_HW], [0], None, [256], [0, 256])).tolist()
         if value
     }
+    winner_HW = _greatest(shares, (down.target.stop - down.target.start, along.target.stop - along.target.start))
+    made_HW[down.target, along.target] = winner_HW
+    return made_HW
+
+
+def class_shares(mask_HW: np.ndarray, down: Weights, along: Weights) -> dict[int, np.ndarray]:
+    """What each class but the background has of the pixels of a grid, float32 (height, width), by class.
+
+    Args:
+        mask_HW: uint8 (rows, columns).
+        down: weights along a column.
+        along: weights along a row.
+    """
+    assert mask_HW.dtype == np.uint8
+    present = cv2.calcHist([np.ascontiguousarray(mask_HW)], [0], None, [256], [0, 256])
+    return {
+        value: plane((mask_HW == value).astype(np.float32), down, along)
+        for value in np.flatnonzero(present).tolist()
+        if value
+    }
+
+
+def stacked(
+    of_slices: Iterable[dict[int, np.ndarray]], normal: Weights, shape: tuple[int, int]
+) -> Iterator[np.ndarray]:
+    """The label maps of a series on another grid, slice by slice in order: uint8 (height, width).
+
+    As `resized`, in three dimensions and by the weights that the images have. It holds the shares in those slices that
+    a new one needs.
+
+    Args:
+        of_slices: the `class_shares` of each slice, in order along the normal.
+        normal: weights along that axis.
+        shape: height and width.
+    """
+    for parts in normal.gather(of_slices):
+        together: dict[int, np.ndarray] = {}
+        for of_slice, weight in parts:
+            for value, share in of_slice.items():
+                together[value] = together[value] + share * weight if value in together else share * weight
+        yield _greatest(dict(sorted(together.items())), shape)
+
+
+def _greatest(shares: dict[int, np.ndarray], shape: tuple[int, int]) -> np.ndarray:
+    """The class with the greatest share, uint8; 0 where the background has it. Shares come in ascending order."""
+    winner_HW = np.zeros(shape, np.uint8)
+    if not shares:
+        return winner_HW
     greatest = np.rint((1 - sum(shares.values())) * _STEPS)  # the background's
-    winner_HW = np.zeros(greatest.shape, np.uint8)
     for value, share in shares.items():
         steps = np.rint(share * _STEPS)
         winner_HW[steps >= greatest] = value
         greatest = np.maximum(steps, greatest)
-    made_HW[down.target, along.target] = winner_HW
-    return made_HW
+    return winner_HW
 
 
 def _shares(inside_HW: np.ndarray, down: "_Part", along: "_Part") -> np.ndarray:

@@ -22,12 +22,13 @@ def of_rows(accepted: pa.Table) -> pa.Array:
     """
     made: list[float | None] = []
     for _, series in groupby(accepted.select(COLUMNS).to_pylist(), key=lambda row: row["series_key"]):
-        slices = [_geometry(row) for row in series]
+        slices = [geometry(row) for row in series]
         sizes_mm3 = voxels_mm3(slices)
         made += [None] * len(slices) if sizes_mm3 is None else sizes_mm3.tolist()
     return pa.array(made, pa.float64())
 
 
-def _geometry(row: dict[str, Any]) -> Geometry:
+def geometry(row: dict[str, Any]) -> Geometry:
+    """Where the slice of a row with `COLUMNS` lies."""
     values: dict[str, Any] = {name: tuple(row[name]) if isinstance(row[name], list) else row[name] for name in _PLACE}
     return Geometry(**values)

@@ -29,8 +29,8 @@ from rayseg.evaluation.cases import Tolerance
 from rayseg.evaluation.publish import add_to_card, publish
 from rayseg.evaluation.record import Record
 from rayseg.evaluation.scoring import CPUS_PER_ACTOR, score
-from rayseg.inference.heldout import COLUMNS
-from rayseg.inference.predictor import Mirror
+from rayseg.inference.heldout import slices
+from rayseg.inference.networks import Mirror
 from rayseg.tracking import bundle as bundles
 from rayseg.tracking import judged, registry, runs
 from rayseg.tracking.version import ModelVersion, together
@@ -47,7 +47,8 @@ class EvaluateConfig:
     tracking_uri: str  # URI of the MLflow server or database, such as sqlite:///work/mlflow.db
     split: Literal["train", "val", "test"] = "test"  # which patients are scored
     ensemble: tuple[str, ...] = ()  # further models; their probabilities are averaged with the first model's
-    mirror: Mirror | None = None  # average over mirror images too: by columns, or by rows and columns
+    # average over mirror images too: by columns; by rows and columns (both); of volumes by all three axes (all)
+    mirror: Mirror | None = None
     concurrency: int = 1  # actors, one CPU each
     tolerance: Tolerance = field(default_factory=Tolerance)  # distance within which surfaces agree, for `nsd`
     resamples: int = 2000  # draws of patients for the intervals
@@ -110,7 +111,7 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
     """
     began = time.monotonic()
     held_out = prepared_sets.describe(config.prepared)
-    rows = held_out.read_rows(config.split, COLUMNS)
+    rows = slices(held_out, config.split)
     if rows.num_rows == 0:
         raise ValueError(f"evaluate.split: the prepared set has no rows in {config.split}")
     asked = {"CPU": CPUS_PER_ACTOR}
@@ -119,10 +120,10 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
     described = [bundles.describe(bundle_dir) for bundle_dir, _ in fetched]
     for (_, version), description in zip(fetched, described, strict=True):
         _check_fits(version, description, held_out)
-    if len({(one["preprocess"].get("neighbours", 0), one["preprocess"].get("color", False)) for one in described}) > 1:
+    if len({("volume" in one, _neighbours(one), one.get("preprocess", {}).get("color")) for one in described}) > 1:
         raise ValueError(
             "evaluate.ensemble: models that look at equally many neighbours, and all at grey or all at colour images, "
-            "expected"
+            "or all at volumes, expected"
         )
 
     record = Record(config.split, held_out.labels)
@@ -192,7 +193,9 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
 
 def _check_fits(version: ModelVersion, description: Mapping[str, Any], held_out: PreparedSet) -> None:
     found = tuple(description["labels"]["names"])
-    neighbours, known = description["preprocess"].get("neighbours", 0), held_out.preprocess.neighbours
+    neighbours, known = _neighbours(description), held_out.preprocess.neighbours if held_out.volume is None else 0
+    if "volume" in description and held_out.limited and held_out.volume is None:
+        raise ValueError(f"evaluate.prepared: {version.uri} sees volumes, and prepare.limit left slices out of the set")
     if neighbours > known:
         raise ValueError(
             f"evaluate.prepared: {version.uri} looks at {neighbours} slices on each side, the set names {known}; "
@@ -200,6 +203,11 @@ def _check_fits(version: ModelVersion, description: Mapping[str, Any], held_out:
         )
     if found != held_out.labels.names:
         raise ValueError(f"evaluate: {version.uri} finds {found}, the prepared set is of {held_out.labels.names}")
+
+
+def _neighbours(description: Mapping[str, Any]) -> int:
+    neighbours: int = description.get("preprocess", {}).get("neighbours", 0)
+    return neighbours
 
 
 def _leaks(config: EvaluateConfig, versions: Sequence[ModelVersion], patients: Collection[str]) -> list[str]:
@@ -220,7 +228,7 @@ def _doubts(versions: Sequence[ModelVersion], described: Sequence[Mapping[str, A
         f"{version.uri} was trained on masks with mask_filter nearest: where slices shrink by an even factor its "
         "labels lie half a source pixel up and to the left"
         for version, description in zip(versions, described, strict=True)
-        if bundles.preprocess_of(description).mask_filter == "nearest"
+        if getattr(bundles.preprocess_of(description), "mask_filter", "linear") == "nearest"
     ]
 
 

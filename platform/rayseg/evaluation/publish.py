@@ -1,7 +1,6 @@
 """What an evaluation leaves in a run of MLflow: metrics, tables, pictures and a report; and the model's new card."""
 
 import csv
-import dataclasses
 import io
 import zlib
 from collections.abc import Mapping, Sequence
@@ -12,9 +11,11 @@ import numpy as np
 import pyarrow as pa
 
 from rayseg import storage
+from rayseg.data.grey import grey, sees_color
 from rayseg.data.labels import Labels
 from rayseg.data.prepared import PreparedSet
 from rayseg.data.preprocess import Preprocess
+from rayseg.data.volume import VolumePreprocess
 from rayseg.dicom.reading import read_slice
 from rayseg.evaluation import cases, report
 from rayseg.evaluation.failures import Failures
@@ -57,7 +58,7 @@ def publish(
         tracking_uri: of MLflow.
         run_id: of the run.
         model: what was evaluated, in words: the report's head.
-        held_out: its `preprocess` gives the pictures the grey values that the network sees.
+        held_out: its `model_preprocess` gives the pictures the grey values that the network sees.
         record: the cases.
         findings: of the record.
         tolerance: in words, that of the normalised surface distances.
@@ -87,7 +88,7 @@ def publish(
     def drawn(shown: Sequence[dict[str, Any]], slice: str, name: str) -> list[report.Picture]:
         made = []
         for rank, patient in enumerate(shown, start=1):
-            caption, png = _picture(patient[slice], patient["dice"], held_out.preprocess, record.labels)
+            caption, png = _picture(patient[slice], patient["dice"], held_out.model_preprocess, record.labels)
             made.append(report.Picture(f"{name}-{rank:02d}", caption, png))
         return made
 
@@ -213,15 +214,16 @@ def _spread(ranked: list[dict[str, Any]], wanted: int) -> list[dict[str, Any]]:
     return [ranked[round(place)] for place in np.linspace(0, len(ranked) - 1, wanted)]
 
 
-def _picture(row: dict[str, Any], dice: float, preprocess: Preprocess, labels: Labels) -> tuple[str, bytes]:
+def _picture(
+    row: dict[str, Any], dice: float, preprocess: Preprocess | VolumePreprocess, labels: Labels
+) -> tuple[str, bytes]:
     """Caption and PNG of a row as `scorer.SCORED` has it; `dice` is the case's."""
-    slice = read_slice(storage.read(row["uri"]), row["frame"], preprocess.color)
+    slice = read_slice(storage.read(row["uri"]), row["frame"], sees_color(preprocess))
     assert not isinstance(slice, Reject), "was read a moment ago"
     rows, columns = slice.shape
     classes = read_truth(row, slice, labels)
     assert not isinstance(classes, Reject), "was read a moment ago"
-    # The same grey values that the network sees, on the slice's own grid.
-    grey_HW = dataclasses.replace(preprocess, size=(rows, columns), neighbours=0).apply(slice)[..., 0]
+    grey_HW = grey(preprocess, slice)
     prediction = np.frombuffer(zlib.decompress(row["prediction"]), np.uint8).reshape(rows, columns)
     of_slice = Counts(row["tp"], row["fp"], row["fn"], row["tn"]).dice
     caption = f"case {row['patient_key'][:10]} · Dice {dice:.2f} · of this slice {of_slice:.2f}"

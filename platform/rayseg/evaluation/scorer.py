@@ -19,7 +19,7 @@ from rayseg.evaluation.scores import Counts, counts
 from rayseg.geometry.grid import Geometry
 from rayseg.inference import quality
 from rayseg.inference.heldout import COLUMNS, HeldOut, Judged
-from rayseg.inference.predictor import Predictor
+from rayseg.inference.predictor import AnyPredictor
 from rayseg.records import PREPARED, QualityFlag, Reject
 
 _REJECT = pa.struct([(name, pa.string()) for name in ("row_id", "patient_key", "reason", "detail")])
@@ -54,7 +54,7 @@ SCORED = pa.schema(
 class Scorer:
     """Scores patients with one model. What it holds at a time are the label maps of one series that has positions."""
 
-    def __init__(self, predictor: Predictor, labels: Labels, tolerance: Tolerance) -> None:
+    def __init__(self, predictor: AnyPredictor, labels: Labels, tolerance: Tolerance) -> None:
         self._labels, self._tolerance, self._range = labels, tolerance, predictor.known.range
         self._held_out = HeldOut(predictor, labels)
 

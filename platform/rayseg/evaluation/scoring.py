@@ -16,7 +16,8 @@ from rayseg import logs, meters
 from rayseg.data.labels import Labels
 from rayseg.evaluation.cases import Tolerance
 from rayseg.evaluation.scorer import SCORED, Scorer
-from rayseg.inference.predictor import Mirror, Predictor
+from rayseg.inference.networks import Mirror
+from rayseg.inference.predictor import AnyPredictor, load_any
 from rayseg.models.engine import Engine
 
 if TYPE_CHECKING:
@@ -82,9 +83,9 @@ def _in_actors(
 
 def _load(
     folders: Sequence[Path], mirror: Mirror | None, threads: int, engine: Literal["auto", "openvino"]
-) -> Predictor:
+) -> AnyPredictor:
     # Probabilities are scored too, and screening leaves those of slices with nothing in bfloat16.
-    return Predictor.load(*folders, engine=Engine(engine, "float32"), threads=threads, mirror=mirror)
+    return load_any(*folders, engine=Engine(engine, "float32"), threads=threads, mirror=mirror)
 
 
 def _scored(scorer: Scorer, rows: pa.Table) -> pa.Table:

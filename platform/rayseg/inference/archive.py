@@ -27,10 +27,10 @@ from rayseg.data.layouts import Layout
 from rayseg.data.range import Known
 from rayseg.inference import delivery, kept, ledger, plan, report, stream
 from rayseg.inference.kept import Keep
+from rayseg.inference.networks import Mirror
 from rayseg.inference.outputs import SEGMENTATIONS, Profile, settings_digest
 from rayseg.inference.plan import Estimate, Plan
 from rayseg.inference.postprocess import Postprocess
-from rayseg.inference.predictor import Mirror
 from rayseg.inference.progress import Progress
 from rayseg.inference.refusals import Refusals
 from rayseg.inference.series import STAGE, Task
@@ -55,7 +55,8 @@ class SegmentConfig:
     manifest: str | None = None  # URI of a manifest as the catalog job writes it
     source: str | None = None  # URI of a folder to catalog first, in place of `manifest`
     ensemble: tuple[str, ...] = ()  # further models; their probabilities are averaged with the first model's
-    mirror: Mirror | None = None  # average over mirror images too: by columns, or by rows and columns
+    # average over mirror images too: by columns; by rows and columns (both); of volumes by all three axes (all)
+    mirror: Mirror | None = None
     engine: Engine = field(default_factory=Engine)
     profiles: tuple[Profile, ...] = ("seg",)  # what is written of each series
     postprocess: Postprocess = field(default_factory=Postprocess)

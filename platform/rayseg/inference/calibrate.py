@@ -16,8 +16,8 @@ from rayseg.data.conformal import VolumeErrors
 from rayseg.data.prepared import PreparedSet
 from rayseg.geometry.grid import Geometry
 from rayseg.geometry.volume import volume_ml
-from rayseg.inference.heldout import COLUMNS, HeldOut, Judged
-from rayseg.inference.predictor import Predictor
+from rayseg.inference.heldout import HeldOut, Judged, slices
+from rayseg.inference.predictor import AnyPredictor, load_any
 from rayseg.models.engine import Engine
 from rayseg.records import Reject
 
@@ -46,7 +46,7 @@ def volume_errors(bundle_dir: Path, prepared: PreparedSet) -> VolumeErrors:
         )  # fmt: skip
         return VolumeErrors()
     threads = len(os.sched_getaffinity(0))
-    predictor = Predictor.load(bundle_dir, engine=Engine("openvino", "float32"), threads=threads)
+    predictor = load_any(bundle_dir, engine=Engine("openvino", "float32"), threads=threads)
     kept = [rows[key] for key in sorted(rows)[:_PATIENTS]]
     logger.info("measuring volumes of %d validation patients for their intervals", len(kept))
     with ThreadPoolExecutor(threads, "patients") as pool:
@@ -58,7 +58,7 @@ def volume_errors(bundle_dir: Path, prepared: PreparedSet) -> VolumeErrors:
 def _with_volumes(prepared: PreparedSet) -> dict[str, list[dict[str, Any]]]:
     """The rows of each patient all of whose slices have a place, series by series."""
     rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for row in prepared.read_rows("val", (*COLUMNS, "foreground_mm3")).to_pylist():
+    for row in slices(prepared, "val").to_pylist():
         rows[row["patient_key"]].append(row)
     return {
         patient: sorted(of, key=lambda row: row["series_key"])
@@ -67,7 +67,7 @@ def _with_volumes(prepared: PreparedSet) -> dict[str, list[dict[str, Any]]]:
     }
 
 
-def _distances_mm(predictor: Predictor, rows: Sequence[Mapping[str, Any]]) -> list[float | None]:
+def _distances_mm(predictor: AnyPredictor, rows: Sequence[Mapping[str, Any]]) -> list[float | None]:
     """Of a patient, for each class and for all together, see `conformal.farthest_mm`."""
     names = predictor.bundle.labels.names
     held_out = HeldOut(predictor, predictor.bundle.labels)

@@ -11,66 +11,33 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from PIL import Image
 
 from rayseg.ahead import mapped
+from rayseg.data.preprocess import Preprocess
 from rayseg.data.range import Known, of_several
 from rayseg.data.stacks import alone, along, usable
 from rayseg.dicom.reading import Slice, Source, read_slice
 from rayseg.inference import cells
-from rayseg.models.engine import Compiled, Engine, compile_openvino, compile_tensorflow, has_gpu
+from rayseg.inference.judgement import Judgement, Prediction
+from rayseg.inference.networks import Mirror, compile_all, may_find
+from rayseg.inference.volume_predictor import VolumePredictor
+from rayseg.models.engine import Compiled, Engine
 from rayseg.records import Reason, Reject
-from rayseg.tracking.bundle import Bundle, decide, describe, load, load_keras, mask_sha256
+from rayseg.tracking.bundle import Bundle, decide, describe, load, load_keras, mask_sha256, preprocess_of
 
-# Test-time augmentation: the mean over the slice and its mirror image, or its four.
-Mirror = Literal["columns", "both"]
 FLIPS: dict[str | None, tuple[tuple[int, ...], ...]] = {
     None: ((),),
     "columns": ((), (1,)),
     "both": ((), (0,), (1,), (0, 1)),
 }
-# How far bfloat16 may be off where nothing is found, of a probability: about as far as it was anywhere in trials.
-_DOUBT = 0.1
-
-
-@dataclass(frozen=True, eq=False)
-class Prediction:
-    """A slice with its mask: uint8 label map (rows, columns) on the slice's own grid."""
-
-    slice: Slice
-    mask: np.ndarray
-
-
-@dataclass(frozen=True, eq=False)
-class Judgement(Prediction):
-    """With what the mask was decided by.
-
-    image_HWC: uint8, what the (first) network saw.
-    """
-
-    image_HWC: np.ndarray
-    _probabilities_KHW: Callable[[], np.ndarray]
-    _members: Callable[[], Sequence[np.ndarray]] = list
-    classes: int = 1  # of the model
-
-    @cached_property
-    def probabilities_KHW(self) -> np.ndarray:
-        """Float32 (channels, rows, columns) on the slice's own grid, of the one class, or of background and several."""
-        return self._probabilities_KHW()
-
-    @cached_property
-    def members(self) -> Sequence[np.ndarray]:
-        """The masks, as the mask, of each model of an ensemble, or of each mirror image of one model; else none."""
-        return self._members()
 
 
 class Predictor:
@@ -95,13 +62,16 @@ class Predictor:
         self.bundle = bundles[0]
         self.threshold = statistics.fmean(bundle.threshold for bundle in bundles)
         self.engine = compiled[0].description
+        self._preprocesses = [_of_slices(bundle) for bundle in bundles]
         self._compiled = tuple(compiled)
+        if mirror == "all":
+            raise ValueError("mirror: all is for models of volumes; a slice has columns, and both")
         self._flips = FLIPS[mirror]
         self._several = len(bundles) > 1 or mirror is not None
         self._known = known
         self._ahead = threads + 1  # so that all are busy while a result is taken
         self._pool = ThreadPoolExecutor(threads, "slices")  # begins none before it is used
-        _check_alike(bundles)
+        _check_alike(bundles, self._preprocesses)
 
     @classmethod
     def load(
@@ -118,16 +88,23 @@ class Predictor:
             ValueError: there is no sound bundle in one of them, or they are not of the same classes.
         """
         bundles = [load(folder) for folder in bundle_dirs]
-        if engine.name == "tensorflow" or (engine.name == "auto" and has_gpu()):
-            compiled = [compile_tensorflow(load_keras(folder), engine.precision, threads) for folder in bundle_dirs]
-        else:
-            compiled = [compile_openvino(bundle.network, engine.precision, threads) for bundle in bundles]
+        compiled = compile_all(bundle_dirs, bundles, engine, threads)
         return cls(bundles, compiled, mirror, threads, known)
 
     @property
     def neighbours(self) -> int:
         """How many slices the model looks at on each side of the one that it segments."""
-        return self.bundle.preprocess.neighbours
+        return self._preprocesses[0].neighbours
+
+    @property
+    def needs_series(self) -> bool:
+        """Whether a slice alone, or an image file, cannot be segmented."""
+        return self.neighbours > 0
+
+    @property
+    def color(self) -> bool:
+        """Whether the network sees the colours of image files."""
+        return self._preprocesses[0].color
 
     @property
     def known(self) -> Known:
@@ -170,6 +147,10 @@ class Predictor:
 
         return mapped(self._pool, judged, stacks, self._ahead)
 
+    def judge_series(self, slices: Iterable[Slice | Reject]) -> Iterator[tuple[int, Judgement | Reject]]:
+        """Each slice of a whole series, given in order, with its number from 0: see `judge_stacks`."""
+        return enumerate(self.judge_stacks(along(slices, self.neighbours)))
+
     def judge_alone(self, slice: Slice | Reject, threshold: float | None = None) -> Judgement | Reject:
         """As `judge_stack` for a slice that is no part of a series; NEEDS_NEIGHBOURS where the model looks at some."""
         if self.neighbours and not isinstance(slice, Reject):
@@ -186,7 +167,7 @@ class Predictor:
         Each is a slice for itself: a model that looks at neighbours refuses it (NEEDS_NEIGHBOURS). `frames` says which
         frame of each object is meant, as `read_slice` does; by default they are single images.
         """
-        sources = {id(blob): Source(blob, self.bundle.preprocess.color) for blob in blobs}  # one of several frames once
+        sources = {id(blob): Source(blob, self.color) for blob in blobs}  # one of several frames once
         wanted = frames or [None] * len(blobs)
         judged = [self.judge_alone(sources[id(blob)].slice(frame)) for blob, frame in zip(blobs, wanted, strict=True)]
         return [one if isinstance(one, Reject) else Prediction(one.slice, one.mask) for one in judged]
@@ -207,15 +188,15 @@ class Predictor:
     def _judge(self, stack: Sequence[Slice | None], threshold: float | None = None) -> Judgement:
         """By the mean over models and flips."""
         threshold = self.threshold if threshold is None else threshold
-        images = {bundle.preprocess: bundle.preprocess.apply(*stack) for bundle in self.bundles}
-        inputs_NHWC = [self._flipped(images[bundle.preprocess]) for bundle in self.bundles]
+        images = {preprocess: preprocess.apply(*stack) for preprocess in self._preprocesses}
+        inputs_NHWC = [self._flipped(images[preprocess]) for preprocess in self._preprocesses]
         screens = [compiled.screen for compiled in self._compiled if compiled.screen is not None]
         assert len(screens) in (0, len(self._compiled)), "one engine runs all models"
         screened = [screen(image) for screen, image in zip(screens, inputs_NHWC, strict=True)] if screens else []
-        slice, image_HWC = stack[len(stack) // 2], images[self.bundle.preprocess]
+        slice, image_HWC = stack[len(stack) // 2], images[self._preprocesses[0]]
         assert slice is not None
         classes = len(self.bundle.labels.names)
-        if screened and not any(_may_find(probabilities, threshold) for probabilities in screened):
+        if screened and not any(may_find(probabilities, threshold) for probabilities in screened):
             # Few want to know by how much nothing was found.
             nothing = np.zeros(slice.shape, np.uint8)
             count = len(self.bundles) if len(self.bundles) > 1 else len(self._flips)
@@ -259,29 +240,39 @@ class Predictor:
         return [decide(one, threshold) for one in apart]
 
 
-def _check_alike(bundles: Sequence[Bundle]) -> None:
+def _of_slices(bundle: Bundle) -> Preprocess:
+    if not isinstance(bundle.preprocess, Preprocess):
+        raise ValueError("ensemble: models of slices and models of volumes cannot be averaged")
+    return bundle.preprocess
+
+
+def _check_alike(bundles: Sequence[Bundle], preprocesses: Sequence[Preprocess]) -> None:
     first = bundles[0]
-    for bundle in bundles[1:]:
+    for bundle, preprocess in zip(bundles[1:], preprocesses[1:], strict=True):
         if bundle.labels.names != first.labels.names:
             raise ValueError(
                 f"ensemble: models of the same classes expected, got {list(first.labels.names)} and "
                 f"{list(bundle.labels.names)}"
             )
-        if bundle.preprocess.neighbours != first.preprocess.neighbours:
+        if preprocess.neighbours != preprocesses[0].neighbours:
             raise ValueError("ensemble: models that look at equally many neighbours expected")
-        if bundle.preprocess.color != first.preprocess.color:
+        if preprocess.color != preprocesses[0].color:
             raise ValueError("ensemble: models of either grey or colour images expected")
 
 
-def _may_find(probabilities_NHWK: np.ndarray, threshold: float) -> bool:
-    """Whether anything could be found in what bfloat16 gave.
+AnyPredictor = Predictor | VolumePredictor
 
-    Averages over models and flips, and what lies between pixels, are never above the greatest of these.
-    """
-    if probabilities_NHWK.shape[-1] == 1:
-        return bool(probabilities_NHWK.max() >= threshold - _DOUBT)
-    lead = probabilities_NHWK[..., 1:].max(axis=-1) - probabilities_NHWK[..., 0]
-    return bool(lead.max() >= -2 * _DOUBT)
+
+def load_any(
+    *bundle_dirs: str | Path,
+    engine: Engine = Engine(),  # noqa: B008, it is frozen
+    threads: int = 1,
+    mirror: Mirror | None = None,
+    known: Known | None = None,
+) -> AnyPredictor:
+    """What runs the models in `bundle_dirs`, of slices or of volumes as the first one says: see `Predictor.load`."""
+    kind = Predictor if isinstance(preprocess_of(describe(Path(bundle_dirs[0]))), Preprocess) else VolumePredictor
+    return kind.load(*bundle_dirs, engine=engine, threads=threads, mirror=mirror, known=known)
 
 
 def mask_png(mask: np.ndarray) -> bytes:
@@ -294,7 +285,7 @@ def mask_png(mask: np.ndarray) -> bytes:
 class _PyfuncModel:
     """What MLflow calls: one row in, one row out; a bad input gives a row with its reason."""
 
-    def __init__(self, predictor: Predictor) -> None:
+    def __init__(self, predictor: AnyPredictor) -> None:
         self._predictor = predictor
 
     def predict(self, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
@@ -313,12 +304,12 @@ def _row(result: Prediction | Reject) -> tuple[str | None, int | None, str | Non
 
 def _load_pyfunc(data_path: str) -> _PyfuncModel:
     """The entry point that MLflow's pyfunc flavour asks of a loader module."""
-    return _PyfuncModel(Predictor.load(data_path))
+    return _PyfuncModel(load_any(data_path))
 
 
 def _main(bundle_dir: str, repeats: int = 0) -> None:
     """What `tracking.verification` runs: the masks of the bundle's slices and, with `repeats`, what one takes."""
-    predictor = Predictor.load(bundle_dir, engine=Engine("openvino", "float32"))
+    predictor = load_any(bundle_dir, engine=Engine("openvino", "float32"))
     mask = predictor.segment_example().mask
     golden = describe(Path(bundle_dir)).get("golden_masks_sha256", {})
     measured: dict[str, Any] = {

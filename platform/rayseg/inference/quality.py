@@ -12,8 +12,9 @@ import numpy as np
 
 from rayseg.data.agreement import Agreement
 from rayseg.data.preprocess import Preprocess
-from rayseg.data.range import Range, entropy_bits, facts, pieces
-from rayseg.inference.predictor import Judgement
+from rayseg.data.range import Range, entropy_bits, facts, facts_of_volume, pieces
+from rayseg.data.volume import VolumePreprocess
+from rayseg.inference.judgement import Judgement
 from rayseg.records import QualityFlag
 
 # Augmentation scales by up to 14 % either way, so a little more than that is still what the network has learned from.
@@ -40,8 +41,8 @@ class Look:
     modality: str | None
     body_part: str | None
     spacing_mm: tuple[float, ...] | None  # between pixels as the network sees them
-    intensity_mean: float  # of 0..255, see `range.facts`
-    intensity_sd: float
+    intensity_mean: float | None  # of 0..255, see `range.facts`; None where a network sees volumes
+    intensity_sd: float | None
     entropy_bits: float  # summed over `entropy_pixels`, the foreground that the model found
     entropy_pixels: int
     pixel_share: float  # a pixel's share of the network's picture
@@ -54,9 +55,14 @@ class Look:
         return dataclasses.replace(self, share=self.pixel_share * np.count_nonzero(mask), pieces=pieces(mask))
 
 
-def look(preprocess: Preprocess, judged: Judgement) -> Look:
+def look(preprocess: Preprocess | VolumePreprocess, judged: Judgement) -> Look:
     """What to keep of a segmented slice; `preprocess` is of the model's bundle."""
-    known_facts = facts(judged.slice, judged.image_HWC, preprocess)
+    if isinstance(preprocess, Preprocess):
+        assert judged.image_HWC is not None
+        known_facts = facts(judged.slice, judged.image_HWC, preprocess)
+        pixel_share = float(np.prod(preprocess.scale(*judged.slice.shape)) / np.prod(preprocess.size))
+    else:
+        known_facts, pixel_share = facts_of_volume(judged.slice), 1 / judged.mask.size
     spacing_mm = known_facts["pixel_spacing_mm"]
     bits, pixels = entropy_bits(judged.probabilities_KHW, judged.mask) if judged.mask.any() else (0.0, 0)
     return Look(
@@ -67,7 +73,7 @@ def look(preprocess: Preprocess, judged: Judgement) -> Look:
         intensity_sd=known_facts["intensity_sd"],
         entropy_bits=bits,
         entropy_pixels=pixels,
-        pixel_share=float(np.prod(preprocess.scale(*judged.slice.shape)) / np.prod(preprocess.size)),
+        pixel_share=pixel_share,
         agreement=Agreement.of(judged.members, judged.classes) if judged.members else None,
     ).of(judged.mask)
 
@@ -157,7 +163,7 @@ def suspicion(known: Range | None, slices: Sequence[Look], volume_ml: float | No
             ([one.intensity_mean for one in slices], known.intensity_mean),
             ([one.intensity_sd for one in slices], known.intensity_sd),
         )
-        if usual is not None and (median := float(np.median(values))) is not None
+        if usual is not None and (median := _median(values)) is not None
     ]
     if beyond:
         numbers[QualityFlag.INTENSITY] = max(beyond)
@@ -172,17 +178,22 @@ def describe(flags: Mapping[QualityFlag, str]) -> str | None:
     return "; ".join(f"{flag}: {detail}" for flag, detail in flags.items()) or None
 
 
-def _outside(name: str, values: Sequence[float], usual: tuple[float, float] | None) -> str:
+def _outside(name: str, values: Sequence[float | None], usual: tuple[float, float] | None) -> str:
     """How the median of a feature lies outside of what it was in training, if it does.
 
     The median, as the first and last slices of a sound series are unlike the others, and unlike each other's.
     """
-    if usual is None:
+    median = _median(values)
+    if usual is None or median is None:
         return ""
-    median = float(np.median(values))
     margin = _margin(usual)
     low, high = usual[0] - margin, usual[1] + margin
     return "" if low <= median <= high else f"{name} {median:.0f}, not {low:.0f} to {high:.0f} of 255"
+
+
+def _median(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.median(known)) if known else None
 
 
 def _margin(usual: tuple[float, float]) -> float:

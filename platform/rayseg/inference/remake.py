@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from rayseg.data.conformal import VolumeErrors
+from rayseg.data.grey import sees_color
 from rayseg.data.objects import Place
 from rayseg.data.preprocess import Preprocess
 from rayseg.data.range import Known, of_several
+from rayseg.data.volume import VolumePreprocess
 from rayseg.inference import kept
 from rayseg.inference.forward import picture
 from rayseg.inference.kept import Kept
@@ -31,7 +33,7 @@ class Model:
     """What files need of a model beside its masks: no network."""
 
     known: Known
-    preprocess: Preprocess
+    preprocess: Preprocess | VolumePreprocess
 
     @classmethod
     def read(cls, bundle_dir: Path, several: bool, known: Known | None) -> "Model":
@@ -118,11 +120,16 @@ def _to_read(task: Task, there: Kept, profiles: Sequence[str]) -> Sequence[str]:
 
 
 def _with_sources(
-    there: Kept, kind: Kind, profiles: Sequence[str], wanted: Sequence[Place], preprocess: Preprocess, watch: Watch
+    there: Kept,
+    kind: Kind,
+    profiles: Sequence[str],
+    wanted: Sequence[Place],
+    preprocess: Preprocess | VolumePreprocess,
+    watch: Watch,
 ) -> Segmented | None:
     """The series with what its files take of the objects; None where these are not what the masks are of."""
     series = there.series
-    sources = Sources(kind, preprocess.color, watch)
+    sources = Sources(kind, sees_color(preprocess), watch)
     places = [wanted[number] for number in series.numbers]
     known = {uri: head for (uri, _), head in zip(places, there.heads, strict=True) if head is not None}
     of_headers = (kind == "dicom" and not {*DICOM}.isdisjoint(profiles)) or (kind == "volume" and "nifti" in profiles)

@@ -17,7 +17,7 @@ from rayseg.inference.delivery import deliver
 from rayseg.inference.kept import Head, Keep
 from rayseg.inference.outputs import File, Kind, Profile, Segmented, files
 from rayseg.inference.postprocess import Postprocess
-from rayseg.inference.predictor import Predictor
+from rayseg.inference.predictor import AnyPredictor
 from rayseg.inference.watch import STEPS, Watch
 from rayseg.records import Reason, Reject
 from rayseg.retry import CredentialsError
@@ -43,7 +43,7 @@ class Task:
 
 
 def segment_series(
-    predictor: Predictor,
+    predictor: AnyPredictor,
     task: Task,
     *,
     series_key: str,
@@ -258,7 +258,7 @@ def ended_row(
 
 
 def _segmented(
-    predictor: Predictor,
+    predictor: AnyPredictor,
     task: Task,
     series_key: str,
     kind: Kind,
@@ -268,7 +268,7 @@ def _segmented(
     watch: Watch,
 ) -> tuple[Segmented, list[Head | None]] | Reject:
     """The series with its final masks; fills `refused`."""
-    if kind == "image" and predictor.neighbours:
+    if kind == "image" and predictor.needs_series:
         return Reject(Reason.NEEDS_NEIGHBOURS, "an image file has none, and the model looks at them")
     series, heads = forward.segmented(predictor, series_key, kind, profiles, wanted, refused, watch)
     if not series.masks:

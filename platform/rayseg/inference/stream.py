@@ -19,8 +19,9 @@ import pyarrow as pa
 
 from rayseg import logs
 from rayseg.data.range import Known
+from rayseg.inference.networks import Mirror
 from rayseg.inference.plan import unpacked_series
-from rayseg.inference.predictor import Mirror, Predictor
+from rayseg.inference.predictor import load_any
 from rayseg.inference.remake import Model, remake_series
 from rayseg.inference.series import Task, segment_series
 from rayseg.models.engine import Engine, require_gpu
@@ -203,7 +204,7 @@ def _segmenting(bundles: "ray.ObjectRef[list[_Files]]", task: Task, workers: Wor
 
 def _loaded(bundle_dirs: Sequence[Path], task: Task, workers: Workers) -> _Work:
     """Loads the model."""
-    predictor = Predictor.load(
+    predictor = load_any(
         *bundle_dirs, engine=workers.engine, threads=workers.cpus, mirror=workers.mirror, known=workers.known
     )
 

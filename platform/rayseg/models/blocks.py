@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 from keras import layers, ops
@@ -17,22 +17,22 @@ _LEAK = 0.01
 
 @keras.saving.register_keras_serializable(package="rayseg")
 class GroupNormalization(layers.GroupNormalization):
-    """Group normalisation (Wu and He 2018, arXiv:1803.08494) of (N, H, W, C) with fixed H and W, as Keras has it.
+    """Group normalisation (Wu and He 2018, arXiv:1803.08494) of images and volumes of a fixed size, as Keras has it.
 
-    Keras reduces over a five-dimensional view, which is slow on CPUs and, in OpenVINO, inexact on large images. Here
-    the moments of each channel are taken first and then combined to those of the group. docs/explanation/engines.md has
-    figures.
+    Its input is (N, H, W, C) or (N, D, H, W, C). Keras reduces over a view with one axis more, which is slow on CPUs
+    and, in OpenVINO, inexact on large images. Here the moments of each channel are taken first and then combined to
+    those of the group. docs/explanation/engines.md has figures.
     """
 
     def call(self, inputs: Any) -> Any:
         """Normalises; statistics and scaling are computed in float32 whatever the type of `inputs`."""
         channels = inputs.shape[-1]
-        values_NHWC = ops.cast(inputs, "float32")
-        mean_N11C = _mean_of_channels(values_NHWC)
-        variance_N11C = _mean_of_channels(ops.square(values_NHWC - mean_N11C))
+        values = ops.cast(inputs, "float32")
+        mean = _mean_of_channels(values)
+        variance = _mean_of_channels(ops.square(values - mean))
 
         grouped = (-1, self.groups, channels // self.groups)
-        mean_NGc, variance_NGc = ops.reshape(mean_N11C, grouped), ops.reshape(variance_N11C, grouped)
+        mean_NGc, variance_NGc = ops.reshape(mean, grouped), ops.reshape(variance, grouped)
         group_mean = ops.mean(mean_NGc, axis=2, keepdims=True)
         # Total variance: within the channels, plus between their means.
         group_variance = ops.mean(variance_NGc + ops.square(mean_NGc - group_mean), axis=2, keepdims=True)
@@ -40,21 +40,23 @@ class GroupNormalization(layers.GroupNormalization):
         gamma_Gc, beta_Gc = ops.reshape(self.gamma, grouped[1:]), ops.reshape(self.beta, grouped[1:])
         scale_NGc = ops.rsqrt(group_variance + self.epsilon) * gamma_Gc
         shift_NGc = beta_Gc - group_mean * scale_NGc
-        per_channel = (-1, 1, 1, channels)
-        normalized = values_NHWC * ops.reshape(scale_NGc, per_channel) + ops.reshape(shift_NGc, per_channel)
+        per_channel = (-1, *mean.shape[1:])
+        normalized = values * ops.reshape(scale_NGc, per_channel) + ops.reshape(shift_NGc, per_channel)
         return ops.cast(normalized, self.compute_dtype)
 
 
-def _mean_of_channels(values_NHWC: Any) -> Any:
-    """Over rows and columns, (N, 1, 1, C): by matrix products, over a row and then over the rows.
+def _mean_of_channels(values: Any) -> Any:
+    """Over all places, (N, 1, 1, C) or (N, 1, 1, 1, C): by a matrix product an axis, the last one first.
 
     One sum of so many float32 values loses digits, and so do the reductions of OpenVINO.
     """
-    height, width, channels = values_NHWC.shape[1:]
-    of_rows_NH1C = ops.matmul(ops.full((1, width), 1 / width, "float32"), values_NHWC)
-    of_rows_NHC = ops.reshape(of_rows_NH1C, (-1, height, channels))
-    mean_N1C = ops.matmul(ops.full((1, height), 1 / height, "float32"), of_rows_NHC)
-    return ops.reshape(mean_N1C, (-1, 1, 1, channels))
+    *sizes, channels = values.shape[1:]
+    single = (-1, *(1 for _ in sizes), channels)
+    while sizes:
+        last = sizes.pop()
+        mean = ops.matmul(ops.full((1, last), 1 / last, "float32"), values)
+        values = ops.reshape(mean, (-1, *sizes, channels))
+    return ops.reshape(values, single)
 
 
 @keras.saving.register_keras_serializable(package="rayseg")
@@ -81,9 +83,37 @@ def batch_normalization(policy: str, name: str, epsilon: float = 1e-3) -> keras.
     )
 
 
+class _Kinds(NamedTuple):
+    """Keras's layers for so many axes."""
+
+    convolution: type[keras.Layer]
+    transposed: type[keras.Layer]
+    maximum: type[keras.Layer]
+    average: type[keras.Layer]
+    neighbours: type[keras.Layer]
+
+
+_KINDS = {
+    2: _Kinds(layers.Conv2D, layers.Conv2DTranspose, layers.MaxPooling2D, layers.AveragePooling2D, layers.UpSampling2D),
+    3: _Kinds(layers.Conv3D, layers.Conv3DTranspose, layers.MaxPooling3D, layers.AveragePooling3D, layers.UpSampling3D),
+}
+
+
+@dataclass(frozen=True)
+class Level:
+    """Of a U-Net: its filters, its kernel's size and, by axis, how many times smaller it is than the level above."""
+
+    filters: int
+    kernel: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class Blocks:
-    """Makes blocks of one style; see `presets.NetworkConfig` for the fields. `policy` is a Keras dtype policy."""
+    """Makes blocks of one style, of images or volumes as the level has two or three axes.
+
+    See `presets.NetworkConfig` for the fields. `policy` is a Keras dtype policy.
+    """
 
     convolutions: int
     normalization: str
@@ -95,50 +125,65 @@ class Blocks:
     initializer: str
     policy: str
 
-    def plain(self, values: Any, filters: int, name: str) -> Any:
+    def plain(self, values: Any, level: Level, name: str) -> Any:
         """Convolutions, each normalised and activated."""
         for index in range(1, self.convolutions + 1):
-            values = self._unit(values, filters, name, index)
+            values = self._unit(values, level, name, index)
             if index == 1:
                 values = self.dropped(values, name, "blocks")
         return values
 
-    def residual(self, values: Any, filters: int, name: str, strides: int = 1) -> Any:
+    def residual(self, values: Any, level: Level, name: str, *, smaller: bool) -> Any:
         """Two convolutions and a short cut, activated after their sum (He et al. 2016, arXiv:1512.03385).
 
-        The short cut of a block with strides is averaged, then brought to the filters (ResNet-D, arXiv:1812.01187).
+        Where the block makes values `smaller`, by the level's strides, its short cut is averaged, then brought to the
+        filters (ResNet-D, arXiv:1812.01187).
         """
-        short = values
-        if strides > 1:
-            short = layers.AveragePooling2D(strides, dtype=self.policy, name=f"{name}_short_pool")(short)
-        if short.shape[-1] != filters:
-            short = self._convolution(short, filters, f"{name}_short_conv", kernel=1)
+        short, axes = values, len(level.kernel)
+        strides = level.strides if smaller else (1,) * axes
+        if max(strides) > 1:
+            pool = _KINDS[axes].average(strides, dtype=self._of_pooling(axes), name=f"{name}_short_pool")
+            short = pool(short)
+        if short.shape[-1] != level.filters:
+            short = self._convolution(short, level.filters, f"{name}_short_conv", (1,) * axes)
             short = self._normalized(short, f"{name}_short_norm")
-        values = self._unit(values, filters, name, 1, strides)
+        values = self._unit(values, level, name, 1, strides)
         values = self.dropped(values, name, "blocks")
-        values = self._normalized(self._convolution(values, filters, f"{name}_conv2"), f"{name}_norm2")
+        values = self._convolution(values, level.filters, f"{name}_conv2", level.kernel)
+        values = self._normalized(values, f"{name}_norm2")
         values = layers.Add(dtype=self.policy, name=f"{name}_sum")([values, short])
         return self._activated(values, f"{name}_act2")
 
-    def stem(self, values: Any, filters: int) -> Any:
+    def stem(self, values: Any, level: Level) -> Any:
         """One convolution, normalised and activated."""
-        return self._unit(values, filters, "stem", 1)
+        return self._unit(values, level, "stem", 1)
 
-    def head(self, values: Any, filters: int) -> Any:
+    def head(self, values: Any, filters: int, kernel: tuple[int, ...]) -> Any:
         """One convolution more, activated."""
-        return self._activated(self._convolution(values, filters, "head_conv"), "head_act")
+        return self._activated(self._convolution(values, filters, "head_conv", kernel), "head_act")
 
-    def doubled(self, values: Any, filters: int, name: str) -> Any:
-        """At twice the height and width, with so many filters where the upsampling has filters."""
+    def pooled(self, values: Any, strides: tuple[int, ...], name: str) -> Any:
+        """The greatest values, smaller by the strides."""
+        axes = len(strides)
+        return _KINDS[axes].maximum(strides, dtype=self._of_pooling(axes), name=f"{name}_pool")(values)
+
+    def enlarged(self, values: Any, filters: int, strides: tuple[int, ...], name: str) -> Any:
+        """Larger by the strides, with so many filters where the upsampling has filters."""
+        kinds = _KINDS[len(strides)]
         if self.upsampling == "transpose":
-            return layers.Conv2DTranspose(
-                filters, 2, strides=2, kernel_initializer=self.initializer, dtype=self.policy, name=f"{name}_upsample"
-            )(values)
-        values = layers.UpSampling2D(dtype=self.policy, name=f"{name}_upsample")(values)
-        if self.upsampling == "upsample_conv":
-            convolution = layers.Conv2D(
+            return kinds.transposed(
                 filters,
-                2,
+                strides,
+                strides=strides,
+                kernel_initializer=self.initializer,
+                dtype=self.policy,
+                name=f"{name}_upsample",
+            )(values)
+        values = kinds.neighbours(strides, dtype=self.policy, name=f"{name}_upsample")(values)
+        if self.upsampling == "upsample_conv":
+            convolution = kinds.convolution(
+                filters,
+                strides,
                 padding="same",
                 kernel_initializer=self.initializer,
                 dtype=self.policy,
@@ -153,12 +198,18 @@ class Blocks:
             return values
         return layers.Dropout(self.dropout, dtype=self.policy, name=f"{name}_dropout")(values)
 
-    def _unit(self, values: Any, filters: int, name: str, index: int, strides: int = 1) -> Any:
-        values = self._convolution(values, filters, f"{name}_conv{index}", strides=strides)
+    def _of_pooling(self, axes: int) -> str:
+        """TensorFlow pools volumes of float16 on GPUs alone; values of float32 are pooled exactly everywhere."""
+        return self.policy if axes == 2 else "float32"
+
+    def _unit(self, values: Any, level: Level, name: str, index: int, strides: int | tuple[int, ...] = 1) -> Any:
+        values = self._convolution(values, level.filters, f"{name}_conv{index}", level.kernel, strides)
         return self._activated(self._normalized(values, f"{name}_norm{index}"), f"{name}_act{index}")
 
-    def _convolution(self, values: Any, filters: int, name: str, kernel: int = 3, strides: int = 1) -> Any:
-        return layers.Conv2D(
+    def _convolution(
+        self, values: Any, filters: int, name: str, kernel: tuple[int, ...], strides: int | tuple[int, ...] = 1
+    ) -> Any:
+        return _KINDS[len(kernel)].convolution(
             filters,
             kernel,
             strides=strides,

@@ -5,6 +5,7 @@ no TensorFlow: it starts in a second and takes a tenth of the memory.
 """
 
 import contextlib
+import math
 import os
 import sys
 import tempfile
@@ -17,16 +18,19 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from rayseg.models.inputs import VOLUME_AXES, input_dtype
 from rayseg.models.sharing import Shared
 
 # TensorFlow takes seconds and hundreds of MB: only what needs it imports it.
 if TYPE_CHECKING:
     import keras
 
-# uint8 (N, height, width, channels) to float32 probabilities (N, height, width, outputs), for any N.
+# uint8 images (N, height, width, channels) to float32 probabilities (N, height, width, outputs), or float16 volumes
+# (N, depth, height, width, channels) to (N, depth, height, width, outputs), for any N.
 Forward = Callable[[np.ndarray], np.ndarray]
 
 _GPU_BATCH = 16
+_GPU_VOXELS = 2**20  # of a batch of volumes, whose feature maps take gigabytes
 _DRIVER = Path("/dev/nvidiactl")  # of NVIDIA
 _NATIVE = (8, 0)  # compute capability of the first GPUs with bfloat16
 
@@ -105,7 +109,8 @@ def convert(model: "keras.Model") -> Network:
 
     openvino = _openvino()
     exact = _with_policy(model, "float32")
-    spec = tf.TensorSpec((1, *exact.input_shape[1:]), tf.uint8)
+    shape = exact.input_shape[1:]
+    spec = tf.TensorSpec((1, *shape), input_dtype(shape))
     function = tf.function(lambda images: exact(images, training=False), input_signature=[spec], autograph=False)
     converted = openvino.convert_model(function.get_concrete_function())
     with tempfile.TemporaryDirectory() as folder:
@@ -117,14 +122,15 @@ def convert(model: "keras.Model") -> Network:
 def compile_openvino(network: Network, precision: str, threads: int = 1) -> Compiled:
     """The network on this machine's CPU; safe to call from several threads, of which `threads` run at once.
 
-    A forward pass takes exactly one image, so that a mask cannot depend on what is segmented beside it; on a CPU a
-    batch is no faster. Its result does not depend on `threads`.
+    A forward pass takes exactly one image or volume, so that a mask cannot depend on what is segmented beside it; on a
+    CPU a batch is no faster. Its result does not depend on `threads`.
     """
     openvino = _openvino()
     core = openvino.Core()
     version = openvino.__version__.partition("-")[0]
     model = core.read_model(network.xml, network.weights)
-    native = has_bfloat16(on_gpu=False)
+    shape, native = tuple(model.input(0).shape), has_bfloat16(on_gpu=False)
+    blank = np.zeros(shape, input_dtype(shape[1:]))
 
     def ready(hint: str) -> Forward:
         settings = {
@@ -136,7 +142,7 @@ def compile_openvino(network: Network, precision: str, threads: int = 1) -> Comp
         compiled = core.compile_model(model, "CPU", settings)
         # Two threads that are the first of a process to give an array to OpenVINO wait for each other for ever: one
         # imports numpy's interface and needs the interpreter's lock for it, the other has that and waits for the first.
-        compiled.create_infer_request().infer([np.zeros(model.input(0).shape, np.uint8)])
+        compiled.create_infer_request().infer([blank])
         own = threading.local()
 
         def forward(images_NHWC: np.ndarray) -> np.ndarray:
@@ -174,17 +180,18 @@ def compile_tensorflow(model: "keras.Model", precision: str, threads: int = 1) -
         tf.config.threading.set_intra_op_parallelism_threads(threads)
         tf.config.threading.set_inter_op_parallelism_threads(1)
     on_gpu = bool(tf.config.list_physical_devices("GPU"))
-    batch = _GPU_BATCH if on_gpu else 1
+    batch = _gpu_batch(model.input_shape[1:]) if on_gpu else 1
 
     def ready(policy: str) -> Forward:
         cast = _with_policy(model, policy)
         shape_NHWC = (batch, *cast.input_shape[1:])
+        dtype = input_dtype(shape_NHWC[1:])
 
-        @tf.function(input_signature=[tf.TensorSpec(shape_NHWC, tf.uint8)], autograph=False, jit_compile=on_gpu)
+        @tf.function(input_signature=[tf.TensorSpec(shape_NHWC, dtype)], autograph=False, jit_compile=on_gpu)
         def network(images_NHWC: Any) -> Any:
             return tf.cast(cast(images_NHWC, training=False), tf.float32)
 
-        network(np.zeros(shape_NHWC, np.uint8))  # traced and warmed up
+        network(np.zeros(shape_NHWC, dtype))  # traced and warmed up
         return Shared(lambda images_NHWC: network(images_NHWC).numpy(), batch)
 
     name = f"tensorflow {tf.__version__}{' xla' if on_gpu else ''}"
@@ -193,6 +200,13 @@ def compile_tensorflow(model: "keras.Model", precision: str, threads: int = 1) -
     if precision == "bfloat16":
         return Compiled(ready("mixed_bfloat16"), None, f"{name} bfloat16")
     return Compiled(ready("float32"), ready("mixed_bfloat16"), f"{name} bfloat16 screened, float32")
+
+
+def _gpu_batch(shape: tuple[int, ...]) -> int:
+    """How many images or volumes of a shape a GPU takes at once."""
+    if len(shape) < VOLUME_AXES:
+        return _GPU_BATCH
+    return max(1, min(_GPU_BATCH, _GPU_VOXELS // math.prod(shape[:-1])))
 
 
 @cache
@@ -221,7 +235,7 @@ def _replaced(config: Any, policy: str) -> Any:
         return config
     if config.get("class_name") == "DTypePolicy" and config["config"].get("name", "") in _FLOATS:
         return config | {"config": {"name": policy}}
-    if config.get("class_name") == "GroupNormalization" and _is_of_images(config):
+    if config.get("class_name") == "GroupNormalization" and _is_ours(config):
         import keras
 
         from rayseg.models.blocks import GroupNormalization  # faster, and more exact: see there
@@ -231,11 +245,11 @@ def _replaced(config: Any, policy: str) -> Any:
     return {key: _replaced(value, policy) for key, value in config.items()}
 
 
-def _is_of_images(config: dict[str, Any]) -> bool:
-    """Whether a group normalisation is one that ours can stand for: of (N, H, W, C), scaled and shifted."""
+def _is_ours(config: dict[str, Any]) -> bool:
+    """Whether a group normalisation is one that ours can stand for: of images or volumes, scaled and shifted."""
     shape, values = config.get("build_config", {}).get("input_shape", ()), config["config"]
-    fixed = len(shape) == 4 and None not in shape[1:]
-    return fixed and values["axis"] in (-1, 3) and values["scale"] and values["center"]
+    fixed = len(shape) in (4, 5) and None not in shape[1:]
+    return fixed and values["axis"] in (-1, len(shape) - 1) and values["scale"] and values["center"]
 
 
 _FLOATS = ("float32", "mixed_bfloat16", "mixed_float16")

@@ -10,16 +10,19 @@ from typing import Any
 import keras
 from keras import layers, ops
 
+from rayseg.models.inputs import input_dtype
 from rayseg.models.network import portable
 
 
 def mean(models: Sequence[keras.Model], flips: Sequence[tuple[int, ...]] = ((),)) -> keras.Model:
     """The mean of the models' probabilities, uint8 (N, H, W, C) to float32 (N, H, W, K).
 
+    Of volumes float16 (N, D, H, W, C) to float32 (N, D, H, W, K).
+
     Args:
         models: all of one input and output shape.
-        flips: axes of an image (0 rows, 1 columns) along which it is mirrored, and what is found is mirrored back; ()
-            is the image as it is. All of them count alike.
+        flips: axes of an image (0 rows, 1 columns) or a volume (0 depth, 1 rows, 2 columns) along which it is mirrored,
+            and what is found is mirrored back; () is the image as it is. All of them count alike.
 
     Raises:
         ValueError: models of several shapes.
@@ -27,7 +30,8 @@ def mean(models: Sequence[keras.Model], flips: Sequence[tuple[int, ...]] = ((),)
     first = models[0]
     if any((one.input_shape, one.output_shape) != (first.input_shape, first.output_shape) for one in models):
         raise ValueError("ensemble: models of one input and output size expected")
-    images = keras.Input(first.input_shape[1:], dtype="uint8", name="image")
+    shape = first.input_shape[1:]
+    images = keras.Input(shape, dtype=input_dtype(shape), name="image")
     probabilities = []
     for number, model in enumerate(models):
         alone = portable(model)

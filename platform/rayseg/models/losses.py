@@ -1,7 +1,8 @@
 """Losses per sample, and how samples are weighed so that spreading them over workers changes nothing.
 
 A loss is of (mask_NHW, probability_NHWC): class indices of any integer type, and what the network gives of any float
-type, which is counted in float32. It gives float32 (N,), each sample by itself. The binary ones (`bce`, `dice`,
+type, which is counted in float32. Of volumes both have a depth (NDHW, NDHWC), and voxels stand for pixels. It gives
+float32 (N,), each sample by itself. The binary ones (`bce`, `dice`,
 `bce_dice`, `focal`, `tversky`) take one channel, and every index but 0 is foreground; those of several classes (`ce`,
 `ce_dice`) take a channel for the background and one a class, which sum to 1.
 
@@ -148,11 +149,16 @@ def _binary(mask_NHW: Any, probability_NHWC: Any) -> tuple[Any, Any]:
 
 def _overlap(truth_NHWC: Any, found_NHWC: Any, alpha: float, beta: float) -> Any:
     """The Tversky index of each sample and channel, smoothed, float32 (N, C)."""
-    both_NC = ops.sum(truth_NHWC * found_NHWC, axis=(1, 2))
-    truth_NC, found_NC = ops.sum(truth_NHWC, axis=(1, 2)), ops.sum(found_NHWC, axis=(1, 2))
+    both_NC = _places_sum(truth_NHWC * found_NHWC)
+    truth_NC, found_NC = _places_sum(truth_NHWC), _places_sum(found_NHWC)
     # 2 TP + 2 alpha FP + 2 beta FN, without differences of nearly equal sums.
     sizes_NC = 2 * alpha * found_NC + 2 * beta * truth_NC + 2 * (1 - alpha - beta) * both_NC
     return (2 * both_NC + _SMOOTHING) / (sizes_NC + _SMOOTHING)
+
+
+def _places_sum(value_NHWC: Any) -> Any:
+    """The sum over all pixels or voxels, float32 (N, C)."""
+    return ops.sum(value_NHWC, axis=tuple(range(1, len(value_NHWC.shape) - 1)))
 
 
 def _pixels_mean(value_NHW: Any) -> Any:

@@ -27,7 +27,8 @@ def counts(mask_NHW: Any, probability_NHWC: Any, weight_N: Any, threshold: float
     below 2**24, too.
 
     Args:
-        mask_NHW: class indices, 0 is background; of one class, everything else is foreground.
+        mask_NHW: class indices, 0 is background; of one class, everything else is foreground. Of volumes (N, D, H, W),
+            with a probability of (N, D, H, W, C): voxels count as pixels do.
         probability_NHWC: of one class one channel; of several the background's too.
         weight_N: 0 for padding, which is not counted.
         threshold: one class: at least this probability counts as found. Of several the most probable class does.
@@ -112,7 +113,7 @@ def confusion_by_class(mask_NHW: Any, probability_NHWC: Any, weight_N: Any) -> A
 
 
 def _counts(truth_NHW: Any, found_NHW: Any, weight_N: Any) -> Any:
-    valid_N11 = ops.reshape(weight_N, (-1, 1, 1)) > 0
+    valid_N11 = _over_places(weight_N, truth_NHW) > 0
 
     def count(pixels_NHW: Any) -> Any:
         ones = ops.reshape(ops.cast(ops.logical_and(pixels_NHW, valid_N11), "float32"), (-1,))
@@ -137,12 +138,17 @@ def _histograms(truth_NHWK: Any, probability_NHWK: Any, weight_N: Any) -> Any:
     classes = probability_NHWK.shape[-1]
     first_K = 2 * BINS * np.arange(classes, dtype=np.float32)
     index_NHWK = bin_NHWK + BINS * ops.cast(truth_NHWK, "float32") + first_K
-    valid_NHWK = ops.broadcast_to(ops.reshape(ops.cast(weight_N > 0, "float32"), (-1, 1, 1, 1)), index_NHWK.shape)
+    valid_NHWK = ops.broadcast_to(_over_places(ops.cast(weight_N > 0, "float32"), index_NHWK), index_NHWK.shape)
     valid, index = (ops.reshape(values, (-1,)) for values in (valid_NHWK, index_NHWK))
     sums = [
         ops.segment_sum(valid[piece], ops.cast(index[piece], "int32"), 2 * BINS * classes) for piece in _pieces(index)
     ]
     return ops.reshape(sum(ops.cast(one, "float64") for one in sums), (classes, 2 * BINS))
+
+
+def _over_places(weight_N: Any, values: Any) -> Any:
+    """The weights with as many axes as `values`, each of 1 but for the first."""
+    return ops.reshape(weight_N, (-1, *(1 for _ in values.shape[1:])))
 
 
 def _pieces(flat: Any) -> Iterator[slice]:

@@ -12,9 +12,14 @@ class NetworkConfig:
     """The network's form. Every key but `preset` is null by default, and then as the preset has it.
 
     preset: name of a preset.
-    widths: filters of each level of a U-Net, from the full resolution down to the bottleneck; each halves the size.
-    convolutions: number of 3x3 convolutions of a block; with `residual`, of a block of the way up.
-    residual: residual blocks (of two 3x3 convolutions) of each level of the way down, which then halves the size by
+    widths: filters of each level of a U-Net, from the full resolution down to the bottleneck. Each level halves the
+        size of an image, and that of a volume by its `strides`.
+    kernels: volumes: [depth, height, width] of each level's convolutions, odd numbers. 3x3 of images.
+    strides: volumes: how many times smaller each level is than the one above, as [depth, height, width]; all 1 of the
+        first. Transposed convolutions enlarge by the same. Where slices are much further apart than pixels, kernels of
+        1 and strides of 1 along the depth come first.
+    convolutions: number of convolutions of a block; with `residual`, of a block of the way up.
+    residual: residual blocks (of two convolutions) of each level of the way down, which then makes the size smaller by
         strides; empty for plain blocks and pooling.
     normalization: what follows each convolution. `group` and `instance` do not see the batch, so neither the batch
         size nor the number of workers changes what they compute; `batch` is over the global batch. In a U-Net over an
@@ -25,10 +30,10 @@ class NetworkConfig:
     dropout: a rate. Its masks depend on the number of workers.
     dropout_place: `deep`: after the last two levels of the way down (after the encoder; before the last convolution of
         DeepLab); `blocks`: after the first convolution of each block.
-    upsampling: `transpose`: a 2x2 transposed convolution; `upsample`: nearest neighbours; `upsample_conv`: these and a
-        2x2 convolution.
+    upsampling: `transpose`: a transposed convolution of 2x2, or of the level's strides; `upsample`: nearest neighbours;
+        `upsample_conv`: these and a convolution of the same size.
     initializer: Keras's name of the initializer of kernels. An encoder keeps its own.
-    head: filters of an extra 3x3 convolution before the last one; 0 for none.
+    head: filters of an extra convolution before the last one; 0 for none.
     deep_supervision: number of auxiliary outputs, from the second finest level down.
     output_stride: DeepLab: how many times smaller its last features are than the image.
     weights: weights of the encoder: `none`; `imagenet`, which Keras downloads; or path or URI of a file.
@@ -36,6 +41,8 @@ class NetworkConfig:
 
     preset: str = "unet-small"
     widths: tuple[int, ...] | None = None
+    kernels: tuple[tuple[int, int, int], ...] | None = None
+    strides: tuple[tuple[int, int, int], ...] | None = None
     convolutions: int | None = None
     residual: tuple[int, ...] | None = None
     normalization: Literal["none", "batch", "group", "instance"] | None = None
@@ -69,6 +76,7 @@ class NetworkConfig:
         if self.weights == "":
             raise ValueError("model.weights: none, imagenet or the path or URI of a file expected, got nothing")
         levels = len(self.widths or PRESETS[self.preset].get("widths", ()))
+        self._check_axes(levels)
         if self.residual and (len(self.residual) != levels or min(self.residual) < 1):
             raise ValueError(
                 f"model.residual: a positive number of blocks for each of the {levels} levels expected, got "
@@ -84,16 +92,36 @@ class NetworkConfig:
     def resolved(self) -> "NetworkConfig":
         """The same network with every field set that applies to its preset.
 
-        Where `widths` has another number of levels than the preset, its residual blocks and auxiliary outputs follow:
-        the last number of blocks stands for deeper levels.
+        Where `widths` has another number of levels than the preset, its residual blocks, kernels, strides and auxiliary
+        outputs follow: what the last level has stands for deeper ones.
         """
         values = PRESETS[self.preset] | self._given()
-        if values.get("residual"):
-            levels, blocks = len(values["widths"]), values["residual"]
-            values["residual"] = (blocks + levels * blocks[-1:])[:levels]
+        for key in ("residual", "kernels", "strides"):
+            if values.get(key):
+                levels, of_levels = len(values["widths"]), values[key]
+                values[key] = (of_levels + levels * of_levels[-1:])[:levels]
         if "deep_supervision" in values:
             values["deep_supervision"] = min(values["deep_supervision"], self._most_auxiliary())
         return NetworkConfig(preset=self.preset, **values)
+
+    def _check_axes(self, levels: int) -> None:
+        """Of `kernels` and `strides`."""
+        for key, of_levels in (("kernels", self.kernels), ("strides", self.strides)):
+            if of_levels is not None and (len(of_levels) != levels or min(map(min, of_levels)) < 1):
+                raise ValueError(
+                    f"model.{key}: three positive numbers, of depth, height and width, for each of the {levels} levels "
+                    f"expected (those of model.widths), got {[list(one) for one in of_levels]}"
+                )
+        if self.kernels is not None and any(size % 2 == 0 for kernel in self.kernels for size in kernel):
+            raise ValueError(
+                f"model.kernels: odd numbers expected, as an even kernel has no middle, got "
+                f"{[list(kernel) for kernel in self.kernels]}"
+            )
+        if self.strides is not None and max(self.strides[0]) > 1:
+            raise ValueError(
+                f"model.strides: [1, 1, 1] expected of the first level, which has the patch's own size, got "
+                f"{list(self.strides[0])}"
+            )
 
     def _given(self) -> dict[str, Any]:
         return {key: getattr(self, key) for key in _FIELDS if key != "preset" and getattr(self, key) is not None}
@@ -118,6 +146,14 @@ _UNET: dict[str, Any] = {
     "initializer": "he_normal",
     "head": 0,
     "deep_supervision": 0,
+}
+_UNET_3D: dict[str, Any] = _UNET | {
+    "widths": (32, 64, 128, 256),
+    "kernels": ((3, 3, 3),) * 4,
+    "strides": ((1, 1, 1), *((2, 2, 2),) * 3),
+    "normalization": "instance",
+    "activation": "leaky_relu",
+    "deep_supervision": 1,
 }
 # The decoder of segmentation_models (Yakubovskiy 2019) and its PyTorch twin.
 _ENCODER_UNET: dict[str, Any] = {
@@ -158,6 +194,19 @@ PRESETS: dict[str, dict[str, Any]] = {
         "residual": (1, 3, 4, 6, 6, 6),
         "normalization": "instance",
         "activation": "leaky_relu",
+        "deep_supervision": 3,
+    },
+    # Çiçek et al. 2016, arXiv:1606.06650, in the form of nnU-Net's plain U-Net (Isensee et al. 2021,
+    # doi:10.1038/s41592-020-01008-z): equal filters in a block, instance normalisation, leaky ReLU. Pooling is theirs.
+    "unet3d-plain": _UNET_3D,
+    # nnU-Net's residual encoder again, as it is.
+    "unet3d-residual": _UNET_3D
+    | {
+        "widths": (32, 64, 128, 256, 320, 320),
+        "kernels": ((3, 3, 3),) * 6,
+        "strides": ((1, 1, 1), *((2, 2, 2),) * 5),
+        "convolutions": 1,
+        "residual": (1, 3, 4, 6, 6, 6),
         "deep_supervision": 3,
     },
     "unet-resnet34": _ENCODER_UNET,

@@ -1,6 +1,7 @@
 """A parametric U-Net (Ronneberger et al. 2015, arXiv:1505.04597): its way down and its way up.
 
-The way up is also that of the U-Nets over an encoder of `models.encoders`.
+Of volumes it is that of Çiçek et al. 2016 (arXiv:1606.06650), with kernels and strides by axis as nnU-Net has them. The
+way up is also that of the U-Nets over an encoder of `models.encoders`.
 """
 
 from collections.abc import Sequence
@@ -8,50 +9,50 @@ from typing import Any
 
 from keras import layers
 
-from rayseg.models.blocks import Blocks
+from rayseg.models.blocks import Blocks, Level
 
 
-def encode(values: Any, widths: Sequence[int], residual: Sequence[int], blocks: Blocks) -> list[Any]:
+def encode(values: Any, levels: Sequence[Level], residual: Sequence[int], blocks: Blocks) -> list[Any]:
     """The way down: the features of each level, from the full resolution to the bottleneck.
 
     Args:
-        values: (N, H, W, C), H and W divisible by 2 for each level below the first.
-        widths: filters of each level.
+        values: (N, H, W, C) or (N, D, H, W, C), each axis divisible by the product of its strides.
+        levels: from the full resolution, whose strides are not used, down.
         residual: residual blocks of each level, or empty: plain blocks.
         blocks: makes them.
     """
     features: list[Any] = []
-    for level, filters in enumerate(widths, 1):
-        name = "bottom" if level == len(widths) else f"down{level}"
+    for number, level in enumerate(levels, 1):
+        name = "bottom" if number == len(levels) else f"down{number}"
         if residual:
-            values = blocks.stem(values, filters) if level == 1 else values
-            for index in range(1, residual[level - 1] + 1):
-                strides = 2 if level > 1 and index == 1 else 1
-                values = blocks.residual(values, filters, f"{name}_block{index}", strides)
+            values = blocks.stem(values, level) if number == 1 else values
+            for index in range(1, residual[number - 1] + 1):
+                values = blocks.residual(values, level, f"{name}_block{index}", smaller=number > 1 and index == 1)
         else:
-            if level > 1:
-                values = layers.MaxPooling2D(dtype=blocks.policy, name=f"down{level - 1}_pool")(values)
-            values = blocks.plain(values, filters, name)
-        if level >= len(widths) - 1:
+            if number > 1:
+                values = blocks.pooled(values, level.strides, f"down{number - 1}")
+            values = blocks.plain(values, level, name)
+        if number >= len(levels) - 1:
             values = blocks.dropped(values, name, "deep")
         features.append(values)
     return features
 
 
-def decode(features: Sequence[Any], widths: Sequence[int], blocks: Blocks) -> list[Any]:
+def decode(features: Sequence[Any], levels: Sequence[Level], blocks: Blocks) -> list[Any]:
     """The way up: its features at each level, from the full resolution to the one above the bottleneck.
 
     Args:
         features: of the way down, as `encode` gives them; None at a level whose features are not handed over.
-        widths: filters of each level.
+        levels: from the full resolution to the bottleneck, of which only the strides are used.
         blocks: makes them.
     """
     *skips, values = features
     decoded: list[Any] = []
-    for level, (filters, skip) in reversed(list(enumerate(zip(widths, skips, strict=True), 1))):
-        values = blocks.doubled(values, filters, f"up{level}")
+    for number in range(len(skips), 0, -1):
+        level, skip = levels[number - 1], skips[number - 1]
+        values = blocks.enlarged(values, level.filters, levels[number].strides, f"up{number}")
         if skip is not None:
-            values = layers.Concatenate(dtype=blocks.policy, name=f"up{level}_skip")([skip, values])
-        values = blocks.plain(values, filters, f"up{level}")
+            values = layers.Concatenate(dtype=blocks.policy, name=f"up{number}_skip")([skip, values])
+        values = blocks.plain(values, level, f"up{number}")
         decoded.append(values)
     return decoded[::-1]

@@ -31,7 +31,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 
 import rayseg
 from rayseg.tracking import runs
-from rayseg.tracking.bundle import EXAMPLE_FILE, Bundle, describe, load, save
+from rayseg.tracking.bundle import Bundle, describe, example_file, load, save
 from rayseg.tracking.verification import BUNDLE_IN_MODEL, PREDICTOR_MODULE, Verified, verify_folder
 from rayseg.tracking.version import ModelVersion
 
@@ -219,7 +219,7 @@ def _save_pyfunc(temporary: Path, bundle_dir: Path, content: Model) -> Path:
                 ]
             ),
         ),
-        input_example=pd.DataFrame({"dicom": [(bundle / EXAMPLE_FILE).read_bytes()]}),
+        input_example=pd.DataFrame({"dicom": [(bundle / example_file(describe(bundle))).read_bytes()]}),
         pip_requirements=_requirements(),
     )
     return folder

@@ -20,7 +20,7 @@ def card(config: TrainConfig, prepared: PreparedSet, state: State, run_id: str) 
         threshold_chosen=config.threshold is None,
         digest=prepared.digest[:16],
         rows=prepared.rows,
-        preprocess=configuration.plain(prepared.preprocess),
+        preprocess=configuration.plain(prepared.model_preprocess),
         label_settings=configuration.plain(prepared.labels),
         model=configuration.plain(config.model.resolved()),
         epochs=state.epoch,

@@ -18,11 +18,14 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from rayseg.data.feed import Batches, batches
+from rayseg.data.batches import Batches
+from rayseg.data.feed import batches
+from rayseg.data.patches import count
 from rayseg.data.prepared import PreparedSet
 from rayseg.data.windows import share, steps
 from rayseg.models.encoders import encoder_layers
 from rayseg.models.histograms import BINS, best_threshold
+from rayseg.models.inputs import input_dtype
 from rayseg.models.losses import batch_share, loss_function
 from rayseg.models.metrics import SIZE, counts, scores
 from rayseg.training.optimizer import optimizer
@@ -45,7 +48,9 @@ class Learner:
         self, config: TrainConfig, prepared: PreparedSet, rank: int, ranks: int, beat: Callable[[], None]
     ) -> None:
         self.rank, self.ranks, self.prepared, self._config, self._beat = rank, ranks, prepared, config, beat
-        self.steps = steps(prepared.rows["train"], config.batch_size)
+        of_volumes = prepared.volume is not None
+        rows = count(prepared, "train", config.patches) if of_volumes else prepared.rows["train"]
+        self.steps = steps(rows, config.batch_size)
         self.strategy = tf.distribute.MultiWorkerMirroredStrategy()
         assert self.strategy.num_replicas_in_sync == ranks, "one replica a rank"
         self._names = prepared.labels.names
@@ -56,11 +61,11 @@ class Learner:
             self.model.compile(optimizer=optimizer(config, self.steps, encoder))
             self._variables = list(self.model.trainable_variables)
             self.model.optimizer.build(self._variables)
-        height, width, channels = prepared.shape
         per_rank = share(config.batch_size, ranks, config.accumulation)
+        # Of volumes each has a depth, too, also where names say NHW.
         self._signature = [
-            tf.TensorSpec((per_rank, height, width, channels), tf.uint8),
-            tf.TensorSpec((per_rank, height, width), tf.uint8),
+            tf.TensorSpec((per_rank, *prepared.shape), input_dtype(prepared.shape)),
+            tf.TensorSpec((per_rank, *prepared.shape[:-1]), tf.uint8),
             tf.TensorSpec((per_rank,), tf.float32),
         ]
         self._train_step = self._compiled_update()
@@ -119,8 +124,12 @@ class Learner:
     def timed_step(self) -> float:
         """Seconds of a training step on noise, from which the weights learn: for a model that is then thrown away."""
         of_images, of_masks, of_weights = (spec.shape.as_list() for spec in self._signature)
-        image_NHWC = np.random.default_rng(1).integers(0, 256, of_images, np.uint8)
-        mask_NHW = (image_NHWC[..., 0] > 200).astype(np.uint8)
+        random = np.random.default_rng(1)
+        if self._signature[0].dtype == tf.uint8:
+            image_NHWC, least = random.integers(0, 256, of_images, np.uint8), 200.0
+        else:
+            image_NHWC, least = random.standard_normal(of_images, np.float32).astype(np.float16), 0.8
+        mask_NHW = (image_NHWC[..., 0] > least).astype(np.uint8)
         assert list(mask_NHW.shape) == of_masks
         began = time.perf_counter()
         self._train_step(image_NHWC, mask_NHW, np.ones(of_weights, np.float32)).numpy()
@@ -210,6 +219,7 @@ class Learner:
             epoch=epoch,
             shuffle=shuffle,
             augment=self._config.augment if split == "train" else None,
+            patches=self._config.patches if split == "train" else None,
             first=first,
             parts=self._config.accumulation,
             threads=self._config.feed_threads_per_worker,

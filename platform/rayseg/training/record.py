@@ -32,7 +32,7 @@ def begin(config: TrainConfig, prepared: PreparedSet, more_tags: Mapping[str, st
     parameters = configuration.flat(resolved) | {
         "scaled_learning_rate": config.scaled_learning_rate,
         "prepared_digest": prepared.digest,
-        **{f"preprocess.{key}": value for key, value in configuration.flat(prepared.preprocess).items()},
+        **{f"preprocess.{key}": value for key, value in configuration.flat(prepared.model_preprocess).items()},
     }
     tags = {**_at_a_glance(resolved, prepared), **more_tags}
     if config.init_from:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from rayseg.data.augment import Augment
+from rayseg.data.patches import Patches
 from rayseg.models.losses import Loss
 from rayseg.models.presets import NetworkConfig
 from rayseg.tracking import limits
@@ -70,7 +71,8 @@ class TrainConfig:
     freeze_epochs: int = 0  # the first epochs, in which a pretrained encoder is left as it is
 
     loss: Loss = field(default_factory=Loss)
-    augment: Augment | None = None  # null is off; {} is light
+    augment: Augment | None = None  # null is off; {} is light; of slices
+    patches: Patches = field(default_factory=Patches)  # what training sees of volumes
     batch_size: int = 8  # rows of a batch, over all workers
     accumulation: int = 1  # parts in which each worker's share of a batch is computed, one after the other
     epochs: int = 10  # passes over the training split

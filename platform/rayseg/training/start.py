@@ -12,8 +12,10 @@ import keras
 import numpy as np
 
 from rayseg import storage
+from rayseg.data.patches import Patches
 from rayseg.data.prepared import PreparedSet
 from rayseg.data.preprocess import Preprocess
+from rayseg.data.volume import VolumePreprocess
 from rayseg.models.network import build_network
 from rayseg.models.weights import start_from
 from rayseg.tracking import bundle, registry
@@ -31,6 +33,19 @@ def network(config: TrainConfig, prepared: PreparedSet) -> keras.Model:
     return build_network(form, prepared.shape, len(prepared.labels.names), config.mixed_precision)
 
 
+def check_augmentation(config: TrainConfig, prepared: PreparedSet) -> None:
+    """Raises ValueError where augmentation is given that the set's kind does not use."""
+    if prepared.volume is not None and config.augment is not None:
+        raise ValueError(
+            "train.augment: is of images, and the prepared set has volumes; give train.patches.augment in its place"
+        )
+    if prepared.volume is None and config.patches != Patches():
+        raise ValueError(
+            "train.patches: is of volumes, and the prepared set has images; leave it out, and give train.augment for "
+            "augmentation"
+        )
+
+
 def bring_initial(config: TrainConfig, prepared: PreparedSet, folder: str) -> None:
     """Puts the weights to start from into the run's folder, where the configuration names any.
 
@@ -45,14 +60,18 @@ def bring_initial(config: TrainConfig, prepared: PreparedSet, folder: str) -> No
     model = build_network(config.model, prepared.shape, len(prepared.labels.names), config.mixed_precision)
     if config.init_from:
         path, _ = registry.fetch(config.tracking_uri, config.init_from)
-        _tell_of_masks(config.init_from, bundle.preprocess_of(bundle.describe(path)), prepared)
         start_from(model, bundle.load_keras(path))
+        before = bundle.preprocess_of(bundle.describe(path))
+        if isinstance(before, Preprocess) and prepared.volume is None:  # masks of volumes have one way only
+            _tell_of_masks(config.init_from, before, prepared)
     buffer = io.BytesIO()
     np.savez(buffer, **{str(index): weight for index, weight in enumerate(model.get_weights())})
     storage.write(uri, buffer.getvalue())
 
 
-def _tell_of_masks(uri: str, before: Preprocess, prepared: PreparedSet) -> None:
+def _tell_of_masks(uri: str, before: Preprocess | VolumePreprocess, prepared: PreparedSet) -> None:
+    if isinstance(before, VolumePreprocess):  # whose masks have the one filter
+        return
     if before.mask_filter != prepared.preprocess.mask_filter:
         logger.warning(
             "train.init_from: %s was trained on masks with mask_filter %s, this set has them with %s: where slices "

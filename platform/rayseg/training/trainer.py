@@ -21,7 +21,7 @@ from ray.train.tensorflow import TensorflowTrainer
 
 from rayseg import cluster, logs, retry, storage
 from rayseg import config as configuration
-from rayseg.data import synthetic
+from rayseg.data import phantom_volumes, synthetic
 from rayseg.data.prepared import PreparedSet, reading
 from rayseg.data.range import measure
 from rayseg.data.split import LEAK_COLUMNS, SPLITS, check_leak
@@ -132,6 +132,7 @@ def check(config: TrainConfig, prepared: PreparedSet) -> dict[str, str]:
         if not prepared.rows[split]:
             raise ValueError(f"train.prepared: the set has no rows in split {split}; prepare with more for {share}")
     check_leak(pa.concat_tables([prepared.read_rows(split, LEAK_COLUMNS) for split in SPLITS]))
+    start.check_augmentation(config, prepared)
     # Built once here, so that what does not fit fails before any worker starts.
     loss_function(config.loss, len(prepared.labels.names))
     model = start.network(dataclasses.replace(config, mixed_precision="float32"), prepared)  # `auto` comes later
@@ -269,10 +270,9 @@ def _conclude(
         version = registry.of_run(config.tracking_uri, run_id, config.registered_model) if register else None
         if register and version is None:
             saved = Path(temporary, "bundle")
-            # Phantoms, as a bundle goes where no patient's picture may.
-            example, *golden = synthetic.of_bundle()
+            example, *golden = examples(prepared)
             known = dataclasses.replace(measure(prepared), pieces=looked.pieces, entropy_bits=looked.entropy_bits)
-            bundle.save(saved, model, prepared.preprocess, prepared.labels, threshold, example, golden, known)
+            bundle.save(saved, model, prepared.model_preprocess, prepared.labels, threshold, example, golden, known)
             bundle.calibrate(saved, calibrate.volume_errors(saved, prepared))
             version = registry.register(config.tracking_uri, run_id, saved, config.registered_model, text)
     for doubt in doubts.of_run(config.batch_size, prepared.rows["train"], best, state.untrained, state.history):
@@ -303,6 +303,11 @@ def _conclude(
         history=state.history,
         reproduced=reproduced,
     )
+
+
+def examples(prepared: PreparedSet) -> list[bytes]:
+    """Of a bundle: phantoms, as it goes where no patient's picture may."""
+    return synthetic.of_bundle() if prepared.volume is None else phantom_volumes.of_bundle(prepared.volume)
 
 
 def finish(tracking_uri: str, run_id: str, status: Literal["FAILED", "KILLED"]) -> None:
