@@ -66,7 +66,7 @@ def test_the_commit_is_the_repositorys_and_a_plus_says_that_files_differ(tmp_pat
     clone = tmp_path / "clone"
     package = clone / "platform" / "rayseg"
     package.mkdir(parents=True)
-    for name in ("__init__.py", "build.py"):
+    for name in ("__init__.py", "build.py", "quiet.py"):
         shutil.copy(PACKAGE / name, package)
     program = "from rayseg import build; print(build.current().commit)"
     git(clone, "init", "--quiet")

@@ -81,7 +81,9 @@ def close(result: Any, expected: Any) -> bool:
     return result.shape == expected.shape and bool(np.abs(result - expected).max() < 1e-4 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("preset", [preset for preset in PRESETS if preset not in ELSEWHERE])
+@pytest.mark.parametrize(
+    "preset", [preset for preset in PRESETS if preset not in ELSEWHERE and not preset.startswith("unet3d")]
+)
 def test_a_preset_gives_probabilities_learns_and_comes_back_from_a_file(preset: str, tmp_path: Path) -> None:
     config = NetworkConfig(preset=preset, **SMALLER.get(preset, {}))  # type: ignore[arg-type]
     keras.utils.set_random_seed(1)

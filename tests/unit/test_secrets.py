@@ -30,7 +30,9 @@ JOBS = {
 }
 SECRET = re.compile(r"secret|passw|token|credential|api_?key|access_?key|private|_key$|auth$", re.IGNORECASE)
 # Paths, numbers and modes, and the names of secrets that are elsewhere.
-NO_SECRET = re.compile(r"(file|_path|_mode|secretname|ssh_private_key)$|^requests_per_token$|^/", re.IGNORECASE)
+NO_SECRET = re.compile(
+    r"(file|_path|_mode|secretname|ssh_private_key)$|^requests_per_token$|^httptokens$|^/", re.IGNORECASE
+)
 LOOKS = re.compile(r"AKIA[0-9A-Z]{12}|BEGIN [A-Z ]*PRIVATE KEY|://[^/\s]*:[^/\s]*@|\b[0-9a-f]{32,}\b")
 
 

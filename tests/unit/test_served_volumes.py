@@ -79,8 +79,8 @@ def test_a_long_series_is_no_illness(replica: ModelReplica, slices: list[Slice |
         gate.open.set()
         await task
 
-    replica._checked = -100.0
-    replica._done_before = replica._workers.done
+    replica._checks._checked = -100.0
+    replica._checks._passed = 0
     asyncio.run(alone())
 
 
@@ -88,12 +88,12 @@ def test_a_series_has_a_deadline_and_a_turn(replica: ModelReplica, slices: list[
     gate = Gate(replica)
 
     async def through() -> list[Stacked | Refusal]:
-        long = Ask(until=time.time() + 60)
+        long = Ask(until=time.monotonic() + 60)
         tasks = [asyncio.ensure_future(replica.segment_series(slices, long)) for _ in range(SERIES_AT_ONCE)]
         await asyncio.to_thread(gate.asked.wait, 60)
-        late = await replica.segment_series(slices, Ask(until=time.time() + 0.2))
+        late = await replica.segment_series(slices, Ask(until=time.monotonic() + 0.2))
         gate.open.set()
-        past = await replica.segment_series(slices, Ask(until=time.time() - 1))
+        past = await replica.segment_series(slices, Ask(until=time.monotonic() - 1))
         return [*await asyncio.gather(*tasks), late, past]
 
     *made, late, past = asyncio.run(through())

@@ -22,7 +22,7 @@ from types import SimpleNamespace
 from serving import front
 
 class Ingress:
-    async def check(self):
+    async def health(self):
         return SimpleNamespace(matches=True, model=SimpleNamespace(version="3"))
     def __serve_build_asgi_app__(self):
         async def application(scope, receive, send):
