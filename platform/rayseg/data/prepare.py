@@ -52,9 +52,9 @@ class PrepareConfig:
     manifest: str  # URI of a manifest that `catalog` wrote
     output: str  # URI of a folder or prefix that holds this set and nothing else
     preprocess: Preprocess = field(default_factory=Preprocess)
-    volume: VolumePreprocess | None = None  # prepares volumes in millimetres; `preprocess` is then not used
     labels: Labels = field(default_factory=Labels)
     split: Split = field(default_factory=Split)
+    volume: VolumePreprocess | None = None  # prepares volumes in millimetres; `preprocess` is then not used
     # Take this many slices, or volumes, only: as many from each patient as possible, spread over what it has
     limit: int | None = None
     rows_per_shard: int = 256  # rows of a Parquet file at most
