@@ -42,14 +42,15 @@ def ray_cluster() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv(cluster.API_SERVER, cluster.NOBODY)  # nodes inherit it
-        ray.init(
-            address="local",
-            num_cpus=4,
-            include_dashboard=True,  # has the API of bulk jobs
-            dashboard_host="127.0.0.1",
-            object_store_memory=300_000_000,
-            log_to_driver=False,
-        )
+        with cluster.own_agent_port():
+            ray.init(
+                address="local",
+                num_cpus=4,
+                include_dashboard=True,  # has the API of bulk jobs
+                dashboard_host="127.0.0.1",
+                object_store_memory=300_000_000,
+                log_to_driver=False,
+            )
     yield
     ray.shutdown()
 

@@ -1,5 +1,7 @@
 """The Ray cluster that a job runs on: the one it was submitted to, or a private one on this machine."""
 
+import contextlib
+import functools
 import json
 import logging
 import math
@@ -12,6 +14,7 @@ from typing import Any, TypeVar
 import ray
 import ray.data
 import yaml
+from ray._private.parameter import RayParams
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rayseg import build, logs
@@ -61,22 +64,38 @@ def connect(dashboard: bool = False) -> None:
         return
     # Nobody takes this machine away with a notice, and the process that would wait for one costs seconds to start.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    ray.init(
-        address="local",
-        num_cpus=max(2, os.cpu_count() or 2),
-        object_store_memory=LOCAL_OBJECT_STORE_BYTES,
-        include_dashboard=dashboard,
-        dashboard_host="127.0.0.1",
-        logging_level=logging.WARNING,
-        runtime_env={
-            # The driver has said what it runs, of the same files. And a private cluster has no API server.
-            "env_vars": variables | {build.SILENT: "1", API_SERVER: NOBODY},
-            "worker_process_setup_hook": f"{__name__}.{hush.__name__}",
-        },
-    )
+    with own_agent_port():
+        ray.init(
+            address="local",
+            num_cpus=max(2, os.cpu_count() or 2),
+            object_store_memory=LOCAL_OBJECT_STORE_BYTES,
+            include_dashboard=dashboard,
+            dashboard_host="127.0.0.1",
+            logging_level=logging.WARNING,
+            runtime_env={
+                # The driver has said what it runs, of the same files. And a private cluster has no API server.
+                "env_vars": variables | {build.SILENT: "1", API_SERVER: NOBODY},
+                "worker_process_setup_hook": f"{__name__}.{hush.__name__}",
+            },
+        )
     _private.append(True)
     _warn_of_restarts()
     logger.info("started a Ray cluster on this machine with %s CPUs", ray.cluster_resources().get("CPU"))
+
+
+@contextlib.contextmanager
+def own_agent_port() -> Iterator[None]:
+    """A node that is started within has a free port for its agent.
+
+    By default each node takes 52365, and job submission fails on the second cluster of a machine, as its agent does
+    without. `ray start` has an option for it, `ray.init` has none (Ray 2.60).
+    """
+    init = RayParams.__init__
+    RayParams.__init__ = functools.partialmethod(init, dashboard_agent_listen_port=0)
+    try:
+        yield
+    finally:
+        RayParams.__init__ = init
 
 
 def is_private() -> bool:

@@ -291,10 +291,12 @@ def seed_for_all_splits(labelled: list[Path], key: str) -> str:
 KEEPER = """
 import sys
 import ray
-told = ray.init(
-    address="local", num_cpus=4, object_store_memory=200_000_000, _temp_dir=sys.argv[1], log_to_driver=False,
-    include_dashboard=True, dashboard_host="127.0.0.1",
-)
+from rayseg.cluster import own_agent_port
+with own_agent_port():
+    told = ray.init(
+        address="local", num_cpus=4, object_store_memory=200_000_000, _temp_dir=sys.argv[1], log_to_driver=False,
+        include_dashboard=True, dashboard_host="127.0.0.1",
+    )
 print(told.address_info["gcs_address"], flush=True)
 sys.stdin.read()
 """
