@@ -137,7 +137,9 @@ def test_training_goes_on_while_mlflow_is_silent_and_nothing_is_lost(
         state, outputs = State(), tmp_path / "outputs"
         outputs.mkdir()
         with loop._mlflow(config, {"run_id": run_id, "folder": str(tmp_path / "run")}) as publish:
-            loop._Run(config, learner, state, str(tmp_path / "run"), outputs, publish).to_the_end(Watchdog(600))
+            loop._Run(config, learner, state, str(tmp_path / "run"), outputs, publish, look_s=5.0).to_the_end(
+                Watchdog(600)
+            )
     assert ended == [1, 2, 3]
     assert state.untrained is not None
     for name in ("val/loss", "val/dice_pooled", "train/loss"):
