@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +49,9 @@ def run(
     logs.set_up()
     logger.info("rayseg %s from %s", build.current(), build.where())
     try:
-        _give_key(options.config)
-        result = function(
-            config.load(config_class, None if whole_recipe else section, options.config, options.overrides)
-        )
+        recipe = config.read_recipe(options.config) if options.config else {}  # once: it may be a pipe
+        _give_key(recipe)
+        result = function(config.of_recipe(config_class, None if whole_recipe else section, recipe, options.overrides))
         work.leave()
     except Exception as error:
         work.leave()
@@ -84,9 +83,9 @@ def tell(result: dict[str, Any], file: str | None) -> None:
         print(line, flush=True)
 
 
-def _give_key(recipe: str | None) -> None:
+def _give_key(recipe: Mapping[str, Any]) -> None:
     """Names the file of the pseudonyms' key by the environment, as all that a job starts has it from there."""
-    key = config.common(config.read_recipe(recipe)).key if recipe else None
+    key = config.common(recipe).key
     if key and not any(os.environ.get(name) for name in pseudonyms.VARIABLES):
         os.environ[pseudonyms.VARIABLES[0]] = str(Path(key).absolute())
 

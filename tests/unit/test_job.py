@@ -5,6 +5,7 @@ import os
 import pty
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -130,3 +131,14 @@ def test_a_terminal_shows_what_is_short() -> None:
         assert process.wait(60) == 0
     os.close(ours)
     assert lines == ["  uri   s3://a", "  dice  0.1235"]
+
+
+def test_a_recipe_may_be_a_pipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As bulk jobs get theirs, whose settings nobody else should read."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as pool:
+        written = pool.submit(pipe.write_text, "train: {output: ab}\n")
+        job.run("train", Config, double, ["--config", str(pipe)])
+        written.result()
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"written": "abab"}
