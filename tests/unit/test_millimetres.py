@@ -372,6 +372,37 @@ def test_a_series_without_a_place_is_refused_with_a_reason(change: dict, reason:
     assert refused.reason is reason
 
 
+@pytest.mark.parametrize(
+    ("change", "spacing_mm"),
+    [
+        ({"image_position_mm": (0.0, 0.0, 1e5)}, 1.0),  # a digit too many
+        ({"image_position_mm": (0.0, 0.0, -1e12)}, 1.0),  # nothing may be laid out at this length
+        ({"pixel_spacing_mm": (700.0, 700.0)}, 1.0),  # micrometres
+        ({"pixel_spacing_mm": (90.0, 90.0)}, 0.5),  # below ten metres, but 17,280 x 16,200 pixels
+    ],
+)
+def test_a_position_or_spacing_in_error_is_refused_before_it_costs_anything(change: dict, spacing_mm: float) -> None:
+    given = [replace(STACKS["upright"][0], **change), *STACKS["upright"][1:]]
+    if "pixel_spacing_mm" in change:
+        given = [replace(one, **change) for one in given]
+    refused = VolumePreprocess((spacing_mm,) * 3, (8, 8, 8)).grid(given)
+    assert isinstance(refused, Reject)
+    assert refused.reason is Reason.TOO_LARGE
+
+
+def test_slices_that_stay_as_they_are_may_lie_anywhere() -> None:
+    given = [replace(STACKS["upright"][0], image_position_mm=(0.0, 0.0, 1e5)), *STACKS["upright"][1:]]
+    assert grid_of(VolumePreprocess((None, 1.0, 1.0), (1, 8, 8)), given).shape[0] == len(given)
+
+
+def test_two_metres_at_half_a_millimetre_are_not_too_much() -> None:
+    given = [
+        replace(STACKS["upright"][0], image_position_mm=(0.0, 0.0, 1.0 * number), slice_thickness_mm=1.0)
+        for number in range(2000)
+    ]
+    assert grid_of(VolumePreprocess((0.5, 1.0, 1.0), (8, 8, 8)), given).shape[0] == 4000
+
+
 def test_a_slice_alone_is_as_thick_as_it_says() -> None:
     alone = STACKS["upright"][:1]
     assert grid_of(VolumePreprocess((1.0, 1.0, 1.0), (8, 8, 8)), alone).shape[0] == 3  # SliceThickness 3 mm

@@ -18,7 +18,7 @@ from rayseg import ahead
 from rayseg.data import resampling
 from rayseg.data.histogram import Histogram
 from rayseg.data.intensity import Intensity, Levels
-from rayseg.dicom.reading import Slice
+from rayseg.dicom.reading import MAX_PIXELS, Slice
 from rayseg.geometry import planes
 from rayseg.geometry.axes import Axis, axis, plane
 from rayseg.geometry.grid import Geometry
@@ -29,6 +29,7 @@ ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 
 _ANY_THICKNESS_MM = 1.0  # of a slice alone whose thickness does not matter
+_MOST_MM = 10_000.0  # from end to end of an axis that is resampled; beyond lies no body, but a position in error
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,7 +165,8 @@ class VolumePreprocess:
 
         Returns:
             A reject where `stack.places` gives one: MISSING_ATTRIBUTE (no place, or a slice alone without thickness),
-            SERIES_DUPLICATES, SERIES_MIXED.
+            SERIES_DUPLICATES, SERIES_MIXED. TOO_LARGE where an axis that is resampled is over ten metres long, or a
+            plane of the network's grid has more pixels than a slice may have.
         """
         if self.spacing_mm[0] is None and len(geometries) == 1:
             geometries = [dataclasses.replace(geometries[0], slice_thickness_mm=_ANY_THICKNESS_MM)]
@@ -173,15 +175,28 @@ class VolumePreprocess:
             return where
         along_mm = where.positions_mm @ planes.normal(np.concatenate([where.row_mm, where.column_mm]))
         first_mm, last_mm = _half_steps_mm(where, along_mm)
-        normal = axis(along_mm, (along_mm[0] - first_mm, along_mm[-1] + last_mm), self.spacing_mm[0])
+        edges_mm = float(along_mm[0] - first_mm), float(along_mm[-1] + last_mm)
         pixels_mm = float(np.linalg.norm(where.column_mm)), float(np.linalg.norm(where.row_mm))
+        rows, columns = geometries[0].rows, geometries[0].columns
+        # Before any axis is laid out: one slice with a wrong position would ask for hours of work, and the memory.
+        refusal = self._too_large((edges_mm[1] - edges_mm[0], rows * pixels_mm[0], columns * pixels_mm[1]))
+        if refusal is not None:
+            return refusal
+        normal = axis(along_mm, edges_mm, self.spacing_mm[0])
         down, along = (
             axis((np.arange(count) + 0.5) * pixel_mm, (0.0, count * pixel_mm), spacing_mm)
-            for count, pixel_mm, spacing_mm in zip(
-                (geometries[0].rows, geometries[0].columns), pixels_mm, self.spacing_mm[1:], strict=True
-            )
+            for count, pixel_mm, spacing_mm in zip((rows, columns), pixels_mm, self.spacing_mm[1:], strict=True)
         )
         return Grid(where.order, (normal, down, along))
+
+    def _too_large(self, extent_mm: tuple[float, float, float]) -> Reject | None:
+        longest_mm = max(mm for mm, spacing_mm in zip(extent_mm, self.spacing_mm, strict=True) if spacing_mm)
+        if longest_mm > _MOST_MM:
+            return Reject(Reason.TOO_LARGE, f"a stack of {longest_mm:.0f} mm, more than {_MOST_MM:.0f}")
+        pixels = extent_mm[1] / self.spacing_mm[1] * (extent_mm[2] / self.spacing_mm[2])
+        if pixels > MAX_PIXELS:
+            return Reject(Reason.TOO_LARGE, f"{pixels:.3g} pixels in a plane of the network's grid")
+        return None
 
     def levels(self, slices: Iterable[Slice]) -> Levels:
         """How the values of a volume are mapped; reads no slice where it need not, else each once."""
