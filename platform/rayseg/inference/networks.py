@@ -6,6 +6,7 @@ from typing import Literal
 
 import numpy as np
 
+from rayseg.data.range import Known, of_several
 from rayseg.models.engine import Compiled, Engine, compile_openvino, compile_tensorflow, has_gpu
 from rayseg.tracking.bundle import Bundle, load_keras
 
@@ -28,6 +29,21 @@ def compile_all(
     if engine.name == "tensorflow" or (engine.name == "auto" and has_gpu()):
         return [compile_tensorflow(load_keras(folder), engine.precision, threads) for folder in bundle_dirs]
     return [compile_openvino(bundle.network, engine.precision, threads) for bundle in bundles]
+
+
+def check_classes(bundles: Sequence[Bundle]) -> None:
+    """Raises ValueError where the models of an ensemble are not of the same classes."""
+    first = bundles[0].labels.names
+    for bundle in bundles[1:]:
+        if bundle.labels.names != first:
+            raise ValueError(
+                f"ensemble: models of the same classes expected, got {list(first)} and {list(bundle.labels.names)}"
+            )
+
+
+def known_of(bundle: Bundle, several: bool, known: Known | None) -> Known:
+    """What to judge by: what the bundle knows, of several models or mirror images what was measured of these."""
+    return of_several(bundle.range, known) if several else Known(bundle.range, bundle.volumes)
 
 
 def may_find(probabilities: np.ndarray, threshold: float) -> bool:

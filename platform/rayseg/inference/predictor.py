@@ -22,12 +22,12 @@ from PIL import Image
 
 from rayseg.ahead import mapped
 from rayseg.data.preprocess import Preprocess
-from rayseg.data.range import Known, of_several
+from rayseg.data.range import Known
 from rayseg.data.stacks import alone, along, usable
 from rayseg.dicom.reading import Slice, Source, read_slice
 from rayseg.inference import cells
 from rayseg.inference.judgement import Judgement, Prediction
-from rayseg.inference.networks import Mirror, compile_all, may_find
+from rayseg.inference.networks import Mirror, check_classes, compile_all, known_of, may_find
 from rayseg.inference.volume_predictor import VolumePredictor
 from rayseg.models.engine import Compiled, Engine
 from rayseg.records import Reason, Reject
@@ -71,7 +71,8 @@ class Predictor:
         self._known = known
         self._ahead = threads + 1  # so that all are busy while a result is taken
         self._pool = ThreadPoolExecutor(threads, "slices")  # begins none before it is used
-        _check_alike(bundles, self._preprocesses)
+        check_classes(bundles)
+        _check_alike(self._preprocesses)
 
     @classmethod
     def load(
@@ -108,10 +109,8 @@ class Predictor:
 
     @property
     def known(self) -> Known:
-        """What to judge by: what the bundle knows, of several models or mirror images what was measured of these."""
-        if self._several:
-            return of_several(self.bundle.range, self._known)
-        return Known(self.bundle.range, self.bundle.volumes)
+        """What to judge by, see `networks.known_of`."""
+        return known_of(self.bundle, self._several, self._known)
 
     def predict(self, slices: Sequence[Slice]) -> list[np.ndarray]:
         """One uint8 label map (rows, columns) a slice, on the slice's own grid.
@@ -246,14 +245,8 @@ def _of_slices(bundle: Bundle) -> Preprocess:
     return bundle.preprocess
 
 
-def _check_alike(bundles: Sequence[Bundle], preprocesses: Sequence[Preprocess]) -> None:
-    first = bundles[0]
-    for bundle, preprocess in zip(bundles[1:], preprocesses[1:], strict=True):
-        if bundle.labels.names != first.labels.names:
-            raise ValueError(
-                f"ensemble: models of the same classes expected, got {list(first.labels.names)} and "
-                f"{list(bundle.labels.names)}"
-            )
+def _check_alike(preprocesses: Sequence[Preprocess]) -> None:
+    for preprocess in preprocesses[1:]:
         if preprocess.neighbours != preprocesses[0].neighbours:
             raise ValueError("ensemble: models that look at equally many neighbours expected")
         if preprocess.color != preprocesses[0].color:

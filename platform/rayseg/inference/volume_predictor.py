@@ -17,11 +17,11 @@ import numpy as np
 
 from rayseg.ahead import mapped
 from rayseg.data import walk
-from rayseg.data.range import Known, of_several
+from rayseg.data.range import Known
 from rayseg.data.volume import Grid, VolumePreprocess, geometry
 from rayseg.dicom.reading import Slice, Source
 from rayseg.inference.judgement import Judgement, Prediction
-from rayseg.inference.networks import Mirror, compile_all, may_find
+from rayseg.inference.networks import Mirror, check_classes, compile_all, known_of, may_find
 from rayseg.models.engine import Compiled, Engine
 from rayseg.records import Reason, Reject
 from rayseg.tracking.bundle import Bundle, decide, load, read_example
@@ -61,12 +61,7 @@ class VolumePredictor:
     ) -> None:
         assert bundles
         assert len(bundles) == len(compiled)
-        first = bundles[0].labels.names
-        for bundle in bundles[1:]:
-            if bundle.labels.names != first:
-                raise ValueError(
-                    f"ensemble: models of the same classes expected, got {list(first)} and {list(bundle.labels.names)}"
-                )
+        check_classes(bundles)
         self.bundles = tuple(bundles)
         self.bundle = bundles[0]
         self.threshold = statistics.fmean(bundle.threshold for bundle in bundles)
@@ -110,10 +105,8 @@ class VolumePredictor:
 
     @property
     def known(self) -> Known:
-        """What to judge by: see `Predictor.known`."""
-        if self._several:
-            return of_several(self.bundle.range, self._known)
-        return Known(self.bundle.range, self.bundle.volumes)
+        """What to judge by, see `networks.known_of`."""
+        return known_of(self.bundle, self._several, self._known)
 
     def predict(self, slices: Sequence[Slice]) -> list[np.ndarray]:
         """One uint8 label map (rows, columns) a slice of a series, in the order given, on the slice's own grid.

@@ -15,7 +15,6 @@ from rayseg import storage
 from rayseg.data.patches import Patches
 from rayseg.data.prepared import PreparedSet
 from rayseg.data.preprocess import Preprocess
-from rayseg.data.volume import VolumePreprocess
 from rayseg.models.network import build_network
 from rayseg.models.weights import start_from
 from rayseg.tracking import bundle, registry
@@ -69,9 +68,7 @@ def bring_initial(config: TrainConfig, prepared: PreparedSet, folder: str) -> No
     storage.write(uri, buffer.getvalue())
 
 
-def _tell_of_masks(uri: str, before: Preprocess | VolumePreprocess, prepared: PreparedSet) -> None:
-    if isinstance(before, VolumePreprocess):  # whose masks have the one filter
-        return
+def _tell_of_masks(uri: str, before: Preprocess, prepared: PreparedSet) -> None:
     if before.mask_filter != prepared.preprocess.mask_filter:
         logger.warning(
             "train.init_from: %s was trained on masks with mask_filter %s, this set has them with %s: where slices "
