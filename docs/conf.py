@@ -16,7 +16,6 @@ author = "the rayseg developers"
 copyright = "the rayseg developers, Apache-2.0"
 extensions = ["myst_parser"]
 myst_heading_anchors = 4
-exclude_patterns = ["NOTES-*"]
 html_theme = "furo"
 html_title = "rayseg"
 html_copy_source = False

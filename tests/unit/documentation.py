@@ -16,7 +16,7 @@ import yaml
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 README = ROOT / "README.md"
-PAGES = sorted(page for page in DOCS.rglob("*.md") if not page.name.startswith("NOTES-"))
+PAGES = sorted(DOCS.rglob("*.md"))
 GUIDES = [page for page in PAGES if page.parent.name in ("start", "how-to")]
 
 _FENCE = re.compile(r"^( *)```([^\n]*)\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
